@@ -1,0 +1,1 @@
+"""Bytes to documents, token ids and packed samples, in a deterministic order."""

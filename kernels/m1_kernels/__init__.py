@@ -1,0 +1,1 @@
+"""Math on tensors. Knows nothing of Megatron, of configurations or of this project."""
