@@ -55,12 +55,10 @@ class TokenizerSpec:
 
     path: Annotated[str, "tokenizer.json or a Hugging Face folder; empty: train a byte-level BPE"] = ""
     vocab_size: Annotated[int, "vocabulary of a trained tokenizer, control tokens included"] = 32_000
-    train_bytes: Annotated[
-        int, "text read to train a tokenizer, in bytes, spread evenly over the sources"
-    ] = 64_000_000
-    eod_token: Annotated[
-        str, "end-of-document token appended by id; empty: the first known name the tokenizer has"
-    ] = ""
+    train_bytes: Annotated[int, "text read to train a tokenizer, in bytes, spread evenly over the sources"] = 64_000_000
+    eod_token: Annotated[str, "end-of-document token appended by id; empty: the first known name the tokenizer has"] = (
+        ""
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +67,12 @@ class PrepareSpec:
 
     out: Annotated[str, "folder of the prepared data, relative to the configuration file"] = "data"
     sources: Annotated[tuple[SourceSpec, ...], "where the text comes from: [[data.sources]] tables"] = ()
-    dedup: Annotated[
-        Literal["exact", "none"], "exact: drop documents equal after cleaning, keep the first"
-    ] = "exact"
+    dedup: Annotated[Literal["exact", "none"], "exact: drop documents equal after cleaning, keep the first"] = "exact"
     engine: Annotated[
         Literal["gigatoken", "fastokens", "tokenizers"],
         "encoder; its ids are proved on a sample of every run",
     ] = "gigatoken"
-    verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = (
-        32
-    )
+    verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = 32
     max_bad_share: Annotated[float, "stop when more than this share of a source's records is unusable"] = 0.5
 
 
@@ -96,6 +90,4 @@ class StageMix:
         default_factory=dict
     )
     max_epochs: Annotated[float, "a cell (source, bucket) is repeated at most this often"] = 4.0
-    long_qa_share: Annotated[float, "share of long question-answer data in the last fifth of the stage"] = (
-        0.10
-    )
+    long_qa_share: Annotated[float, "share of long question-answer data in the last fifth of the stage"] = 0.10

@@ -1,0 +1,233 @@
+"""The configuration of a run: strict frozen dataclasses, standard library only.
+
+``Annotated`` texts document the keys; ``m1 init`` writes them as comments and ``m1 config show`` prints them. Decoding,
+layering and the origin of each value are in ``configload``; what must fit together is in ``configcheck``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from m1_data.spec import PrepareSpec, StageMix, TokenizerSpec
+
+PRESETS = ("tiny", "700m", "7b-a1b", "m1-456b")
+STAGE_NAMES = ("32k", "128k", "256k", "512k", "1m")
+VOCAB_MULTIPLE = 128
+"""Vocabulary rows are padded to this multiple whatever the tensor-parallel size, so that checkpoints reshard."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of the hybrid model (DESIGN: 7 lightning layers, then 1 softmax layer)."""
+
+    hidden_size: Annotated[int, "width of the residual stream"]
+    num_layers: Annotated[int, "decoder layers; every softmax_every-th is a softmax layer"]
+    num_heads: Annotated[int, "attention heads; a power of two, else decay rates differ between loaders"]
+    head_dim: Annotated[int, "channels per head"]
+    num_kv_heads: Annotated[int, "key/value heads of the softmax layers"]
+    rotary_dim: Annotated[int, "rotated channels per head; only rotary_dim = head_dim exports to every loader"]
+    num_experts: Annotated[int, "experts per layer"]
+    expert_hidden_size: Annotated[int, "inner width of one SwiGLU expert"]
+    vocab_size: Annotated[int, "vocabulary; 0 takes it from the tokenizer of the prepared data"] = 0
+    experts_per_token: Annotated[int, "experts that see each token"] = 2
+    softmax_every: Annotated[int, "distance between softmax layers"] = 8
+    norm_eps: Annotated[float, "epsilon of every RMSNorm but the lightning output norm"] = 1e-5
+    lightning_norm_eps: Annotated[float, "epsilon of the lightning output norm (transformers hard-codes 1e-6)"] = 1e-6
+    alpha: Annotated[float, "residual weight; 0 means (2 * num_layers) ** 0.25"] = 0.0
+    beta: Annotated[float, "weight of each sublayer's output"] = 1.0
+    aux_loss_coef: Annotated[float, "load-balancing loss, transformers' scale: coef * E * sum(f_i * P_i)"] = 0.001
+    init_std: Annotated[float, "standard deviation of random initial weights"] = 0.02
+
+    @property
+    def residual_alpha(self) -> float:
+        """DeepNorm residual weight, (2L)^0.25 unless set."""
+        return self.alpha or (2 * self.num_layers) ** 0.25
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of embedding and head: ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``."""
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def is_softmax(self, layer: int) -> bool:
+        """Whether 0-based global layer ``layer`` is a softmax layer."""
+        return (layer + 1) % self.softmax_every == 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model is spread over processes; the data-parallel size is what remains."""
+
+    tensor: Annotated[int, "tensor-parallel size"] = 1
+    pipeline: Annotated[int, "pipeline-parallel size"] = 1
+    context: Annotated[int, "context-parallel size (sizes above 1 are refused in this version)"] = 1
+    expert: Annotated[int, "expert-parallel size"] = 1
+    expert_tensor: Annotated[int, "tensor-parallel size inside experts"] = 1
+    processes: Annotated[int, "processes started on this machine; 0: one per GPU, or 1 on a CPU"] = 0
+    distributed_optimizer: Annotated[bool, "shard optimizer state over the data-parallel ranks"] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW."""
+
+    beta1: Annotated[float, "decay of the first moment"] = 0.9
+    beta2: Annotated[float, "decay of the second moment"] = 0.95
+    eps: Annotated[float, "denominator offset; M1 reports gradients below 1e-14 and uses 1e-15"] = 1e-15
+    weight_decay: Annotated[float, "decoupled weight decay of matrices; vectors have none"] = 0.1
+    grad_clip: Annotated[float, "global gradient norm is clipped to this; 0 switches clipping off"] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CurriculumConfig:
+    """What the five stages share."""
+
+    length_scale: Annotated[float, "multiplies every context length and document-length bucket"] = 1.0
+    decay: Annotated[
+        Literal["fixed", "relax", "stretch", "custom"],
+        "fixed: released slopes; relax: faster decay in short stages, released slopes at 1m (portable); "
+        "stretch: memory beyond the released slopes; custom: a table",
+    ] = "relax"
+    relax_exponent: Annotated[float, "relax: slope = released * (1M / context) ** exponent"] = 0.25
+    stretch_exponent: Annotated[
+        tuple[float, ...],
+        "stretch: slope = released * (32K / context) ** exponent; one value, or one per layer",
+    ] = (0.25,)
+    custom_table: Annotated[str, "custom: JSON file {stage: [layer][head] slope > 0}, beside the configuration"] = ""
+    decay_ramp_share: Annotated[float, "share of a stage's steps over which log-slopes move to the new values"] = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """One stage of continued pretraining. Token counts are what is trained, not scaled by ``length_scale``."""
+
+    context_tokens: Annotated[int, "tokens per sample at full scale"]
+    rope_base: Annotated[float, "RoPE base of the softmax layers"]
+    tokens: Annotated[int, "tokens trained in this stage"]
+    global_batch_tokens: Annotated[int, "tokens per optimizer step"]
+    lr_peak: Annotated[float, "learning rate after warm-up"]
+    lr_final: Annotated[float, "learning rate at the end of the stage"]
+    short: Annotated[float, "token share of documents under 32K tokens (scaled by length_scale)"]
+    medium: Annotated[float, "token share of documents of 32K to 128K tokens"]
+    long: Annotated[float, "token share of documents over 128K tokens"]
+    lr_constant_share: Annotated[float, "share of the stage at lr_peak before the exponential decay"] = 1.0
+    lr_warmup_share: Annotated[float, "share of the stage spent on linear warm-up"] = 0.0
+    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank"] = 1
+    core_share: Annotated[float, "target share of STEM, code, book and reasoning tokens"] = 0.70
+    domains: Annotated[dict[str, float], "relative token weight of each domain; empty: by tokens at hand"] = field(
+        default_factory=dict
+    )
+    max_epochs: Annotated[float, "no part of the data is repeated more often than this"] = 4.0
+    long_qa_share: Annotated[float, "share of long question-answer data in the last fifth"] = 0.10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftConfig:
+    """Chain-of-thought supervised fine-tuning."""
+
+    data: Annotated[tuple[str, ...], "OpenAI-messages JSON Lines files (plain, .gz, .zst)"] = ()
+    base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
+    context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
+    epochs: Annotated[float, "passes over the conversations"] = 2.0
+    global_batch_tokens: Annotated[int, "tokens per optimizer step"] = 1_048_576
+    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank"] = 1
+    lr_peak: Annotated[float, "learning rate after warm-up"] = 1e-5
+    lr_final: Annotated[float, "learning rate at the end (cosine)"] = 1e-6
+    lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up"] = 0.03
+    chat_template: Annotated[str, "Jinja file; empty: the tokenizer's own, else the one shipped here"] = ""
+    over_length: Annotated[Literal["error", "drop", "truncate"], "conversations longer than a row"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Hugging Face export."""
+
+    dtype: Annotated[Literal["fp32", "bf16"], "stored weights; decode in bf16 is unsound in transformers"] = "fp32"
+    shard_gib: Annotated[float, "largest safetensors file, GiB"] = 4.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSection:
+    """Where and how the run happens."""
+
+    dir: Annotated[str, "run directory: checkpoints, metrics.jsonl, reports"] = "run"
+    seed: Annotated[int, "seed of initial weights and data order"] = 1234
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes CUDA where there is one"] = "auto"
+    precision: Annotated[Literal["fp32", "bf16"], "bf16 keeps fp32 master weights, state, decay and head"] = "fp32"
+    threads: Annotated[int, "CPU threads per process; 0: cores / processes"] = 0
+    save_every_steps: Annotated[int, "steps between checkpoints; stage ends are always saved"] = 100
+    keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2
+    recompute: Annotated[bool, "recompute layer activations in the backward pass"] = False
+    tensorboard: Annotated[bool, "also write TensorBoard events (needs the 'tensorboard' extra)"] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole resolved configuration."""
+
+    preset: Annotated[str, "model size: tiny, 700m, 7b-a1b or m1-456b; any key below overrides it"]
+    model: ModelConfig
+    stages: dict[str, StageConfig]
+    run: RunSection = field(default_factory=RunSection)
+    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
+    data: PrepareSpec = field(default_factory=PrepareSpec)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    def seq_len(self, stage: str) -> int:
+        """Tokens per row of ``stage`` after ``length_scale``."""
+        return round(self.stages[stage].context_tokens * self.curriculum.length_scale)
+
+    def global_batch_rows(self, stage: str) -> int:
+        """Rows per optimizer step, at least 1."""
+        return max(1, self.stages[stage].global_batch_tokens // self.seq_len(stage))
+
+    def num_steps(self, stage: str) -> int:
+        """Optimizer steps of ``stage``."""
+        return max(1, round(self.stages[stage].tokens / (self.global_batch_rows(stage) * self.seq_len(stage))))
+
+    def mix(self, stage: str) -> StageMix:
+        """The data mix of ``stage`` as the data room takes it."""
+        s = self.stages[stage]
+        return StageMix(
+            stage=stage,
+            seq_len_tokens=self.seq_len(stage),
+            short=s.short,
+            medium=s.medium,
+            long=s.long,
+            core_share=s.core_share,
+            domains=s.domains,
+            max_epochs=s.max_epochs,
+            long_qa_share=s.long_qa_share,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A configuration, where each value came from, and where relative paths start."""
+
+    config: Config
+    origins: Mapping[str, str]
+    """Dotted key to origin: ``m1.toml:12``, ``preset tiny``, ``--set`` or ``default``."""
+    base_dir: Path
+    """Folder of the configuration file; relative paths in it start here."""
+    sha256: str
+    """Hash of the resolved values; goes into every checkpoint."""
+
+    def path(self, value: str) -> Path:
+        """Resolve a configured path against the configuration file's folder."""
+        return (self.base_dir / Path(value).expanduser()).resolve()
+
+    @property
+    def run_dir(self) -> Path:
+        """Absolute run directory."""
+        return self.path(self.config.run.dir)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested values, JSON-ready."""
+        return asdict(self.config)

@@ -1,0 +1,197 @@
+"""What must fit together in a configuration. Everything here is refused before a process is started."""
+
+from __future__ import annotations
+
+from m1_data.errors import ConfigError
+from m1_stages.config import STAGE_NAMES, Resolved
+
+
+def check(resolved: Resolved) -> None:
+    """Raise ``ConfigError`` for sizes, shares and combinations that cannot work."""
+    _Checker(resolved).run()
+
+
+class _Checker:
+    def __init__(self, resolved: Resolved) -> None:
+        self.resolved, self.config = resolved, resolved.config
+
+    def require(self, ok: bool, key: str, what: str, fix: str) -> None:
+        if not ok:
+            origin = self.resolved.origins.get(key, "")
+            raise ConfigError(what, where=f"{origin}, key {key}" if origin else f"key {key}", fix=fix)
+
+    def positive(self, section: str, *keys: str) -> None:
+        target = self.config
+        for part in section.split("."):
+            target = target[part] if isinstance(target, dict) else getattr(target, part)
+        for key in keys:
+            value = getattr(target, key)
+            self.require(value > 0, f"{section}.{key}", f"{section}.{key} is {value}", "give a value above 0")
+
+    def run(self) -> None:
+        self.model()
+        self.parallel()
+        self.curriculum()
+        for name in STAGE_NAMES:
+            key = f"stages.{name}"
+            self.require(name in self.config.stages, key, f"stage {name} is missing", f"add a [{key}] table")
+            self.stage(name)
+        self.rest()
+
+    def model(self) -> None:
+        m = self.config.model
+        self.positive(
+            "model", "hidden_size", "num_layers", "num_heads", "head_dim", "num_kv_heads", "num_experts",
+            "expert_hidden_size", "experts_per_token", "softmax_every", "norm_eps", "lightning_norm_eps", "init_std",
+        )  # fmt: skip
+        self.require(
+            m.num_heads & (m.num_heads - 1) == 0,
+            "model.num_heads",
+            f"num_heads is {m.num_heads}, not a power of two: transformers and vLLM compute different decay rates then",
+            "use 1, 2, 4, 8, 16, 32, 64 or 128 heads",
+        )
+        self.require(
+            m.num_heads % m.num_kv_heads == 0,
+            "model.num_kv_heads",
+            f"num_kv_heads {m.num_kv_heads} does not divide num_heads {m.num_heads}",
+            "choose a divisor of num_heads",
+        )
+        self.require(
+            0 < m.rotary_dim <= m.head_dim and m.rotary_dim % 2 == 0,
+            "model.rotary_dim",
+            f"rotary_dim is {m.rotary_dim}; it must be even and at most head_dim {m.head_dim}",
+            f"set rotary_dim = {m.head_dim}",
+        )
+        self.require(
+            m.experts_per_token <= m.num_experts,
+            "model.experts_per_token",
+            f"experts_per_token {m.experts_per_token} exceeds num_experts {m.num_experts}",
+            "lower it",
+        )
+        self.require(
+            m.num_layers % m.softmax_every == 0,
+            "model.num_layers",
+            f"num_layers {m.num_layers} is not a multiple of softmax_every {m.softmax_every}",
+            f"use a multiple of {m.softmax_every}: the last layer of each block is the softmax layer",
+        )
+        self.require(m.vocab_size >= 0, "model.vocab_size", "vocab_size is negative", "0 takes the tokenizer's")
+
+    def parallel(self) -> None:
+        m, p = self.config.model, self.config.parallel
+        self.positive("parallel", "tensor", "pipeline", "context", "expert", "expert_tensor")
+        self.require(p.processes >= 0, "parallel.processes", "parallel.processes is negative", "0 chooses itself")
+        self.require(
+            p.context == 1,
+            "parallel.context",
+            f"context parallelism ({p.context}) is not available in this version",
+            "set parallel.context = 1",
+        )
+        self.require(
+            m.num_kv_heads % p.tensor == 0,
+            "parallel.tensor",
+            f"tensor-parallel size {p.tensor} does not divide num_kv_heads {m.num_kv_heads}",
+            f"use a divisor of {m.num_kv_heads}",
+        )
+        self.require(
+            m.num_experts % p.expert == 0,
+            "parallel.expert",
+            f"expert-parallel size {p.expert} does not divide num_experts {m.num_experts}",
+            f"use a divisor of {m.num_experts}",
+        )
+        self.require(
+            m.expert_hidden_size % p.expert_tensor == 0,
+            "parallel.expert_tensor",
+            f"expert_tensor {p.expert_tensor} does not divide expert_hidden_size {m.expert_hidden_size}",
+            "use a divisor",
+        )
+        self.require(
+            m.num_layers % p.pipeline == 0,
+            "parallel.pipeline",
+            f"pipeline-parallel size {p.pipeline} does not divide num_layers {m.num_layers}",
+            "use a divisor",
+        )
+
+    def curriculum(self) -> None:
+        c, m = self.config.curriculum, self.config.model
+        self.positive("curriculum", "length_scale")
+        self.require(
+            len(c.stretch_exponent) in (1, m.num_layers),
+            "curriculum.stretch_exponent",
+            f"stretch_exponent has {len(c.stretch_exponent)} values",
+            f"give one value, or one per layer ({m.num_layers})",
+        )
+        self.require(
+            c.decay != "custom" or bool(c.custom_table),
+            "curriculum.custom_table",
+            "decay = custom needs a table",
+            "set curriculum.custom_table to a JSON file {stage: [layer][head]}",
+        )
+        self.share("curriculum.decay_ramp_share", c.decay_ramp_share)
+
+    def share(self, key: str, value: float) -> None:
+        self.require(0.0 <= value <= 1.0, key, f"{key} is {value}; a share lies between 0 and 1", "give 0 to 1")
+
+    def stage(self, name: str) -> None:
+        s, key = self.config.stages[name], f"stages.{name}"
+        self.positive(
+            key, "context_tokens", "rope_base", "tokens", "global_batch_tokens", "lr_peak", "micro_batch_rows",
+            "max_epochs",
+        )  # fmt: skip
+        self.require(
+            0 < s.lr_final <= s.lr_peak,
+            f"{key}.lr_final",
+            f"lr_final {s.lr_final} is not in (0, lr_peak]",
+            "lower it",
+        )
+        for part in (
+            "short",
+            "medium",
+            "long",
+            "core_share",
+            "long_qa_share",
+            "lr_constant_share",
+            "lr_warmup_share",
+        ):
+            self.share(f"{key}.{part}", getattr(s, part))
+        total = s.short + s.medium + s.long
+        self.require(abs(total - 1) < 1e-6, f"{key}.short", f"short + medium + long = {total:g}", "make them sum to 1")
+        self.require(
+            s.lr_warmup_share + s.lr_constant_share <= 1.0 or s.lr_constant_share == 1.0,
+            f"{key}.lr_constant_share",
+            "warm-up and constant share exceed the stage",
+            "lower one",
+        )
+        self.require(
+            all(w >= 0 for w in s.domains.values()) and (not s.domains or sum(s.domains.values()) > 0),
+            f"{key}.domains",
+            "domain weights must be non-negative and not all zero",
+            "correct the weights",
+        )
+        rows = self.config.seq_len(name)
+        self.require(
+            rows >= 16,
+            "curriculum.length_scale",
+            f"stage {name} would have rows of {rows} tokens",
+            "raise curriculum.length_scale",
+        )
+
+    def rest(self) -> None:
+        r, o, x = self.config.run, self.config.optim, self.config.sft
+        self.positive("run", "save_every_steps")
+        self.require(r.keep_last >= 2, "run.keep_last", f"keep_last is {r.keep_last}", "keep at least 2")
+        self.require(r.threads >= 0, "run.threads", "run.threads is negative", "0 chooses itself")
+        self.positive("optim", "eps")
+        self.require(o.grad_clip >= 0, "optim.grad_clip", "grad_clip is negative", "0 switches clipping off")
+        for key in ("beta1", "beta2"):
+            self.require(0 <= getattr(o, key) < 1, f"optim.{key}", f"{key} is outside [0, 1)", "for example 0.9")
+        self.positive("sft", "context_tokens", "epochs", "global_batch_tokens", "micro_batch_rows", "lr_peak")
+        self.require(
+            x.base_stage in STAGE_NAMES,
+            "sft.base_stage",
+            f"base_stage {x.base_stage!r} is not a stage",
+            f"one of {', '.join(STAGE_NAMES)}",
+        )
+        names = [source.name for source in self.config.data.sources]
+        for i, name in enumerate(names):
+            key = f"data.sources.{i}.name"
+            self.require(name not in names[:i], key, f"two sources are named {name!r}", "rename one")

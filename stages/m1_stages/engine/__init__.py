@@ -1,0 +1,1 @@
+"""One training process: start-up, loop, step, optimizer, signals, events."""

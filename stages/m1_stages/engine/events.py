@@ -1,0 +1,157 @@
+"""Everything a run reports. Rank 0 sends each event to its sinks; ``metrics.jsonl`` is the truth.
+
+One JSON object a line: ``{"event": "StepDone", "time": <unix seconds>, ...fields}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStarted:
+    """A process group is up and the model is built."""
+
+    command: str
+    run_dir: str
+    config_sha256: str
+    preset: str
+    device: str
+    precision: str
+    world_size: int
+    topology: dict[str, int]
+    parameters: int
+    active_parameters: int
+    versions: dict[str, str]
+    resumed_from: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStarted:
+    """A stage begins or continues; what it changes and what it takes over."""
+
+    stage: str
+    step: int
+    num_steps: int
+    seq_len: int
+    context_tokens: int
+    rope_base: float
+    global_batch_rows: int
+    tokens: int
+    lr_peak: float
+    lr_final: float
+    decay_policy: str
+    ramp_steps: int
+    slopes_old: list[list[float]]
+    slopes_new: list[list[float]]
+    mix: dict[str, Any]
+    takes_over: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepDone:
+    """One optimizer step."""
+
+    stage: str
+    step: int
+    global_step: int
+    tokens_seen: int
+    loss: float
+    aux_loss: float
+    grad_norm: float
+    layer_grad_norms: list[float]
+    lr: float
+    step_s: float
+    tokens_per_s: float
+    ramp_progress: float
+    trained_tokens: int
+    expert_load: list[list[float]] | None
+    """Share of tokens per expert, [layer][expert]; None on steps where it is not gathered."""
+    peak_gib: float
+    sample_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint was committed."""
+
+    path: str
+    stage: str
+    step: int
+    global_step: int
+    stage_final: bool
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointRejected:
+    """A checkpoint failed verification and was put aside."""
+
+    path: str
+    reason: str
+    quarantined_as: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveFailed:
+    """A periodic checkpoint could not be written; the previous one stands."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFinished:
+    """A stage's last step is done and its checkpoint committed."""
+
+    stage: str
+    steps: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    checkpoint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStopped:
+    """The process is about to leave."""
+
+    reason: str
+    exit_code: int
+
+
+Event = (
+    RunStarted
+    | StageStarted
+    | StepDone
+    | CheckpointSaved
+    | CheckpointRejected
+    | SaveFailed
+    | StageFinished
+    | RunStopped
+)
+Sink = Callable[[Event], None]
+
+
+class JsonLines:
+    """Sink that appends to ``metrics.jsonl``; every line is flushed, so a killed run keeps what it reported."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = path.open("ab")
+
+    def __call__(self, event: Event) -> None:
+        record = {"event": type(event).__name__, "time": time.time(), **dataclasses.asdict(event)}
+        self._file.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
