@@ -112,7 +112,7 @@ class StageConfig:
     short: Annotated[float, "token share of documents under 32K tokens (scaled by length_scale)"]
     medium: Annotated[float, "token share of documents of 32K to 128K tokens"]
     long: Annotated[float, "token share of documents over 128K tokens"]
-    lr_constant_share: Annotated[float, "share of the stage at lr_peak before the exponential decay"] = 1.0
+    lr_constant_share: Annotated[float, "share of the stage at lr_peak before the exponential decay"] = 0.0
     lr_warmup_share: Annotated[float, "share of the stage spent on linear warm-up"] = 0.0
     micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank"] = 1
     core_share: Annotated[float, "target share of STEM, code, book and reasoning tokens"] = 0.70

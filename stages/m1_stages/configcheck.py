@@ -156,7 +156,7 @@ class _Checker:
         total = s.short + s.medium + s.long
         self.require(abs(total - 1) < 1e-6, f"{key}.short", f"short + medium + long = {total:g}", "make them sum to 1")
         self.require(
-            s.lr_warmup_share + s.lr_constant_share <= 1.0 or s.lr_constant_share == 1.0,
+            s.lr_warmup_share + s.lr_constant_share <= 1.0,
             f"{key}.lr_constant_share",
             "warm-up and constant share exceed the stage",
             "lower one",
