@@ -183,6 +183,11 @@ class Config:
         """Tokens per row of ``stage`` after ``length_scale``."""
         return round(self.stages[stage].context_tokens * self.curriculum.length_scale)
 
+    @property
+    def sft_seq_len(self) -> int:
+        """Tokens per fine-tuning row after ``length_scale``."""
+        return round(self.sft.context_tokens * self.curriculum.length_scale)
+
     def global_batch_rows(self, stage: str) -> int:
         """Rows per optimizer step, at least 1."""
         return max(1, self.stages[stage].global_batch_tokens // self.seq_len(stage))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from m1_data.errors import ConfigError
-from m1_stages.config import STAGE_NAMES, Resolved, StageConfig
+from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.decay import Slopes, ramp, stage_slopes
+
+SFT = "sft"
 
 
 def stages_of(selection: str) -> list[str]:
@@ -28,61 +32,111 @@ def previous_stage(stage: str) -> str | None:
     return STAGE_NAMES[index - 1] if index else None
 
 
-def learning_rate(stage: StageConfig, step: int, num_steps: int) -> float:
-    """Learning rate of 0-based ``step``: linear warm-up, constant, then exponential decay to ``lr_final``.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LrSchedule:
+    """Linear warm-up, constant, then decay to ``final``; a pure function of the step, so resuming needs no state."""
 
-    The last step runs at ``lr_final`` unless warm-up and constant share leave no step for the decay.
-    """
-    warmup = round(stage.lr_warmup_share * num_steps)
-    if step < warmup:
-        return stage.lr_peak * (step + 1) / warmup
-    constant_end = warmup + round(stage.lr_constant_share * num_steps)
-    decay_steps = num_steps - 1 - constant_end
-    if step <= constant_end or decay_steps <= 0:
-        return stage.lr_peak
-    progress = min(1.0, (step - constant_end) / decay_steps)
-    return float(stage.lr_peak * (stage.lr_final / stage.lr_peak) ** progress)
+    peak: float
+    final: float
+    num_steps: int
+    warmup_share: float = 0.0
+    constant_share: float = 0.0
+    shape: Literal["exponential", "cosine"] = "exponential"
+
+    def at(self, step: int) -> float:
+        """Learning rate of 0-based ``step``; the last step runs at ``final`` unless no step is left for the decay."""
+        warmup = round(self.warmup_share * self.num_steps)
+        if step < warmup:
+            return self.peak * (step + 1) / warmup
+        constant_end = warmup + round(self.constant_share * self.num_steps)
+        decay_steps = self.num_steps - 1 - constant_end
+        if step <= constant_end or decay_steps <= 0:
+            return self.peak
+        progress = min(1.0, (step - constant_end) / decay_steps)
+        if self.shape == "cosine":
+            return self.final + (self.peak - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return float(self.peak * (self.final / self.peak) ** progress)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """What the loop needs to know of one stage; derived from the configuration alone."""
+    """What the training loop needs to know of one stage; derived from the configuration alone."""
 
     stage: str
-    config: StageConfig
+    starts_from: str | None
+    """Stage whose final checkpoint is taken over; None: random initial weights."""
+    context_tokens: int
     seq_len: int
+    rope_base: float
     global_batch_rows: int
+    micro_batch_rows: int
     num_steps: int
+    lr: LrSchedule
     ramp_steps: int
     """Steps over which the slopes move when nothing holds the ramp; 0 when they do not move."""
     slopes_old: Slopes
     slopes_new: Slopes
 
+    @property
+    def tokens(self) -> int:
+        """Tokens trained in the stage."""
+        return self.num_steps * self.global_batch_rows * self.seq_len
+
     def slopes_at(self, progress: float) -> Slopes:
         """Slopes at ramp ``progress`` in [0, 1]."""
         return ramp(self.slopes_old, self.slopes_new, progress)
 
-    def lr(self, step: int) -> float:
-        """Learning rate of 0-based ``step``."""
-        return learning_rate(self.config, step, self.num_steps)
-
 
 def plan_stage(resolved: Resolved, stage: str) -> StagePlan:
-    """Derive the plan of ``stage``: old slopes are what the previous stage ends with."""
+    """Derive the plan of ``stage``: its slopes start where the previous stage's end."""
     config = resolved.config
-    before = previous_stage(stage)
+    s, before, steps = config.stages[stage], previous_stage(stage), config.num_steps(stage)
     new = stage_slopes(resolved, stage)
     old = stage_slopes(resolved, before) if before else new
-    steps = config.num_steps(stage)
     return StagePlan(
         stage=stage,
-        config=config.stages[stage],
+        starts_from=before,
+        context_tokens=s.context_tokens,
         seq_len=config.seq_len(stage),
+        rope_base=s.rope_base,
         global_batch_rows=config.global_batch_rows(stage),
+        micro_batch_rows=s.micro_batch_rows,
         num_steps=steps,
+        lr=LrSchedule(
+            peak=s.lr_peak,
+            final=s.lr_final,
+            num_steps=steps,
+            warmup_share=s.lr_warmup_share,
+            constant_share=s.lr_constant_share,
+        ),
         ramp_steps=0 if old == new else max(1, round(config.curriculum.decay_ramp_share * steps)),
         slopes_old=old,
         slopes_new=new,
+    )
+
+
+def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
+    """Derive the plan of fine-tuning on ``num_rows`` packed rows: slopes and RoPE base stay the base stage's."""
+    config, x = resolved.config, resolved.config.sft
+    seq_len = config.sft_seq_len
+    rows = min(num_rows, max(1, x.global_batch_tokens // seq_len))
+    steps = max(1, round(num_rows * x.epochs / rows))
+    slopes = stage_slopes(resolved, x.base_stage)
+    return StagePlan(
+        stage=SFT,
+        starts_from=x.base_stage,
+        context_tokens=x.context_tokens,
+        seq_len=seq_len,
+        rope_base=config.stages[x.base_stage].rope_base,
+        global_batch_rows=rows,
+        micro_batch_rows=x.micro_batch_rows,
+        num_steps=steps,
+        lr=LrSchedule(
+            peak=x.lr_peak, final=x.lr_final, num_steps=steps, warmup_share=x.lr_warmup_share, shape="cosine"
+        ),
+        ramp_steps=0,
+        slopes_old=slopes,
+        slopes_new=slopes,
     )
 
 
