@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from m1_data.errors import ConfigError
 from m1_stages.config import CurriculumConfig, ModelConfig, Resolved
@@ -102,7 +103,7 @@ def _custom(resolved: Resolved, stage: str) -> Slopes:
         raise ConfigError(
             f"cannot read the custom decay table: {error}", where=where, fix=f"put valid JSON at {path}"
         ) from error
-    rows = table.get(stage) if isinstance(table, dict) else None
+    rows: Any = table.get(stage) if isinstance(table, dict) else None
     shape_ok = (
         isinstance(rows, list)
         and len(rows) == model.num_layers

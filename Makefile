@@ -1,0 +1,56 @@
+# Every target sets up what it needs. `make help` lists them.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= demo
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check format test test-gpu bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv and install m1 with the tested versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) with the versions in constraints.txt"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "m1 needs Python 3.11 or newer; run: make PYTHON=python3.11 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: setup ## the main job on a tiny model: text, five stages, fine-tuning, export, report
+	@echo "== the whole road on this machine's CPU; results go to $(DEMO)/"
+	$(BIN)/m1 demo --dir $(DEMO)
+
+check: setup ## format, lint, types and import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the sources in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup ## all tests that need no GPU
+	@echo "== running the tests (a few minutes; none needs a GPU or a network)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
+
+test-gpu: setup ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+bench: setup ## benchmarks on this machine; the figures of record are in docs/LOG.md
+	$(BIN)/python benchmarks/prepare_data.py
+	$(BIN)/python benchmarks/kernels_cpu.py
+
+docs: ## where to read
+	@echo "README.md  docs/adr/  docs/LOG.md  kernels/README.md"
+
+clean: ## remove the environment, caches and the demo
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
