@@ -1,0 +1,123 @@
+"""``m1 pretrain``: the stages of the curriculum, each from the last one's final checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from m1_data.errors import CheckpointError
+from m1_data.loader import PackedDataset
+from m1_data.manifest import Manifest, load_manifest
+from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.engine.events import Sink, StageStarted
+from m1_stages.engine.loop import Rows, train_stage
+from m1_stages.engine.session import Session, open_session, with_vocab
+from m1_stages.engine.state import TrainState
+
+
+def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: bool = False) -> None:
+    """Train ``stages`` in order; finished ones are passed over, an interrupted one is continued.
+
+    Args:
+        fresh: put existing checkpoints and metrics aside (renamed, not deleted) and start over.
+
+    Raises:
+        M1Error: no data, no checkpoint to start from, nothing usable among the checkpoints, numbers out of range,
+            or stopped on request after saving (``Preempted``).
+    """
+    data_dir = resolved.path(resolved.config.data.out)
+    manifest = load_manifest(data_dir)
+    resolved = with_vocab(resolved, manifest.vocab_size)
+    plans = [plan_stage(resolved, stage) for stage in stages]
+    with open_session(
+        resolved, sinks, vocab_size=manifest.vocab_size, rope_base=plans[0].rope_base, fresh=fresh
+    ) as session:
+        for plan in plans:
+            rows = stage_rows(resolved, plan, manifest)
+            state = start_stage(session, plan, rows)
+            if state.stage_step < plan.num_steps:
+                session.run.emit(started(resolved, plan, rows, state))
+                train_stage(session.run, plan, rows, state)
+
+
+def stage_rows(resolved: Resolved, plan: StagePlan, manifest: Manifest) -> PackedDataset:
+    """The packed rows of a stage, in an order fixed by seed and stage."""
+    config = resolved.config
+    return PackedDataset(
+        resolved.path(config.data.out),
+        config.mix(plan.stage),
+        config.mix(plan.starts_from) if plan.starts_from else None,
+        seed=config.run.seed,
+        seq_len=plan.seq_len,
+        num_rows=plan.num_steps * plan.global_batch_rows,
+    )
+
+
+def start_stage(session: Session, plan: StagePlan, rows: Rows) -> TrainState:
+    """Find where ``plan`` stands and load it: its own newest checkpoint, the last stage's final one, or nothing.
+
+    Raises:
+        CheckpointError: the stage before has no final checkpoint, or the data changed since the checkpoint.
+    """
+    committed = session.store.committed()
+    own = [c for c in committed if c.meta.stage == plan.stage]
+    before = [c for c in committed if c.meta.stage == plan.starts_from and c.meta.stage_final]
+    if plan.starts_from and not own and not before:
+        raise CheckpointError(
+            f"stage {plan.stage} starts from the final checkpoint of stage {plan.starts_from}, and there is none",
+            where=str(session.store.root),
+            fix=f"run first: m1 pretrain --stage {plan.starts_from}   (or --stage all)",
+        )
+    found = session.restore([*own, *before])
+    if found is None:
+        if any(c.meta.stage in STAGE_NAMES for c in committed):
+            raise CheckpointError(
+                f"there are checkpoints here, but none of stage {plan.stage}: random weights would not continue them",
+                where=str(session.store.root),
+                fix="use another run.dir, or start over with --fresh",
+            )
+        return TrainState(stage=plan.stage, data_fingerprint=rows.fingerprint, slopes=plan.slopes_at(0.0))
+    _, state = found
+    if state.stage != plan.stage:
+        return TrainState(
+            stage=plan.stage,
+            global_step=state.global_step,
+            tokens_seen=state.tokens_seen,
+            slopes=plan.slopes_at(0.0),
+            data_fingerprint=rows.fingerprint,
+        )
+    if state.stage_step < plan.num_steps and state.data_fingerprint != rows.fingerprint:
+        raise CheckpointError(
+            "the prepared data, the mix or the seed changed since this stage was interrupted: its order is another one",
+            where=f"stage {plan.stage}, step {state.stage_step}",
+            fix="restore the data and configuration, or start over with --fresh",
+        )
+    return state
+
+
+def started(resolved: Resolved, plan: StagePlan, rows: PackedDataset, state: TrainState) -> StageStarted:
+    """The event that says what a stage changes and what it takes over."""
+    if state.stage_step:
+        takes_over = f"continues at step {state.stage_step}: weights, optimizer, data position, decay ramp"
+    elif plan.starts_from and state.global_step:
+        takes_over = f"weights and optimizer of the final {plan.starts_from} checkpoint"
+    else:
+        takes_over = "nothing: random initial weights"
+    return StageStarted(
+        stage=plan.stage,
+        step=state.stage_step,
+        num_steps=plan.num_steps,
+        seq_len=plan.seq_len,
+        context_tokens=plan.context_tokens,
+        rope_base=plan.rope_base,
+        global_batch_rows=plan.global_batch_rows,
+        tokens=plan.tokens,
+        lr_peak=plan.lr.peak,
+        lr_final=plan.lr.final,
+        decay_policy=resolved.config.curriculum.decay,
+        ramp_steps=plan.ramp_steps,
+        slopes_old=plan.slopes_old,
+        slopes_new=plan.slopes_new,
+        mix=rows.mix_plan.as_dict(),
+        takes_over=takes_over,
+    )

@@ -1,0 +1,103 @@
+"""The configuration is refused before anything starts, naming file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from m1_data.errors import ConfigError
+from m1_stages.config import PRESETS, STAGE_NAMES
+from m1_stages.configload import load_config
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "m1.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves(tmp_path: Path, preset: str) -> None:
+    config = load_config(write(tmp_path, f'preset = "{preset}"')).config
+    assert tuple(config.stages) == STAGE_NAMES
+    lengths = [config.seq_len(stage) for stage in STAGE_NAMES]
+    assert [length // lengths[0] for length in lengths] == [1, 4, 8, 16, 32]
+    assert all(config.num_steps(stage) > 0 for stage in STAGE_NAMES)
+
+
+def test_published_numbers_of_the_released_curriculum(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, 'preset = "m1-456b"')).config
+    stages = config.stages
+    assert [stages[s].tokens for s in STAGE_NAMES] == [
+        7_500_000_000_000, 300_000_000_000, 64_000_000_000, 32_000_000_000, 26_000_000_000,
+    ]  # fmt: skip
+    assert {stages[s].rope_base for s in STAGE_NAMES} == {1e7}
+    assert (stages["1m"].short, stages["1m"].medium, stages["1m"].long) == (0.30, 0.30, 0.40)
+    assert config.model.residual_alpha == pytest.approx(3.5565588200778455, abs=0)
+
+
+def test_origins_name_file_line_preset_flag_and_default(tmp_path: Path) -> None:
+    path = write(tmp_path, 'preset = "tiny"\n\n[run]\nseed = 7\n')
+    origins = load_config(path, ["optim.grad_clip=0.5"]).origins
+    assert origins["run.seed"] == f"{path}:4"
+    assert origins["model.hidden_size"] == "preset tiny"
+    assert origins["stages.32k.rope_base"] == "recipe curriculum/released.toml"
+    assert origins["optim.grad_clip"] == "--set optim.grad_clip=0.5"
+    assert origins["run.keep_last"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "line", "fix"),
+    [
+        ('preset = "tiny"\n[model]\nhiden_size = 64', "unknown key model.hiden_size", 3, "did you mean hidden_size?"),
+        ('preset = "tiny"\n[optm]\nx = 1', "unknown key optm", 2, "did you mean optim?"),
+        ('preset = "tiny"\n[run]\n\nseed = "7"', "run.seed must be a whole number, not '7'", 4, "write seed = 7"),
+        ('preset = "tiny"\n[run]\nrecompute = 1', "run.recompute must be true or false, not 1", 3, "give true or false"),
+        ('preset = "tiny"\n[model]\nnum_heads = 12', "num_heads is 12, not a power of two", 3, "use 1, 2, 4"),
+        ('preset = "tiny"\n[stages.64k]\ntokens = 1', "unknown key stages.64k", 2, "did you mean 256k?"),
+        ('preset = "tiny"\n[stages.32k]\nlr_peak = inf', "stages.32k.lr_peak is inf; it must be finite", 3, ""),
+        ('preset = "tiny"\n[stages.1m]\nshort = 0.9', "short + medium + long = 1.6", 3, "make them sum to 1"),
+        ('preset = "tiny"\n[curriculum]\ndecay = "relaxed"', "curriculum.decay is 'relaxed'", 3, 'did you mean "relax"?'),
+        ('preset = "tiny"\n[parallel]\ncontext = 2', "context parallelism (2) is not available", 3, "set parallel.context"),
+        ('preset = "tiny"\nrun = 3', "run must be a table, not 3", 2, ""),
+        ('preset = "tiny"\n[[data.sources]]\nname = "a"\ndomain = "code"\nformat = "jsonl"\npth = "x"', "pth", 6, "path"),
+        ('preset = "tinny"', "preset is 'tinny'", 1, 'set preset = "tiny"'),
+        ('preset = "tiny"\nseed = = 3', "not valid TOML", 2, "correct that line"),
+    ],
+)  # fmt: skip
+def test_refusals(tmp_path: Path, text: str, what: str, line: int, fix: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert what in caught.value.what
+    assert caught.value.where.startswith(f"{path}:{line}")
+    assert fix in caught.value.fix
+    assert caught.value.exit_code == 2
+
+
+def test_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no configuration file") as caught:
+        load_config(tmp_path / "m1.toml")
+    assert "m1 init" in caught.value.fix
+
+
+@pytest.mark.parametrize("text", ["run.seed", "=3", "run..seed=3"])
+def test_malformed_override(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"key\.path=value"):
+        load_config(write(tmp_path, 'preset = "tiny"'), [text])
+
+
+def test_override_types_and_order(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, 'preset = "tiny"'), ["run.seed=1", "run.seed=2", "run.dir=elsewhere", "stages.32k.tokens=1e6"]
+    ).config
+    assert (config.run.seed, config.run.dir, config.stages["32k"].tokens) == (2, "elsewhere", 1_000_000)
+
+
+def test_hash_follows_values_not_their_spelling(tmp_path: Path) -> None:
+    path = write(tmp_path, 'preset = "tiny"\n[run]\nseed = 1_234')
+    same = load_config(path).sha256
+    path.write_text('preset = "tiny"')
+    assert load_config(path).sha256 == same
+    assert load_config(path, ["run.seed=2"]).sha256 != same
