@@ -1,0 +1,23 @@
+"""Rotary position embedding on the first channels of each head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def apply_rotary(x: Tensor, positions: Tensor, *, base: float, rotary_dim: int) -> Tensor:
+    """Rotate pairs (i, i + rotary_dim/2) of the first ``rotary_dim`` channels by ``position * base^(-2i/rotary_dim)``.
+
+    Args:
+        x: [..., T, H, D], any floating dtype; angles and rotation are fp32, the result has x's dtype.
+        positions: [T] integer position of each token in its document.
+        base: RoPE base.
+        rotary_dim: even, at most D; the remaining channels pass unchanged.
+    """
+    half = rotary_dim // 2
+    exponents = torch.arange(half, device=x.device, dtype=torch.float32) * (-2.0 / rotary_dim)
+    angles = positions.to(torch.float32)[:, None] * torch.pow(torch.tensor(base, device=x.device), exponents)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    first, second, rest = x.float().split([half, half, x.shape[-1] - rotary_dim], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
