@@ -1,0 +1,118 @@
+"""Start-up of the process group and of Megatron-Core's parallel state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from m1_data.errors import ConfigError
+from m1_stages.config import ParallelConfig
+from m1_stages.engine.device import Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """Sizes of all axes, and this process's place in them."""
+
+    world_size: int
+    rank: int
+    local_world: int
+    """Processes on this machine."""
+    tp_size: int
+    pp_size: int
+    cp_size: int
+    ep_size: int
+    etp_size: int
+    dp_size: int
+    dp_rank: int
+
+    def sizes(self) -> dict[str, int]:
+        """Axis sizes by short name, for checkpoints and logs."""
+        values = asdict(self)
+        return {name: values[f"{name}_size"] for name in ("world", "tp", "pp", "cp", "ep", "etp", "dp")}
+
+
+def local_rank() -> int:
+    """Index of this process on its machine, as torchrun or Slurm says; 0 alone."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def start(parallel: ParallelConfig, *, device: Device, seed: int, timeout_s: float = 600.0) -> Topology:
+    """Initialise ``torch.distributed`` (from RANK/WORLD_SIZE, or alone) and Megatron-Core's groups.
+
+    Raises:
+        ConfigError: the number of processes is not a multiple of what the parallel sizes need.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    for what, needed in (
+        ("tensor x pipeline x context", model_ranks),
+        ("expert x expert_tensor x pipeline", expert_ranks),
+    ):
+        if world % needed:
+            raise ConfigError(
+                f"{what} = {needed} does not divide the {world} processes of this run",
+                where="[parallel]",
+                fix=f"start a multiple of {needed} processes (parallel.processes = {needed}) or lower the sizes",
+            )
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if world == 1:
+        store = dist.HashStore()
+        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(device.backend, rank=rank, world_size=world, timeout=timeout)
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        world_size=world,
+        rank=rank,
+        local_world=int(os.environ.get("LOCAL_WORLD_SIZE", str(world))),
+        tp_size=parallel.tensor,
+        pp_size=parallel.pipeline,
+        cp_size=parallel.context,
+        ep_size=parallel.expert,
+        etp_size=parallel.expert_tensor,
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+    )
+
+
+def stop() -> None:
+    """Leave the groups; safe to call when they never came up."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def agree_max(value: bool) -> bool:
+    """True on every rank when it is true on any."""
+    if dist.get_world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flag = torch.tensor([int(value)], device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())

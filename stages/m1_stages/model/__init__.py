@@ -1,0 +1,23 @@
+"""The hybrid model on Megatron-Core.
+
+Importing this package imports no Megatron: call ``m1_stages.engine.device.use`` first, then ``build_model``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from m1_stages.model.count import ParameterCount, count_parameters
+
+if TYPE_CHECKING:
+    from m1_stages.model.hybrid import HybridModel
+
+__all__ = ["HybridModel", "ParameterCount", "build_model", "count_parameters"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("HybridModel", "build_model"):
+        from m1_stages.model import hybrid
+
+        return getattr(hybrid, name)
+    raise AttributeError(name)

@@ -1,0 +1,132 @@
+"""The two attention kinds of the hybrid, as Megatron self-attention modules.
+
+Shapes: T tokens of one packed micro-batch, H local heads, D head_dim; Megatron's layout is [T, 1, hidden].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from m1_kernels import apply_rotary, causal_attention, lightning_attention
+from m1_stages.config import ModelConfig
+from m1_stages.model.norms import HeadShardedRMSNorm
+from m1_stages.model.packing import Packing
+
+
+class _Attention(MegatronModule):
+    """What both kinds share: the input and output projections over sharded heads."""
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection, in_rows: int, heads_width: int
+    ) -> None:
+        super().__init__(config)
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        self._in_rows = in_rows
+        self._linear = dict(config=config, init_method=config.init_method, bias=False, tp_group=self.tp_group)
+        self.linear_out = RowParallelLinear(
+            heads_width, config.hidden_size, input_is_parallel=True, skip_bias_add=True, is_expert=False, **self._linear
+        )
+
+    def _input_projection(self) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            self.config.hidden_size, self._in_rows, gather_output=False, is_expert=False, **self._linear
+        )
+
+
+class LightningAttention(_Attention):
+    """SiLU on q, k, v; decayed linear attention; RMSNorm over all heads; sigmoid gate; output projection.
+
+    One fused projection with rows (head, {q, k, v, gate}, D). Source: MiniMax-01 section 2.2; transformers
+    ``modeling_minimax.py``, ``MiniMaxLightningAttention``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        model: ModelConfig,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        assert pg_collection is not None
+        width = model.num_heads * model.head_dim
+        super().__init__(config, pg_collection, 4 * width, width)
+        tp = self.tp_group.size()
+        self.layer_number, self.head_dim, self.num_heads = layer_number, model.head_dim, model.num_heads // tp
+        self.linear_in = self._input_projection()
+        self.norm = HeadShardedRMSNorm(config, width // tp, width, model.lightning_norm_eps, self.tp_group)
+        self.log_decay: Tensor | None = None
+
+    def set_slopes(self, slopes: list[float], device: torch.device) -> None:
+        """Take this rank's heads of ``slopes`` [all heads]; kept fp32 whatever the model's dtype."""
+        first = self.tp_group.rank() * self.num_heads
+        self.log_decay = -torch.tensor(slopes[first : first + self.num_heads], dtype=torch.float32, device=device)
+
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
+        """[T or T/tp, 1, hidden] to the same."""
+        if self.log_decay is None:
+            raise RuntimeError("set_slopes was not called")
+        projected, _bias = self.linear_in(hidden_states)
+        q, k, v, gate = projected.view(1, -1, self.num_heads, 4, self.head_dim).unbind(3)
+        out, _state = lightning_attention(
+            F.silu(q),
+            F.silu(k),
+            F.silu(v),
+            self.log_decay,
+            cu_seqlens=packed_seq_params.cu_seqlens,
+            doc_lengths=packed_seq_params.doc_lengths,
+        )
+        out = self.norm(out.reshape(out.shape[1], 1, -1))
+        out = out * torch.sigmoid(gate.reshape(out.shape))
+        return self.linear_out(out)[0], None
+
+
+class SoftmaxAttention(_Attention):
+    """Grouped-query causal attention with rotary positions that restart in every document.
+
+    Projection rows per key/value group: [its query heads | k | v].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        model: ModelConfig,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        assert pg_collection is not None
+        d = model.head_dim
+        super().__init__(config, pg_collection, (model.num_heads + 2 * model.num_kv_heads) * d, model.num_heads * d)
+        tp = self.tp_group.size()
+        self.layer_number, self.head_dim, self.rotary_dim = layer_number, d, model.rotary_dim
+        self.num_groups, self.group = model.num_kv_heads // tp, model.num_heads // model.num_kv_heads
+        self.linear_qkv = self._input_projection()
+        self.rope_base = 0.0
+
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
+        """[T or T/tp, 1, hidden] to the same."""
+        projected, _bias = self.linear_qkv(hidden_states)
+        grouped = projected.view(1, -1, self.num_groups, self.group + 2, self.head_dim)
+        q, k, v = grouped.split([self.group, 1, 1], dim=3)
+        assert packed_seq_params.positions is not None
+        assert packed_seq_params.cu_seqlens is not None
+        q, k = (
+            apply_rotary(x.flatten(2, 3), packed_seq_params.positions, base=self.rope_base, rotary_dim=self.rotary_dim)
+            for x in (q, k)
+        )
+        out = causal_attention(
+            q, k, v.flatten(2, 3), cu_seqlens=packed_seq_params.cu_seqlens, doc_lengths=packed_seq_params.doc_lengths
+        )
+        return self.linear_out(out.reshape(out.shape[1], 1, -1))[0], None
