@@ -1,0 +1,105 @@
+"""Text to token ids with a fast engine whose ids are proved equal to the tokenizers library in every run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m1_data.errors import DataError, EnvironmentProblem
+from m1_data.tokenizer import LoadedTokenizer
+
+VERIFY_CHARS = 4_000
+
+
+class Encoder:
+    """Encodes documents; control tokens written in a text stay text.
+
+    Raises:
+        EnvironmentProblem: the engine is not installed.
+        DataError: the engine cannot load this tokenizer.
+    """
+
+    def __init__(self, tokenizer: LoadedTokenizer, engine: str) -> None:
+        self.engine, self._tokenizer = engine, tokenizer
+        values = json.loads(tokenizer.json_text)
+        values["added_tokens"] = []
+        values["post_processor"] = None
+        self._plain_json = json.dumps(values)
+        self._reference: Any = None
+        try:
+            self._encode = {"gigatoken": self._gigatoken, "fastokens": self._fastokens, "tokenizers": self._hf}[engine]()
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"the encoding engine {engine} is not installed", fix=f"pip install {engine}, or set data.engine = tokenizers"
+            ) from error
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise DataError(
+                f"{engine} cannot load this tokenizer: {error}", fix='set data.engine = "tokenizers"'
+            ) from error
+
+    def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """All ids one after another, and the [documents + 1] offsets between documents."""
+        ids, offsets = self._encode(list(texts))
+        return ids, offsets
+
+    def verify(self, texts: Sequence[str]) -> int:
+        """Compare with the tokenizers library on the beginning of each text; returns how many ids were compared.
+
+        Raises:
+            DataError: an id differs.
+        """
+        if self.engine == "tokenizers":
+            return 0
+        heads = [text[:VERIFY_CHARS] for text in texts]
+        ids, offsets = self.encode(heads)
+        for n, expected in enumerate(self._hf()(heads, split=True)):
+            got = ids[offsets[n] : offsets[n + 1]]
+            if len(got) != len(expected) or (got != np.asarray(expected)).any():
+                raise DataError(
+                    f"{self.engine} and tokenizers disagree on a text that begins {heads[n][:60]!r}",
+                    fix='set data.engine = "tokenizers" (slower, and right), and report the text to the engine',
+                )
+        return int(offsets[-1])
+
+    def _gigatoken(self) -> Any:
+        from gigatoken import Tokenizer
+
+        engine = Tokenizer.from_json(self._plain_json)
+
+        def encode(texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+            layout = engine.encode_batch(texts).layout
+            offsets = np.asarray(layout.offsets, dtype=np.int64)
+            return np.asarray(layout.content.data), offsets
+
+        return encode
+
+    def _fastokens(self) -> Any:
+        from fastokens import Tokenizer
+
+        engine = Tokenizer.from_json_str(self._plain_json)
+        return lambda texts: _joined([encoding.ids for encoding in engine.encode_batch(texts, add_special_tokens=False)])
+
+    def _hf(self) -> Any:
+        if self._reference is None:
+            from tokenizers import Tokenizer
+
+            self._reference = Tokenizer.from_str(self._tokenizer.json_text)
+            self._reference.encode_special_tokens = True
+        reference = self._reference
+
+        def encode(texts: list[str], split: bool = False) -> Any:
+            lists = [e.ids for e in reference.encode_batch_fast(texts, add_special_tokens=False)]
+            return lists if split else _joined(lists)
+
+        return encode
+
+
+def _joined(lists: list[list[int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    offsets = np.zeros(len(lists) + 1, dtype=np.int64)
+    np.cumsum([len(ids) for ids in lists], out=offsets[1:])
+    joined = np.fromiter((i for ids in lists for i in ids), dtype=np.int64, count=int(offsets[-1]))
+    return joined, offsets

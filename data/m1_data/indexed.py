@@ -1,0 +1,119 @@
+"""Megatron's IndexedDataset files: ``.bin`` holds token ids back to back, ``.idx`` where each document starts.
+
+Layout of ``.idx``, little endian (``megatron/core/datasets/indexed_dataset.py``): ``MMIDIDX\\0\\0``, version u64 = 1, dtype
+code u8, sequence count u64, document count u64 (documents + 1), then int32 lengths, int64 byte pointers, int64 document
+indices. One sequence is one document here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from m1_data.errors import DataError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_CODES: dict[int, Any] = {4: np.int32, 8: np.uint16}
+_HEADER = struct.Struct("<9sQBQQ")
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The dtype Megatron chooses for a vocabulary."""
+    return np.uint16 if vocab_size < 65_500 else np.int32
+
+
+class IndexedWriter:
+    """Writes one shard; ``close`` makes it complete and returns its figures."""
+
+    def __init__(self, prefix: Path, vocab_size: int) -> None:
+        self.prefix, self.dtype = prefix, token_dtype(vocab_size)
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._bin = open(f"{prefix}.bin", "wb")  # noqa: SIM115 - lives as long as the writer
+        self._sha = hashlib.sha256()
+        self._lengths: list[int] = []
+
+    def add(self, ids: NDArray[Any]) -> None:
+        """Append one document; ``ids`` must fit the shard's dtype."""
+        data = ids.astype(self.dtype, copy=False).tobytes()
+        self._bin.write(data)
+        self._sha.update(data)
+        self._lengths.append(len(ids))
+
+    def close(self) -> dict[str, Any]:
+        """Write the index, flush both files to disk; returns documents, tokens, sizes and SHA-256 of both files."""
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        self._bin.close()
+        lengths = np.asarray(self._lengths, dtype=np.int32)
+        pointers = np.zeros(len(lengths), dtype=np.int64)
+        np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
+        index = b"".join(
+            [
+                _HEADER.pack(_MAGIC, 1, 8 if self.dtype is np.uint16 else 4, len(lengths), len(lengths) + 1),
+                lengths.tobytes(),
+                (pointers * np.dtype(self.dtype).itemsize).tobytes(),
+                np.arange(len(lengths) + 1, dtype=np.int64).tobytes(),
+            ]
+        )
+        with open(f"{self.prefix}.idx", "wb") as file:
+            file.write(index)
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            "documents": len(lengths),
+            "tokens": int(lengths.sum(dtype=np.int64)),
+            "bin_sha256": self._sha.hexdigest(),
+            "idx_sha256": hashlib.sha256(index).hexdigest(),
+        }
+
+
+class IndexedReader:
+    """Reads a shard through a memory map.
+
+    Raises:
+        DataError: a missing, truncated or foreign file.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        index = _read(Path(f"{prefix}.idx"))
+        if len(index) < _HEADER.size:
+            raise self._broken("the index is shorter than its header")
+        magic, version, code, sequences, _documents = _HEADER.unpack_from(index)
+        if magic != _MAGIC or version != 1 or code not in _CODES:
+            raise self._broken(f"not a Megatron index (magic {magic!r}, version {version}, dtype code {code})")
+        if len(index) != _HEADER.size + 20 * sequences + 8:
+            raise self._broken(f"the index has {len(index)} bytes, its {sequences} documents need another size")
+        self.dtype = np.dtype(_CODES[code])
+        self.lengths = np.frombuffer(index, np.int32, sequences, _HEADER.size)
+        self._starts = np.frombuffer(index, np.int64, sequences, _HEADER.size + 4 * sequences) // self.dtype.itemsize
+        size = os.path.getsize(f"{prefix}.bin") if os.path.exists(f"{prefix}.bin") else -1
+        if size != int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize:
+            raise self._broken(f"the token file has {size} bytes, the index tells another size")
+        self._ids = np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def get(self, document: int, start: int = 0, length: int | None = None) -> NDArray[np.int64]:
+        """Token ids ``[start, start + length)`` of a document, clipped at its end."""
+        size = int(self.lengths[document])
+        end = size if length is None else min(size, start + length)
+        first = int(self._starts[document])
+        return self._ids[first + start : first + end].astype(np.int64)
+
+    def _broken(self, what: str) -> DataError:
+        return DataError(what, where=str(self.prefix), fix="run m1 prepare-data again")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read a shard: {error}", where=str(path), fix="run m1 prepare-data again") from error

@@ -1,0 +1,116 @@
+"""Loading, training and storing the tokenizer; every problem is one clear error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m1_data.errors import DataError
+from m1_data.spec import TokenizerSpec
+
+EOD_NAMES = ("<end_of_document>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+CONTROL_TOKENS = (
+    "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>", "<pad>",
+)  # fmt: skip
+_EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTokenizer:
+    """A tokenizer as its JSON, with what preparation needs to know of it."""
+
+    json_text: str
+    vocab_size: int
+    """One more than the largest id."""
+    eod_id: int
+    eod_token: str
+    folder: Path | None
+    """Folder it came from, for its companion files."""
+
+
+def load_tokenizer(path: Path, eod_token: str) -> LoadedTokenizer:
+    """Read ``tokenizer.json`` (the file, or a Hugging Face folder that holds it).
+
+    Raises:
+        DataError: missing, not a tokenizer, or without a usable end-of-document token.
+    """
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    where, fix = str(file), "set tokenizer.path to a tokenizer.json or a Hugging Face tokenizer folder"
+    try:
+        text = file.read_text(encoding="utf-8")
+        tokenizer = Tokenizer.from_str(text)
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer: {error}", where=where, fix=fix) from error
+    except Exception as error:  # tokenizers raises plain Exception
+        raise DataError(f"not a tokenizer the tokenizers library can load: {error}", where=where, fix=fix) from error
+    name, eod_id = _find_eod(tokenizer, eod_token, where)
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return LoadedTokenizer(text, vocab_size, eod_id, name, file.parent)
+
+
+def _find_eod(tokenizer: Any, wanted: str, where: str) -> tuple[str, int]:
+    for name in (wanted,) if wanted else EOD_NAMES:
+        if (index := tokenizer.token_to_id(name)) is not None:
+            return name, int(index)
+    raise DataError(
+        f"the tokenizer has no token {wanted!r}" if wanted else "the tokenizer has no end-of-document token",
+        where=where,
+        fix=f"set tokenizer.eod_token to one it has (looked for {', '.join((wanted,) if wanted else EOD_NAMES)})",
+    )
+
+
+def train_tokenizer(texts: Iterator[str], spec: TokenizerSpec) -> LoadedTokenizer:
+    """Train a byte-level BPE; the same texts give the same tokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # One digit at a time keeps arithmetic regular; the rest is the usual byte-level split.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=spec.vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    name, eod_id = _find_eod(tokenizer, "", "trained tokenizer")
+    return LoadedTokenizer(tokenizer.to_str(), tokenizer.get_vocab_size(with_added_tokens=True), eod_id, name, None)
+
+
+_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def save_tokenizer(tokenizer: LoadedTokenizer, out: Path) -> None:
+    """Write a folder that transformers loads: the JSON as it is, and companion files (kept, or made)."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.json").write_text(tokenizer.json_text, encoding="utf-8")
+    for name in _EXTRA_FILES:
+        if tokenizer.folder and (tokenizer.folder / name).is_file():
+            shutil.copyfile(tokenizer.folder / name, out / name)
+    if not (out / "tokenizer_config.json").exists():
+        names = {token["content"] for token in json.loads(tokenizer.json_text)["added_tokens"]}
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<end_of_sentence>" if "<end_of_sentence>" in names else tokenizer.eod_token,
+        }
+        if "<beginning_of_sentence>" in names:
+            config["bos_token"] = "<beginning_of_sentence>"
+        config["pad_token"] = "<pad>" if "<pad>" in names else tokenizer.eod_token
+        (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
