@@ -78,6 +78,7 @@ def _install() -> None:
     _installed = True
     for name, answer in _CUDA_ANSWERS.items():
         setattr(torch.cuda, name, _counted(name, answer))
+    torch.cuda.Stream = _Stream  # type: ignore[misc,assignment]  # stays a class: others write it in annotations
     _RedirectCuda().__enter__()
     threading.Thread.run = _with_redirection(threading.Thread.run)  # type: ignore[method-assign]
     _patch_megatron()
@@ -94,15 +95,14 @@ def _counted(name: str, answer: Callable[..., Any]) -> Callable[..., Any]:
 class _Stream:
     """A stream or event on a CPU: everything is already in order."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _hits["torch.cuda.Stream"] += 1
+
     def wait_stream(self, stream: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
     def record_event(self, event: Any = None) -> Any:
         return event or self
-
-
-_THE_STREAM = _Stream()
 
 
 def _no_stream(stream: Any = None) -> AbstractContextManager[None]:
@@ -116,9 +116,8 @@ _CUDA_ANSWERS: dict[str, Callable[..., Any]] = {
     "get_rng_state": lambda device="cuda": torch.get_rng_state(),
     "set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
     "manual_seed": lambda seed: torch.random.default_generator.manual_seed(seed),
-    "Stream": _Stream,
     "stream": _no_stream,
-    "current_stream": lambda device=None: _THE_STREAM,
+    "current_stream": lambda device=None: _Stream(),
 }
 
 
