@@ -1,0 +1,116 @@
+"""Packing: nothing is lost, repeated or mixed, whatever the lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m1_data.mix import Cell
+from m1_data.packing import RowPlanner, best_fit, cut, permutation
+
+A, B = Cell("a", "code", "lt32k"), Cell("b", "stem", "lt32k")
+LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=60).filter(any)
+
+
+def planner(a: list[int], b: list[int], num_rows: int, seed: int = 3) -> RowPlanner:
+    lengths = {A: np.array(a), B: np.array(b)}
+    return RowPlanner(lengths, lambda _: {A: 0.5, B: 0.5}, seed=seed, seq_len=32, num_rows=num_rows)
+
+
+@given(count=st.integers(0, 300), seed=st.integers(0, 2**64 - 1))
+def test_permutation_visits_each_once(count: int, seed: int) -> None:
+    assert sorted(permutation(count, seed).tolist()) == list(range(count))
+
+
+@given(lengths=st.lists(st.integers(1, 32), max_size=200))
+def test_best_fit_never_overfills_and_is_best_fit_decreasing(lengths: list[int]) -> None:
+    rows, count = best_fit(np.array(lengths, dtype=np.int64), 32)
+    fill = np.bincount(rows, lengths, count) if lengths else np.zeros(0)
+    assert fill.max(initial=0) <= 32
+    assert len(set(rows.tolist())) == count
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fits = [i for i, space in enumerate(free) if space >= length]
+        if fits:
+            free[min(fits, key=lambda i: free[i])] -= length
+        else:
+            free.append(32 - length)
+    assert count == len(free)
+    assert sorted(32 - fill) == sorted(free)
+
+
+@given(lengths=LENGTHS)
+def test_cut_covers_every_document_once(lengths: list[int]) -> None:
+    pieces = cut(0, np.arange(len(lengths)), np.array(lengths), 32)
+    assert pieces.length.max() <= 32
+    seen = Counter(
+        (d, t)
+        for d, s, n in zip(pieces.document.tolist(), pieces.start.tolist(), pieces.length.tolist(), strict=True)
+        for t in range(s, s + n)
+    )
+    assert seen == Counter((d, t) for d, n in enumerate(lengths) for t in range(n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(a=LENGTHS, b=LENGTHS, num_rows=st.integers(1, 200))
+def test_every_epoch_holds_each_document_once(a: list[int], b: list[int], num_rows: int) -> None:
+    """Rows together with what was put off hold whole epochs and the beginning of one more."""
+    plan = planner(a, b, num_rows)
+    rows = [plan.row(i) for i in range(num_rows)]
+    assert all(r.length.sum() <= 32 and len(r) > 0 for r in rows)
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for row in rows:
+        seen.update(zip(row.cell.tolist(), row.document.tolist(), row.start.tolist(), strict=True))
+    rest = plan._carried
+    seen.update(zip(rest.cell.tolist(), rest.document.tolist(), rest.start.tolist(), strict=True))
+    for cell, lengths in enumerate((a, b)):
+        counts = [seen[cell, d, s] for d, n in enumerate(lengths) for s in range(0, n, 32)]
+        assert max(counts) - min(counts) <= 1
+        taken = plan._streams[cell].taken
+        whole = taken // sum(lengths)
+        assert min(counts) == whole
+        assert (
+            sum(
+                c * n
+                for c, n in ((seen[cell, d, s], min(32, n - s)) for d, n in enumerate(lengths) for s in range(0, n, 32))
+            )
+            == taken
+        )
+
+
+@settings(max_examples=25, deadline=None)
+@given(a=LENGTHS, b=LENGTHS, start=st.integers(0, 120))
+def test_a_fresh_planner_gives_the_same_row(a: list[int], b: list[int], start: int) -> None:
+    whole, resumed = planner(a, b, 121), planner(a, b, 121)
+    for i in range(start):
+        whole.row(i)
+    left, right = whole.row(start), resumed.row(start)
+    for name in ("cell", "document", "start", "length"):
+        assert getattr(left, name).tolist() == getattr(right, name).tolist()
+
+
+def test_shares_are_kept_and_seeds_differ() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, 5000)
+    plan = RowPlanner({A: lengths, B: lengths}, lambda _: {A: 0.8, B: 0.2}, seed=1, seq_len=32, num_rows=2000)
+    rows = [plan.row(i) for i in range(2000)]
+    share = sum(int(r.length[r.cell == 0].sum()) for r in rows) / sum(int(r.length.sum()) for r in rows)
+    assert share == pytest.approx(0.8, abs=0.01)
+    other = RowPlanner({A: lengths, B: lengths}, lambda _: {A: 0.8, B: 0.2}, seed=2, seq_len=32, num_rows=2000)
+    assert [r.document.tolist() for r in rows[:50]] != [other.row(i).document.tolist() for i in range(50)]
+
+
+@pytest.mark.parametrize(("seq_len", "limit"), [(8_192, 0.002), (32_768, 0.002), (131_072, 0.004)])
+def test_padding_share_on_realistic_lengths(seq_len: int, limit: float) -> None:
+    """Web-like lengths with a book-like tail; naive next-fit wastes 14 to 30 % here."""
+    rng = np.random.default_rng(5)
+    lengths = np.clip(np.concatenate([rng.lognormal(6.6, 1.3, 60_000), rng.lognormal(11.2, 0.6, 300)]), 8, 600_000)
+    lengths = lengths.astype(np.int64)
+    num_rows = int(lengths.sum() // seq_len)
+    plan = RowPlanner({A: lengths}, lambda _: {A: 1.0}, seed=1, seq_len=seq_len, num_rows=num_rows)
+    used = sum(int(plan.row(i).length.sum()) for i in range(num_rows))
+    assert 1 - used / (num_rows * seq_len) < limit
