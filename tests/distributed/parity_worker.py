@@ -119,6 +119,10 @@ def _mutate_before(mutation: str, model: torch.nn.Module) -> None:
         for name, param in model.named_parameters():
             if ".experts." in name:
                 param.allreduce = True
+    elif mutation == "sharded weights not marked":
+        for param in model.parameters():
+            if getattr(param, "partition_dim", -1) >= 0:
+                param.tensor_model_parallel = False
     elif mutation == "experts missing from the gradient norm":
         for name, param in model.named_parameters():
             if ".experts." in name:

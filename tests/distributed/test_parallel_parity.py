@@ -91,6 +91,7 @@ def test_layout_equals_one_process(name: str) -> None:
         ("TP2", "norm weight not sequence parallel"),
         ("TP2", "router weight not sequence parallel"),
         ("TP2", "expert gradients in the dense groups"),
+        ("TP2", "sharded weights not marked"),
         ("TP2 ETP2", "experts missing from the gradient norm"),
     ],
 )
