@@ -8,7 +8,7 @@ from m1_data.reader import Tally
 
 
 def clean(text: str, tally: Tally) -> str | None:
-    """Unix line ends, no byte-order mark, no NUL; None (and counted) when nothing but white space is left."""
+    """Unix line ends, no byte-order mark; None (and counted) when nothing but white space is left."""
     if text.startswith("\ufeff"):
         tally.noted["byte-order mark"] += 1
         text = text.lstrip("\ufeff")
@@ -16,8 +16,7 @@ def clean(text: str, tally: Tally) -> str | None:
         tally.noted["carriage returns"] += 1
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
-        tally.noted["NUL removed"] += 1
-        text = text.replace("\0", "")
+        tally.noted["NUL character kept"] += 1
     if not text or text.isspace():
         tally.rejected["empty"] += 1
         return None

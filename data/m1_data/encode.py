@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from m1_data.errors import DataError, EnvironmentProblem
 from m1_data.tokenizer import LoadedTokenizer
 
-VERIFY_CHARS = 4_000
+VERIFY_CHARS = 2_000
 
 
 class Encoder:
@@ -25,16 +25,14 @@ class Encoder:
 
     def __init__(self, tokenizer: LoadedTokenizer, engine: str) -> None:
         self.engine, self._tokenizer = engine, tokenizer
-        values = json.loads(tokenizer.json_text)
-        values["added_tokens"] = []
-        values["post_processor"] = None
-        self._plain_json = json.dumps(values)
-        self._reference: Any = None
         try:
-            self._encode = {"gigatoken": self._gigatoken, "fastokens": self._fastokens, "tokenizers": self._hf}[engine]()
+            self._encode = {"gigatoken": self._gigatoken, "fastokens": self._fastokens, "tokenizers": self._hf}[
+                engine
+            ]()
         except ImportError as error:
             raise EnvironmentProblem(
-                f"the encoding engine {engine} is not installed", fix=f"pip install {engine}, or set data.engine = tokenizers"
+                f"the encoding engine {engine} is not installed",
+                fix=f"pip install {engine}, or set data.engine = tokenizers",
             ) from error
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise DataError(
@@ -65,10 +63,13 @@ class Encoder:
                 )
         return int(offsets[-1])
 
+    def _without_control_tokens(self) -> bytes:
+        return orjson.dumps({**self._tokenizer.values, "added_tokens": [], "post_processor": None})
+
     def _gigatoken(self) -> Any:
         from gigatoken import Tokenizer
 
-        engine = Tokenizer.from_json(self._plain_json)
+        engine = Tokenizer.from_json(self._without_control_tokens())
 
         def encode(texts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
             layout = engine.encode_batch(texts).layout
@@ -80,16 +81,13 @@ class Encoder:
     def _fastokens(self) -> Any:
         from fastokens import Tokenizer
 
-        engine = Tokenizer.from_json_str(self._plain_json)
-        return lambda texts: _joined([encoding.ids for encoding in engine.encode_batch(texts, add_special_tokens=False)])
+        engine = Tokenizer.from_json_str(self._without_control_tokens().decode())
+        return lambda texts: _joined(
+            [encoding.ids for encoding in engine.encode_batch(texts, add_special_tokens=False)]
+        )
 
     def _hf(self) -> Any:
-        if self._reference is None:
-            from tokenizers import Tokenizer
-
-            self._reference = Tokenizer.from_str(self._tokenizer.json_text)
-            self._reference.encode_special_tokens = True
-        reference = self._reference
+        reference = self._tokenizer.reference
 
         def encode(texts: list[str], split: bool = False) -> Any:
             lists = [e.ids for e in reference.encode_batch_fast(texts, add_special_tokens=False)]

@@ -1,8 +1,8 @@
 """Megatron's IndexedDataset files: ``.bin`` holds token ids back to back, ``.idx`` where each document starts.
 
-Layout of ``.idx``, little endian (``megatron/core/datasets/indexed_dataset.py``): ``MMIDIDX\\0\\0``, version u64 = 1, dtype
-code u8, sequence count u64, document count u64 (documents + 1), then int32 lengths, int64 byte pointers, int64 document
-indices. One sequence is one document here.
+Layout of ``.idx``, little endian (``megatron/core/datasets/indexed_dataset.py``): ``MMIDIDX\\0\\0``, version u64 = 1,
+dtype code u8, sequence count u64, document count u64 (documents + 1), then int32 lengths, int64 byte pointers, int64
+document indices. One sequence is one document here.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 class IndexedWriter:
     """Writes one shard; ``close`` makes it complete and returns its figures."""
 
-    def __init__(self, prefix: Path, vocab_size: int) -> None:
+    def __init__(self, prefix: Path, vocab_size: int, eod_id: int) -> None:
         self.prefix, self.dtype = prefix, token_dtype(vocab_size)
+        self._eod = np.array([eod_id], dtype=self.dtype).tobytes()
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin = open(f"{prefix}.bin", "wb")  # noqa: SIM115 - lives as long as the writer
         self._sha = hashlib.sha256()
         self._lengths: list[int] = []
 
     def add(self, ids: NDArray[Any]) -> None:
-        """Append one document; ``ids`` must fit the shard's dtype."""
-        data = ids.astype(self.dtype, copy=False).tobytes()
+        """Append one document, end-of-document token after it; ``ids`` must fit the shard's dtype."""
+        data = ids.astype(self.dtype, copy=False).tobytes() + self._eod
         self._bin.write(data)
         self._sha.update(data)
-        self._lengths.append(len(ids))
+        self._lengths.append(len(ids) + 1)
 
     def close(self) -> dict[str, Any]:
         """Write the index, flush both files to disk; returns documents, tokens, sizes and SHA-256 of both files."""

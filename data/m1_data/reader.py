@@ -33,7 +33,9 @@ class Tally:
     @property
     def bad(self) -> int:
         """Records that are unusable, not merely empty or duplicated."""
-        return sum(count for reason, count in self.rejected.items() if reason not in ("empty", "duplicate", "blank line"))
+        return sum(
+            count for reason, count in self.rejected.items() if reason not in ("empty", "duplicate", "blank line")
+        )
 
 
 def source_files(source: SourceSpec, base_dir: Path) -> list[Path]:

@@ -72,7 +72,7 @@ class PrepareSpec:
         Literal["gigatoken", "fastokens", "tokenizers"],
         "encoder; its ids are proved on a sample of every run",
     ] = "gigatoken"
-    verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = 32
+    verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = 16
     max_bad_share: Annotated[float, "stop when more than this share of a source's records is unusable"] = 0.5
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from m1_data.errors import DataError
 from m1_data.spec import TokenizerSpec
 
@@ -23,7 +25,11 @@ _EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_templa
 class LoadedTokenizer:
     """A tokenizer as its JSON, with what preparation needs to know of it."""
 
-    json_text: str
+    json_bytes: bytes
+    values: dict[str, Any]
+    """The same, parsed."""
+    reference: Any
+    """The tokenizers library's object; control tokens in text stay text."""
     vocab_size: int
     """One more than the largest id."""
     eod_id: int
@@ -38,20 +44,29 @@ def load_tokenizer(path: Path, eod_token: str) -> LoadedTokenizer:
     Raises:
         DataError: missing, not a tokenizer, or without a usable end-of-document token.
     """
-    from tokenizers import Tokenizer
-
     file = path / "tokenizer.json" if path.is_dir() else path
     where, fix = str(file), "set tokenizer.path to a tokenizer.json or a Hugging Face tokenizer folder"
     try:
-        text = file.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
+        return _loaded(file.read_bytes(), eod_token, where, file.parent)
     except OSError as error:
         raise DataError(f"cannot read the tokenizer: {error}", where=where, fix=fix) from error
+    except DataError:
+        raise
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"not a tokenizer the tokenizers library can load: {error}", where=where, fix=fix) from error
-    name, eod_id = _find_eod(tokenizer, eod_token, where)
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    return LoadedTokenizer(text, vocab_size, eod_id, name, file.parent)
+
+
+def _loaded(data: bytes, eod_token: str, where: str, folder: Path | None) -> LoadedTokenizer:
+    from tokenizers import Tokenizer
+
+    reference = Tokenizer.from_buffer(data)
+    reference.encode_special_tokens = True
+    values = orjson.loads(data)
+    vocab: Any = values["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    ids += [token["id"] for token in values["added_tokens"]]
+    name, eod_id = _find_eod(reference, eod_token, where)
+    return LoadedTokenizer(data, values, reference, max(ids) + 1, eod_id, name, folder)
 
 
 def _find_eod(tokenizer: Any, wanted: str, where: str) -> tuple[str, int]:
@@ -85,8 +100,7 @@ def train_tokenizer(texts: Iterator[str], spec: TokenizerSpec) -> LoadedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    name, eod_id = _find_eod(tokenizer, "", "trained tokenizer")
-    return LoadedTokenizer(tokenizer.to_str(), tokenizer.get_vocab_size(with_added_tokens=True), eod_id, name, None)
+    return _loaded(tokenizer.to_str().encode(), "", "trained tokenizer", None)
 
 
 _SPLIT = (
@@ -99,12 +113,12 @@ _SPLIT = (
 def save_tokenizer(tokenizer: LoadedTokenizer, out: Path) -> None:
     """Write a folder that transformers loads: the JSON as it is, and companion files (kept, or made)."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer.json").write_text(tokenizer.json_text, encoding="utf-8")
+    (out / "tokenizer.json").write_bytes(tokenizer.json_bytes)
     for name in _EXTRA_FILES:
         if tokenizer.folder and (tokenizer.folder / name).is_file():
             shutil.copyfile(tokenizer.folder / name, out / name)
     if not (out / "tokenizer_config.json").exists():
-        names = {token["content"] for token in json.loads(tokenizer.json_text)["added_tokens"]}
+        names = {token["content"] for token in tokenizer.values["added_tokens"]}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,

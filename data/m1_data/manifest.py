@@ -1,0 +1,129 @@
+"""``manifest.json``: what a prepared data folder holds and where it came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from m1_data.errors import DataError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardEntry:
+    """One IndexedDataset: the documents of one source and length bucket."""
+
+    source: str
+    domain: str
+    bucket: str
+    prefix: str
+    """Relative to the data folder, without ``.bin``/``.idx``."""
+    documents: int
+    tokens: int
+    """End-of-document tokens included."""
+    bin_sha256: str
+    idx_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceEntry:
+    """What became of one source's records."""
+
+    name: str
+    domain: str
+    files: tuple[str, ...]
+    records: int
+    documents: int
+    utf8_bytes: int
+    """Of the kept documents after cleaning."""
+    tokens: int
+    """End-of-document tokens not counted."""
+    longest_tokens: int
+    rejected: dict[str, int]
+    """Records that gave no document, by reason; ``duplicate`` among them."""
+    noted: dict[str, int]
+    verified_ids: int
+    """Ids compared with the tokenizers library."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A prepared data folder."""
+
+    fingerprint: str
+    """SHA-256 of everything that determines the output: specification and input files."""
+    engine: str
+    vocab_size: int
+    eod_id: int
+    eod_token: str
+    tokenizer_sha256: str
+    length_scale: float
+    bucket_edges_tokens: tuple[int, ...]
+    sources: tuple[SourceEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    tokens_by_domain: dict[str, int]
+    tokens_by_bucket: dict[str, int]
+    documents_by_bucket: dict[str, int]
+    core_share: float
+    """Share of STEM, code, book and reasoning in all tokens at hand."""
+    mixes: dict[str, Any]
+    """Per stage: wanted and reached shares, and why a target is missed."""
+    schema: int = SCHEMA
+
+    @property
+    def content_hash(self) -> str:
+        """Changes whenever a token or the tokenizer changes."""
+        parts = [self.tokenizer_sha256, *(f"{s.prefix}:{s.bin_sha256}" for s in self.shards)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The file's text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def load_manifest(data_dir: Path, *, verify_hashes: bool = False) -> Manifest:
+    """Read the manifest of ``data_dir``.
+
+    Raises:
+        DataError: no prepared data there, a manifest of another version, or (with ``verify_hashes``) a changed shard.
+    """
+    path = data_dir / MANIFEST
+    if not path.is_file():
+        raise DataError(f"there is no prepared data in {data_dir}", where=str(path), fix="run: m1 prepare-data")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("schema") != SCHEMA:
+            raise DataError(
+                f"the manifest has schema {values.get('schema')}, this version reads {SCHEMA}",
+                where=str(path),
+                fix="run m1 prepare-data again",
+            )
+        values["sources"] = tuple(SourceEntry(**{**s, "files": tuple(s["files"])}) for s in values["sources"])
+        values["shards"] = tuple(ShardEntry(**s) for s in values["shards"])
+        values["bucket_edges_tokens"] = tuple(values["bucket_edges_tokens"])
+        manifest = Manifest(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"the manifest is damaged: {error}", where=str(path), fix="run m1 prepare-data again"
+        ) from error
+    if verify_hashes:
+        for shard in manifest.shards:
+            for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
+                _verify(data_dir / f"{shard.prefix}{suffix}", expected)
+    return manifest
+
+
+def _verify(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read a shard: {error}", where=str(path), fix="run m1 prepare-data again") from error
+    if digest != expected:
+        raise DataError("the shard is not the one that was written", where=str(path), fix="run m1 prepare-data again")
