@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from m1_data.errors import DataError
+from m1_data.indexed import IndexedReader
+from m1_data.manifest import load_manifest
 from m1_data.mix import Cell
 
 
@@ -39,4 +42,27 @@ class Store:
 
 
 def open_store(data_dir: Path) -> Store:
-    raise NotImplementedError
+    """Open the shards of a folder written by ``m1 prepare-data``.
+
+    Raises:
+        DataError: no prepared data there, or a shard that is missing, truncated or not what the manifest says.
+    """
+    manifest = load_manifest(data_dir)
+    readers: dict[Cell, Reader] = {}
+    for shard in manifest.shards:
+        reader = IndexedReader(data_dir / shard.prefix)
+        tokens = int(reader.lengths.sum(dtype=np.int64))
+        if (len(reader), tokens) != (shard.documents, shard.tokens):
+            raise DataError(
+                f"the shard has {len(reader)} documents and {tokens} tokens, the manifest tells "
+                f"{shard.documents} and {shard.tokens}",
+                where=str(reader.prefix),
+                fix="run m1 prepare-data again",
+            )
+        readers[Cell(shard.source, shard.domain, shard.bucket)] = reader
+    return Store(
+        readers=readers,
+        vocab_size=manifest.vocab_size,
+        eod_id=manifest.eod_id,
+        content_hash=manifest.content_hash,
+    )

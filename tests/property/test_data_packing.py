@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1_data.mix import Cell
-from m1_data.packing import RowPlanner, best_fit, cut, permutation
+from m1_data.packing import CellStream, RowPlanner, best_fit, cut, permutation
 
 A, B = Cell("a", "code", "lt32k"), Cell("b", "stem", "lt32k")
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=60).filter(any)
@@ -21,11 +21,13 @@ def planner(a: list[int], b: list[int], num_rows: int, seed: int = 3) -> RowPlan
     return RowPlanner(lengths, lambda _: {A: 0.5, B: 0.5}, seed=seed, seq_len=32, num_rows=num_rows)
 
 
+@settings(deadline=None)
 @given(count=st.integers(0, 300), seed=st.integers(0, 2**64 - 1))
 def test_permutation_visits_each_once(count: int, seed: int) -> None:
     assert sorted(permutation(count, seed).tolist()) == list(range(count))
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 32), max_size=200))
 def test_best_fit_never_overfills_and_is_best_fit_decreasing(lengths: list[int]) -> None:
     rows, count = best_fit(np.array(lengths, dtype=np.int64), 32)
@@ -43,6 +45,7 @@ def test_best_fit_never_overfills_and_is_best_fit_decreasing(lengths: list[int])
     assert sorted(32 - fill) == sorted(free)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_cut_covers_every_document_once(lengths: list[int]) -> None:
     pieces = cut(0, np.arange(len(lengths)), np.array(lengths), 32)
@@ -80,6 +83,27 @@ def test_every_epoch_holds_each_document_once(a: list[int], b: list[int], num_ro
             )
             == taken
         )
+
+
+@settings(deadline=None)
+@given(lengths=LENGTHS, steps=st.lists(st.integers(0, 300), max_size=12))
+def test_a_stream_hands_out_no_document_more_than_asked(lengths: list[int], steps: list[int]) -> None:
+    stream = CellStream(0, np.array(lengths), seed=1)
+    wanted = handed = 0
+    for step in steps:
+        wanted += step
+        pieces = stream.take(wanted, 32)
+        handed += int(pieces.length.sum())
+        assert handed == stream.taken >= wanted
+        if len(pieces):
+            assert stream.taken - lengths[pieces.document[-1]] < wanted
+
+
+def test_every_epoch_has_its_own_order() -> None:
+    stream = CellStream(0, np.full(50, 10), seed=1)
+    first, second = (stream.take(upto, 32).document.tolist() for upto in (500, 1000))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
 
 
 @settings(max_examples=25, deadline=None)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from m1_data.errors import DataError
+from m1_data.indexed import IndexedWriter
 from m1_data.loader import PackedDataset, batch_rows
+from m1_data.manifest import Manifest, ShardEntry
 from m1_data.mix import Cell
 from m1_data.spec import StageMix
 from m1_data.store import Store
@@ -137,3 +140,41 @@ def test_source_weights_move_from_the_previous_stage() -> None:
     assert code_share(0, 100) == pytest.approx(0.9, abs=0.03)
     assert code_share(900, 1100) == pytest.approx(0.5, abs=0.04)
     assert code_share(1900, 2000) == pytest.approx(0.1, abs=0.06)
+
+
+def test_prepared_folder_gives_the_rows_of_its_documents_and_damage_is_refused(tmp_path: Path) -> None:
+    docs = documents(50, 0)
+    writer = IndexedWriter(tmp_path / "web" / "lt32k", VOCAB)
+    for doc in docs:
+        writer.add(np.array(doc))
+    shard = ShardEntry(source="web", domain="general", bucket="lt32k", prefix="web/lt32k", **writer.close())
+    manifest = Manifest(
+        fingerprint="f",
+        engine="tokenizers",
+        vocab_size=VOCAB,
+        eod_id=EOD,
+        eod_token="<eod>",
+        tokenizer_sha256="t",
+        length_scale=1.0,
+        bucket_edges_tokens=(32_768,),
+        sources=(),
+        shards=(shard,),
+        tokens_by_domain={},
+        tokens_by_bucket={},
+        documents_by_bucket={},
+        core_share=0.0,
+        mixes={},
+    )
+    with pytest.raises(DataError, match="no prepared data"):
+        PackedDataset(tmp_path, MIX, None, seed=1, seq_len=64, num_rows=20)
+    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    data = PackedDataset(tmp_path, MIX, None, seed=1, seq_len=64, num_rows=20)
+    in_memory = dataset(docs, num_rows=20)
+    assert [data.batch([i]).tokens.tolist() for i in range(20)] == [
+        in_memory.batch([i]).tokens.tolist() for i in range(20)
+    ]
+    tokens = tmp_path / "web" / "lt32k.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(DataError, match="token file has") as caught:
+        PackedDataset(tmp_path, MIX, None, seed=1, seq_len=64, num_rows=20)
+    assert "web/lt32k" in caught.value.where

@@ -222,6 +222,10 @@ def test_epochs_hold_every_conversation_once_with_labels_shifted_once(folder: Pa
     assert len(texts[0]) == 60
     assert texts[0] == texts[1]
     assert [s.tokens.tolist() for s in epochs[0]] != [s.tokens.tolist() for s in epochs[1]]
+    mates = [
+        {frozenset(s.tokens.tobytes() for s in data.row(e * len(data) + i)) for i in range(len(data))} for e in (0, 1)
+    ]
+    assert mates[0] != mates[1]
     for s in epochs[0]:
         assert s.labels[:-1].tolist() == s.tokens[1:].tolist()
         assert not s.trained[-1]
