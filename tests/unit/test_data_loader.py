@@ -144,9 +144,9 @@ def test_source_weights_move_from_the_previous_stage() -> None:
 
 def test_prepared_folder_gives_the_rows_of_its_documents_and_damage_is_refused(tmp_path: Path) -> None:
     docs = documents(50, 0)
-    writer = IndexedWriter(tmp_path / "web" / "lt32k", VOCAB)
+    writer = IndexedWriter(tmp_path / "web" / "lt32k", VOCAB, EOD)
     for doc in docs:
-        writer.add(np.array(doc))
+        writer.add(np.array(doc[:-1]))
     shard = ShardEntry(source="web", domain="general", bucket="lt32k", prefix="web/lt32k", **writer.close())
     manifest = Manifest(
         fingerprint="f",
