@@ -71,6 +71,7 @@ def read_source(source: SourceSpec, base_dir: Path, tally: Tally) -> Iterator[st
         DataError: a missing, cut, damaged or foreign file.
     """
     files = source_files(source, base_dir)
+    texts: Iterator[str]
     if source.format == "jsonl":
         texts = (text for path in files for text in _read_jsonl(path, source.text_field, tally))
     elif source.format == "parquet":

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from m1_data.errors import CheckpointError, ConfigError, M1Error
-from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
-from m1_stages.checkpoint.store import Committed
+from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
 from m1_stages.config import Resolved
 from m1_stages.engine import device as device_module
 from m1_stages.engine import parallel
@@ -61,7 +60,7 @@ class Session:
             decay={"policy": self.resolved.config.curriculum.decay, "slopes": state.slopes},
             extra={"tokens_seen": state.tokens_seen, "model": self.model_shape()},
         )
-        return str(self.store.save(state.global_step, self.sharded_state(state, is_loading=False), meta))
+        return str(self.store.save(self.sharded_state(state, is_loading=False), meta))
 
     def model_shape(self) -> dict[str, Any]:
         """The resolved model section: a checkpoint of another shape is refused by name, not by a shape error."""
@@ -102,8 +101,8 @@ def open_session(
 ) -> Iterator[Session]:
     """Start the process group, build model and optimizer, catch signals; report how it ended."""
     config = resolved.config
-    device = device_module.use(config.run.device)
-    topology = parallel.start(config.parallel, seed=config.run.seed)
+    device = device_module.use(config.run.device, local_rank=parallel.local_rank())
+    topology = parallel.start(config.parallel, device=device, seed=config.run.seed)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // topology.local_world))
     from m1_stages.engine.optimizer import build_optimizer
     from m1_stages.engine.step import wrap_ddp

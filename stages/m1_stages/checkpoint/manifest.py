@@ -1,0 +1,79 @@
+"""What a committed checkpoint says about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from m1_data.errors import CheckpointError
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointMeta:
+    """Where a run stood when it was saved."""
+
+    stage: str
+    stage_step: int
+    global_step: int
+    stage_final: bool
+    config_sha256: str
+    data_fingerprint: str
+    topology: dict[str, int]
+    decay: dict[str, Any]
+    """Policy and the slopes of the last step."""
+    parent: str = ""
+    """Name of the checkpoint before this one."""
+    versions: dict[str, str] = field(
+        default_factory=lambda: {n: version(n) for n in ("m1cli", "torch", "megatron-core")}
+    )
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A checkpoint directory with a valid manifest; its files are not verified yet."""
+
+    path: Path
+    meta: CheckpointMeta
+    files: dict[str, tuple[int, str]]
+    """Relative path to size and SHA-256."""
+    sha256: str
+    """Hash of the manifest; names the checkpoint's content."""
+
+
+def manifest_text(meta: CheckpointMeta, files: dict[str, tuple[int, str]]) -> str:
+    """The manifest with its own hash."""
+    body = {"format": FORMAT, "meta": dataclasses.asdict(meta), "files": {k: list(v) for k, v in sorted(files.items())}}
+    return json.dumps({**body, "sha256": _hash(body)}, indent=1) + "\n"
+
+
+def read_manifest(directory: Path) -> Committed:
+    """Read and check the manifest of ``directory``.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
+    path = directory / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        body = {key: values[key] for key in ("format", "meta", "files")}
+        if values["sha256"] != _hash(body):
+            raise ValueError("its own hash does not match")
+        if body["format"] != FORMAT:
+            raise ValueError(f"format {body['format']}, this version reads {FORMAT}")
+        files = {name: (int(size), str(sha)) for name, (size, sha) in body["files"].items()}
+        return Committed(directory, CheckpointMeta(**body["meta"]), files, values["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint manifest is missing or damaged: {error}", where=str(path)) from error
+
+
+def _hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
