@@ -239,12 +239,14 @@ def _from_rank_0(value: Any) -> Any:
 
 def _together(action: Callable[[], Any]) -> None:
     """Run ``action`` on every rank; when it fails on any, fail on all with the first rank's reason."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     failure = ""
     try:
         action()
     except CheckpointError as error:
         failure = error.what
-    except Exception as error:  # whatever a rank met, no other rank may go on
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; no other rank may go on
         failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
         cause: BaseException | None = error
         while cause is not None:

@@ -23,8 +23,11 @@ def save_in_process(sharded_state_dict: dict[str, Any], directory: Path) -> None
         def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
             filesystem_async._results_queue = queue.Queue()
             request = self.async_save(sharded_state_dict, checkpoint_dir)
-            write = partial(_write, filesystem_async.FileSystemWriterAsync.write_preloaded_data)
-            request._replace(async_fn=write if request.async_fn else None).execute_sync()
+            if request.async_fn:
+                transforms = request.async_fn.args[0]
+                write = partial(filesystem_async.FileSystemWriterAsync.write_preloaded_data, transforms)
+                request = request._replace(async_fn=partial(_write, write))
+            request.execute_sync()
 
     dist_checkpointing.save(
         sharded_state_dict, str(directory), sharded_strategy=InProcess("torch_dist", 1, thread_count=1)
@@ -37,7 +40,7 @@ def _write(write_bucket: Any, rank: int, buckets: list[Any], results: queue.Queu
     pending: queue.Queue[int] = queue.Queue()
     for index, bucket in enumerate(buckets):
         pending.put(index)
-        write_bucket([], index, bucket, done, pending, use_fsync=True)
+        write_bucket(index, bucket, done, pending, use_fsync=True)
     written: dict[int, Any] = {}
     for _ in buckets:
         index, outcome = done.get_nowait()

@@ -23,7 +23,7 @@ from m1_stages.engine.events import CheckpointRejected, Event, JsonLines, RunSta
 from m1_stages.engine.loop import Run
 from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
-from m1_stages.model import build_model, count_parameters
+from m1_stages.model import count_parameters
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -106,6 +106,7 @@ def open_session(
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // topology.local_world))
     from m1_stages.engine.optimizer import build_optimizer
     from m1_stages.engine.step import wrap_ddp
+    from m1_stages.model import build_model
 
     run_dir = resolved.run_dir
     if topology.rank == 0:
