@@ -1,0 +1,1 @@
+"""To and from the tensor names and configuration of the released models."""

@@ -1,0 +1,183 @@
+"""The files of an export besides weights: ``config.json``, decay buffers, model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m1_data.errors import DataError
+from m1_stages.config import ModelConfig
+from m1_stages.decay import Slopes
+
+BLOCK = 256
+"""transformers' block of the lightning prefill; the saved decay buffers have this length."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lineage:
+    """Where exported weights come from; goes into the model card."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    stages: tuple[str, ...]
+    tokens_seen: int
+    global_step: int
+    decay_policy: str
+    config_sha256: str = ""
+    data_fingerprint: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Ids the configuration names."""
+
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+    @classmethod
+    def of(cls, tokenizer_dir: Path) -> SpecialTokens:
+        """Look them up in a tokenizer folder.
+
+        Raises:
+            DataError: no tokenizer there.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            names = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(
+                f"cannot read the tokenizer: {error}", where=str(tokenizer_dir), fix="run: m1 prepare-data"
+            ) from error
+
+        def token_id(key: str) -> int | None:
+            value = names.get(key)
+            text = value.get("content") if isinstance(value, dict) else value
+            return tokenizer.token_to_id(text) if text else None
+
+        return cls(token_id("bos_token"), token_id("eos_token"), token_id("pad_token"))
+
+
+def released_config(
+    model: ModelConfig, *, rope_base: float, max_positions: int, dtype: str, special: SpecialTokens
+) -> dict[str, Any]:
+    """``config.json``: transformers' keys, and those the released code and vLLM read under other names.
+
+    Without ``postnorm`` vLLM and the released code compute another residual rule; without ``head_dim`` and
+    ``sliding_window`` vLLM does not start. transformers rotates all channels whatever ``rotary_dim`` says, so a partial
+    rotation is expressed as its "proportional" type over permuted rows (``names.proportional_rows``).
+    """
+    alpha, beta = model.residual_alpha, model.beta
+    softmax = [model.is_softmax(layer) for layer in range(model.num_layers)]
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_base}
+    if model.rotary_dim != model.head_dim:
+        rope = {
+            "rope_type": "proportional",
+            "rope_theta": rope_base ** (model.head_dim / model.rotary_dim),
+            "partial_rotary_factor": model.rotary_dim / model.head_dim,
+        }
+    return {
+        "architectures": ["MiniMaxForCausalLM"],
+        "model_type": "minimax",
+        "dtype": _NAMES[dtype],
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.expert_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_positions,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_eps,
+        "use_cache": True,
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "pad_token_id": special.pad,
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "num_local_experts": model.num_experts,
+        "num_experts_per_tok": model.experts_per_token,
+        "output_router_logits": False,
+        "router_aux_loss_coef": model.aux_loss_coef,
+        "router_jitter_noise": 0.0,
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rotary_dim": model.rotary_dim,
+        "layer_types": ["full_attention" if s else "linear_attention" for s in softmax],
+        "attn_type_list": [int(s) for s in softmax],
+        "block_size": BLOCK,
+        "postnorm": True,
+        "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid",
+        **{f"{kind}_alpha_factor": alpha for kind in ("full_attn", "linear_attn", "mlp")},
+        **{f"{kind}_beta_factor": beta for kind in ("full_attn", "linear_attn", "mlp")},
+        **{f"layernorm_{kind}_alpha": alpha for kind in ("full_attention", "linear_attention", "mlp")},
+        **{f"layernorm_{kind}_beta": beta for kind in ("full_attention", "linear_attention", "mlp")},
+    }
+
+
+def decay_buffers(model: ModelConfig, slopes: Slopes) -> Iterator[tuple[str, Tensor]]:
+    """The four fp32 buffers of every lightning layer, as transformers' ``decay_factors`` shapes them.
+
+    All four are needed: its prefill reads the three decays, its cached decoding reads ``slope_rate``.
+    """
+    steps = torch.arange(1, BLOCK + 1, dtype=torch.float64)
+    distance = steps[:, None] - steps[None, :]
+    for layer in range(model.num_layers):
+        if model.is_softmax(layer):
+            continue
+        rate = torch.tensor(slopes[layer], dtype=torch.float32).double()[:, None, None]
+        buffers = {
+            "slope_rate": rate,
+            "query_decay": torch.exp(-rate * steps[:, None]),
+            "key_decay": torch.exp(-rate * (BLOCK - steps[:, None])),
+            "diagonal_decay": torch.exp(-rate * distance.clamp(min=0)).tril()[None],
+        }
+        for name, value in buffers.items():
+            yield f"model.layers.{layer}.self_attn.{name}", value.float()
+
+
+def model_card(model: ModelConfig, lineage: Lineage, notes: tuple[str, ...], *, dtype: str, max_positions: int) -> str:
+    """``README.md`` of the export."""
+    versions = ", ".join(f"{name} {number}" for name, number in lineage.versions.items()) or "not recorded"
+    softmax = sum(model.is_softmax(layer) for layer in range(model.num_layers))
+    rows = {
+        "Layers": f"{model.num_layers - softmax} lightning attention, {softmax} softmax attention",
+        "Width, heads": f"{model.hidden_size}, {model.num_heads} x {model.head_dim}",
+        "Experts": f"{model.num_experts} per layer, {model.experts_per_token} per token",
+        "Longest training context": f"{max_positions:,} tokens",
+        "Stored weights": dtype,
+        "Stages": " -> ".join(lineage.stages),
+        "Tokens trained": f"{lineage.tokens_seen:,}",
+        "Optimizer steps": f"{lineage.global_step:,}",
+        "Decay policy": lineage.decay_policy,
+        "Checkpoint": lineage.checkpoint,
+        "Checkpoint SHA-256": lineage.checkpoint_sha256,
+        "Configuration SHA-256": lineage.config_sha256 or "not recorded",
+        "Data fingerprint": lineage.data_fingerprint or "not recorded",
+        "Written with": versions,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    loaders = "\n".join(f"- {note}" for note in notes)
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n"
+        f"# Lightning-attention hybrid\n\n| | |\n|---|---|\n{table}\n\n## Who can load it\n\n{loaders}\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".", dtype="float32")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n```\n'
+    )
