@@ -82,12 +82,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Non
         if state.stage_step == plan.num_steps:
             break
         if agree_max(bool(run.stop.received)):
-            path = _save(run, state, stage_final=False)
-            raise Preempted(
-                f"stopped on {run.stop.received or 'request'} after saving stage {state.stage} step {state.stage_step}",
-                where=path,
-                fix="run the same command again to continue",
-            )
+            _leave_if_asked(run, state, _save(run, state, stage_final=False))
         if state.stage_step % run.save_every_steps == 0:
             try:
                 _save(run, state, stage_final=False)
@@ -104,6 +99,16 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Non
             checkpoint=path,
         )
     )
+    _leave_if_asked(run, state, path)
+
+
+def _leave_if_asked(run: Run, state: TrainState, saved_as: str) -> None:
+    if agree_max(bool(run.stop.received)):
+        raise Preempted(
+            f"stopped on {run.stop.received or 'request'} after saving stage {state.stage} step {state.stage_step}",
+            where=saved_as,
+            fix="run the same command again to continue",
+        )
 
 
 def _row_ids(run: Run, plan: StagePlan, step: int) -> list[list[int]]:

@@ -1,0 +1,113 @@
+"""A run that is cut and continued is the run that was never cut, bit for bit (one process, CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import make_run
+
+from m1_stages.checkpoint.manifest import read_manifest
+
+WORKER = Path(__file__).with_name("train_worker.py")
+
+
+def train(config: Path, stages: str, out: Path, stop_at: int = -1) -> int:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(config), stages, str(out), str(stop_at)],
+        env=env, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode in (0, 75), done.stderr[-3000:]
+    return done.returncode
+
+
+def steps(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, read without Megatron."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(
+        state, storage_reader=FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}", item)
+        elif isinstance(value, torch.Tensor):
+            flat[prefix] = value
+
+    walk("", state)
+    return flat
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    make_run(folder)
+    return folder
+
+
+def copy_run(prepared: Path, target: Path) -> Path:
+    shutil.copytree(prepared, target)
+    return target / "m1.toml"
+
+
+@pytest.fixture(scope="module")
+def uncut(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
+    config = copy_run(prepared, tmp_path_factory.mktemp("uncut") / "run")
+    out = config.parent / "steps.jsonl"
+    assert train(config, "all", out) == 0
+    return steps(out), config.parent / "run" / "checkpoints"
+
+
+# Steps 0-5 are stage 32k, 6-11 128k (its decay ramp moves during 6-8), 12-15 256k, 16-17 512k, 18-19 1m.
+@pytest.mark.parametrize("cuts", [(2, 8), (5,), (13, 16)], ids=["twice, in a ramp", "at a stage's end", "late"])
+def test_cut_and_continued(
+    prepared: Path, uncut: tuple[list[Any], Path], tmp_path: Path, cuts: tuple[int, ...]
+) -> None:
+    expected, checkpoints = uncut
+    config = copy_run(prepared, tmp_path / "run")
+    out = config.parent / "steps.jsonl"
+    for cut in cuts:
+        assert train(config, "all", out, cut) == 75
+    assert train(config, "all", out) == 0
+    assert steps(out) == expected
+    assert expected[-1][1] == 19
+    final = sorted((config.parent / "run" / "checkpoints").glob("step_*"))[-1]
+    mine, theirs = tensors(final), tensors(checkpoints / final.name)
+    assert mine.keys() == theirs.keys()
+    assert len(mine) > 100, "weights and both Adam moments"
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert read_manifest(final).meta.decay == read_manifest(checkpoints / final.name).meta.decay
+
+
+def test_stage_by_stage_equals_all_at_once(prepared: Path, uncut: tuple[list[Any], Path], tmp_path: Path) -> None:
+    config = copy_run(prepared, tmp_path / "run")
+    out = config.parent / "steps.jsonl"
+    for stage in ("32k", "128k"):
+        assert train(config, stage, out) == 0
+    assert steps(out) == [step for step in uncut[0] if step[0] in ("32k", "128k")]
+
+
+def test_finished_stages_are_left_alone(prepared: Path, uncut: tuple[list[Any], Path], tmp_path: Path) -> None:
+    config = copy_run(prepared, tmp_path / "run")
+    shutil.copytree(uncut[1], config.parent / "run" / "checkpoints")
+    out = config.parent / "steps.jsonl"
+    assert train(config, "all", out) == 0
+    assert steps(out) == []

@@ -1,0 +1,130 @@
+"""Linear cross-entropy against torch's in float64, alone and over two processes that share the vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor
+
+from m1_kernels import linear_cross_entropy
+
+TOKENS, WIDTH, ROWS, VALID = 37, 8, 24, 21
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=gen, dtype=torch.float64).to(dtype)
+    weight = torch.randn(ROWS, WIDTH, generator=gen, dtype=torch.float64).to(dtype)
+    labels = torch.randint(VALID, (TOKENS,), generator=gen)
+    labels[:4] = torch.tensor([0, 11, 12, VALID - 1])
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def expected(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    loss = F.cross_entropy((hidden.double() @ weight.double().T)[:, :VALID], labels, reduction="none")
+    return loss, *torch.autograd.grad((loss * token_weights()).sum(), (hidden, weight))
+
+
+def token_weights() -> Tensor:
+    return torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 4096])
+def test_equals_torch_in_float64(chunk_tokens: int) -> None:
+    hidden, weight, labels = inputs(torch.float64)
+    loss = linear_cross_entropy(hidden, weight, labels, valid_vocab=VALID, chunk_tokens=chunk_tokens)
+    got = (loss, *torch.autograd.grad((loss * token_weights()).sum(), (hidden, weight)))
+    for a, b in zip(got, expected(hidden, weight, labels), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    assert torch.count_nonzero(got[2][VALID:]) == 0
+
+
+def test_gradcheck() -> None:
+    hidden, weight, labels = inputs(torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, labels, valid_vocab=VALID, chunk_tokens=10), (hidden, weight)
+    )
+
+
+def test_16_bit_inputs_give_fp32_logits_even_under_autocast() -> None:
+    """Large logits: their bf16 rounding would be 0.25 off, the fp32 loss is exact to 1e-5."""
+    hidden, weight, labels = inputs(torch.bfloat16)
+    hidden = (hidden.detach() * 8).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, valid_vocab=VALID)
+        grads = torch.autograd.grad((loss * token_weights().float()).sum(), (hidden, weight))
+    want, *want_grads = expected(hidden, weight, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), want, atol=2e-5, rtol=0)
+    for got, exact in zip(grads, want_grads, strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, exact, atol=1e-5, rtol=2**-8)
+
+
+class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Size of the largest tensor any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_logits_of_all_tokens_never_exist_together() -> None:
+    hidden = torch.randn(512, 4, requires_grad=True)
+    weight = torch.randn(1024, 4, requires_grad=True)
+    labels = torch.zeros(512, dtype=torch.int64)
+    with _Largest() as largest:
+        linear_cross_entropy(hidden, weight, labels, valid_vocab=1024, chunk_tokens=16).sum().backward()
+    assert largest.numel == 16 * 1024
+
+
+@pytest.mark.parametrize("label", [-100, -1, VALID, ROWS - 1, ROWS + 5])
+def test_a_label_outside_the_vocabulary_is_nan_not_a_number(label: int) -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    labels[5] = label
+    loss = linear_cross_entropy(hidden, weight, labels, valid_vocab=VALID)
+    assert loss.isnan().nonzero().tolist() == [[5]]
+
+
+def test_wrong_arguments_are_named() -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    with pytest.raises(TypeError, match=r"labels is torch\.int32"):
+        linear_cross_entropy(hidden, weight, labels.int(), valid_vocab=VALID)
+    with pytest.raises(ValueError, match="hidden, weight, labels are"):
+        linear_cross_entropy(hidden[1:], weight, labels, valid_vocab=VALID)
+    with pytest.raises(ValueError, match="valid_vocab is 25; the head has 24 rows"):
+        linear_cross_entropy(hidden, weight, labels, valid_vocab=25)
+    with pytest.raises(ValueError, match="chunk_tokens is 0"):
+        linear_cross_entropy(hidden, weight, labels, valid_vocab=VALID, chunk_tokens=0)
+
+
+def _shard(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    hidden, weight, labels = inputs(torch.float64)
+    shard = weight.detach().chunk(2)[rank].clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, shard, labels, valid_vocab=VALID, chunk_tokens=10, tp_group=dist.group.WORLD)
+    grads = torch.autograd.grad((loss * token_weights()).sum(), (hidden, shard))
+    torch.save((loss.detach(), *grads), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_share_the_vocabulary(tmp_path: Path) -> None:
+    mp.spawn(_shard, (str(tmp_path),), nprocs=2)
+    (loss0, hidden0, weight0), (loss1, hidden1, weight1) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
+    loss, grad_hidden, grad_weight = expected(*inputs(torch.float64))
+    assert torch.equal(loss0, loss1)
+    torch.testing.assert_close(loss0, loss.detach(), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(hidden0 + hidden1, grad_hidden, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(torch.cat([weight0, weight1]), grad_weight, atol=1e-12, rtol=1e-12)
+    assert float((hidden0 - grad_hidden).abs().max()) > 0.1
