@@ -196,9 +196,9 @@ def _notes(model: ModelConfig, *, released: bool) -> tuple[str, ...]:
         )
     if len(notes) == 1:
         notes.append(
-            "Tensor names and configuration are also those vLLM <= 0.23 reads (later versions dropped the model). Start "
-            "it with --mamba-cache-dtype float32; its lightning norm uses epsilon 1e-5 where this model has 1e-6. Known "
-            "from its source, not run."
+            "Tensor names and configuration are also those vLLM <= 0.23 reads (later versions dropped the model); "
+            "start it with --mamba-cache-dtype float32. Its lightning norm uses epsilon 1e-5, this model 1e-6. "
+            "Known from its source, not run."
         )
     return tuple(notes)
 

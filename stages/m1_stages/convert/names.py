@@ -1,7 +1,8 @@
 """Our tensor names and layouts against the released ones: pure reshapes, both directions, one of our tensors at a time.
 
 Released layouts (transformers ``modeling_minimax.py``, MiniMax-M1 ``modeling_minimax_m1.py``): rows of the lightning
-``qkv_proj`` are (head, {q, k, v}, D) with the output gate apart; experts are stored one by one, ``w1`` gate, ``w3`` up, ``w2`` down.
+``qkv_proj`` are (head, {q, k, v}, D) with the output gate apart; experts are stored one by one, ``w1`` gate, ``w3`` up,
+``w2`` down.
 """
 
 from __future__ import annotations

@@ -62,11 +62,20 @@ def load_transformers(export_dir: Path) -> Any:
 
 
 def trained_logits(
-    source: TensorSource, model: ModelConfig, *, slopes: Slopes, rope_base: float, tokens: Tensor
+    source: TensorSource,
+    model: ModelConfig,
+    *,
+    slopes: Slopes,
+    rope_base: float,
+    tokens: Tensor,
+    rounded_to: torch.dtype = torch.float32,
 ) -> Tensor:
     """[1, T, vocab] fp32 logits of the Megatron model with the checkpoint's weights, on this process's CPU.
 
     Starts and leaves a process group of its own; there must be none.
+
+    Args:
+        rounded_to: dtype the export stores, so that its rounding is not taken for a difference of the models.
 
     Raises:
         CheckpointError: tensors are missing or have another shape.
@@ -88,7 +97,7 @@ def trained_logits(
             raise CheckpointError(f"the model and the export disagree on {sorted(parameters.keys() ^ shapes.keys())}")
         with torch.no_grad():
             for name, shape in shapes.items():
-                parameters[name].copy_(get_checked(source, name, shape))
+                parameters[name].copy_(get_checked(source, name, shape).to(rounded_to))
             batch = PackedBatch(
                 tokens=tokens,
                 labels=tokens.roll(-1, 1),

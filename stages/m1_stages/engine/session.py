@@ -16,7 +16,7 @@ import torch
 
 from m1_data.errors import CheckpointError, ConfigError, M1Error
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
-from m1_stages.config import Resolved
+from m1_stages.config import CHECKPOINTS, METRICS, Resolved
 from m1_stages.engine import device as device_module
 from m1_stages.engine import parallel
 from m1_stages.engine.events import CheckpointRejected, Event, JsonLines, RunStarted, RunStopped, Sink
@@ -25,8 +25,6 @@ from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
 from m1_stages.model import count_parameters
 
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 _SHARDING = {
     "non_homogeneous_layers": True,
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -1,0 +1,155 @@
+"""The ``m1`` command. Command bodies import what they need, so that ``--help`` is instant and needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m1cli.errors import EXIT_CODES, reported
+
+app = typer.Typer(
+    name="m1",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Train lightning-attention hybrid MoE language models from raw text to a million-token context.",
+    epilog=EXIT_CODES.replace("\n", " "),
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at the resolved configuration.")
+app.add_typer(config_app, name="config")
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Put existing checkpoints aside and start over.")]
+DEFAULT_CONFIG = Path("m1.toml")
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder for the new m1.toml.")],
+    preset: Annotated[str, typer.Option(help="tiny, 700m, 7b-a1b or m1-456b.")] = "tiny",
+    debug: DebugOption = False,
+) -> None:
+    """Write a commented m1.toml."""
+    with reported(debug):
+        from m1cli.commands.config import init_command
+
+        init_command(folder, preset)
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Values only, as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print every resolved value and where it came from."""
+    with reported(debug):
+        from m1cli.commands.config import show_command
+
+        show_command(config, overrides or [], as_json=as_json)
+
+
+@app.command()
+def stages(config: ConfigOption = DEFAULT_CONFIG, overrides: SetOption = None, debug: DebugOption = False) -> None:
+    """Show the chain of stages: context, mix, rates, decay half-lives, and what is done."""
+    with reported(debug):
+        from m1cli.commands.stages import stages_command
+
+        stages_command(config, overrides or [])
+
+
+@app.command("prepare-data")
+def prepare_data(
+    config: ConfigOption = DEFAULT_CONFIG, overrides: SetOption = None, debug: DebugOption = False
+) -> None:
+    """Turn raw text into clean, deduplicated, tokenized shards with a mix per stage."""
+    with reported(debug):
+        from m1cli.commands.prepare_data import prepare_command
+
+        prepare_command(config, overrides or [])
+
+
+@app.command()
+def pretrain(
+    stage: Annotated[str, typer.Option(help="32k, 128k, 256k, 512k, 1m or all.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    fresh: FreshOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train one stage of the context curriculum, or all; the same command continues an interrupted run."""
+    with reported(debug):
+        from m1cli.commands.train import pretrain_command
+
+        pretrain_command(config, overrides or [], stage, fresh=fresh)
+
+
+@app.command()
+def sft(
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    fresh: FreshOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fine-tune a stage's final checkpoint on chain-of-thought conversations."""
+    with reported(debug):
+        from m1cli.commands.train import sft_command
+
+        sft_command(config, overrides or [], fresh=fresh)
+
+
+@app.command()
+def export(
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    stage: Annotated[str, typer.Option(help="Stage whose final checkpoint is exported: 32k to 1m, or sft.")] = "1m",
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN_DIR/export-STAGE.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Load it with transformers and compare logits.")] = False,
+    prompt: Annotated[list[str] | None, typer.Option(help="Generate from this text with transformers.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a Hugging Face checkpoint with the released tensor names."""
+    with reported(debug):
+        from m1cli.commands.export import export_command
+
+        export_command(config, overrides or [], stage, out, verify=verify, prompts=prompt or [], overwrite=overwrite)
+
+
+@app.command()
+def report(
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: RUN_DIR/report.html.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write one self-contained HTML page about a run."""
+    with reported(debug):
+        from m1cli.commands.report import report_command
+
+        report_command(config, overrides or [], out)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of the demo.")] = Path("demo"),
+    debug: DebugOption = False,
+) -> None:
+    """Run the whole road on a tiny model: text, five stages, fine-tuning, export, report."""
+    with reported(debug):
+        from m1cli.commands.demo import demo_command
+
+        demo_command(folder)
+
+
+def main() -> None:
+    """Entry point of the ``m1`` script."""
+    app()

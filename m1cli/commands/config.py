@@ -1,0 +1,130 @@
+"""``m1 init`` and ``m1 config show``: the configuration written and explained from its own annotations."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from rich.markup import escape
+
+from m1_data.errors import ConfigError
+from m1_data.spec import SourceSpec
+from m1_stages.config import PRESETS, STAGE_NAMES, Config, Resolved
+from m1_stages.configload import load_config
+from m1cli.console import console
+
+_SECTIONS = ("run", "model", "tokenizer", "data", "curriculum", "optim", "parallel", "sft", "export")
+
+
+def init_command(folder: Path, preset: str) -> None:
+    """Write ``folder/m1.toml``; an existing one is never replaced."""
+    if preset not in PRESETS:
+        hint = difflib.get_close_matches(preset, PRESETS, n=1)
+        raise ConfigError(
+            f"there is no preset {preset!r}",
+            fix=f"did you mean {hint[0]}?" if hint else f"choose one of {', '.join(PRESETS)}",
+        )
+    path = folder / "m1.toml"
+    if path.exists():
+        raise ConfigError(f"{path} exists already", fix="edit it, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(template(preset), encoding="utf-8")
+    load_config(path)
+    console.print(f"wrote [bold]{escape(str(path))}[/] (preset {preset})")
+    console.print(
+        "next: name your text under \\[\\[data.sources]], then  m1 prepare-data  and  m1 pretrain --stage all"
+    )
+
+
+def template(preset: str) -> str:
+    """A commented ``m1.toml`` that resolves to exactly the bare preset."""
+    bare = _bare(preset)
+    lines = [
+        f"# m1 configuration, preset {preset}. Every line that is commented out shows the value in force.",
+        "# Try `m1 config show` for the resolved values and where each comes from, `m1 stages` for the curriculum.",
+        f'preset = "{preset}"',
+        "",
+        "# Where the text comes from: one table per source; uncomment and edit.",
+        "# [[data.sources]]",
+    ]
+    examples = {"name": "my-code", "domain": "code", "format": "jsonl", "path": "corpus/*.jsonl.zst"}
+    for name, kind in get_type_hints(SourceSpec, include_extras=True).items():
+        default = next(f.default for f in dataclasses.fields(SourceSpec) if f.name == name)
+        value = examples.get(name, default)
+        lines.append(f"# {name} = {_toml(value)}  # {_doc(kind)}")
+    for section in _SECTIONS:
+        value = getattr(bare, section)
+        lines += ["", f"[{section}]"]
+        lines += [f"# {line}" for line in _keys(value) if not line.startswith("sources =")]
+    for stage in STAGE_NAMES:
+        lines += ["", f"[stages.{stage}]"]
+        lines += [f"# {line}" for line in _keys(bare.stages[stage])]
+    return "\n".join(lines) + "\n"
+
+
+def show_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
+    """Print the resolved configuration."""
+    resolved = load_config(path, overrides)
+    if as_json:
+        console.print_json(json.dumps({"sha256": resolved.sha256, "config": resolved.as_dict()}))
+        return
+    for key, value in _flat(resolved):
+        origin = resolved.origins.get(key, "default")
+        style = "dim" if origin == "default" else "cyan" if origin.startswith(("preset", "recipe")) else "bold green"
+        console.print(f"[{style}]{escape(f'{key} = {_toml(value)}'):<60}[/]  [dim]{escape(origin)}[/]", soft_wrap=True)
+    console.print(f"\n[dim]sha256 {resolved.sha256}[/]")
+
+
+def _bare(preset: str) -> Config:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m1.toml"
+        path.write_text(f'preset = "{preset}"\n', encoding="utf-8")
+        return load_config(path).config
+
+
+def _keys(section: Any) -> Iterator[str]:
+    for name, kind in get_type_hints(type(section), include_extras=True).items():
+        yield f"{name} = {_toml(getattr(section, name))}  # {_doc(kind)}"
+
+
+def _flat(resolved: Resolved) -> Iterator[tuple[str, Any]]:
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        for name in get_type_hints(type(value), include_extras=True):
+            item, key = getattr(value, name), f"{prefix}{name}"
+            if dataclasses.is_dataclass(item):
+                yield from walk(f"{key}.", item)
+            elif name == "stages":
+                for stage, table in item.items():
+                    yield from walk(f"{key}.{stage}.", table)
+            elif item and isinstance(item, tuple) and dataclasses.is_dataclass(item[0]):
+                for index, entry in enumerate(item):
+                    yield from walk(f"{key}.{index}.", entry)
+            else:
+                yield key, item
+
+    yield from walk("", resolved.config)
+
+
+def _doc(kind: Any) -> str:
+    arguments = get_args(kind)
+    return str(arguments[1]) if len(arguments) > 1 and isinstance(arguments[1], str) else ""
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, int):
+        return f"{value:_}"
+    return repr(value)

@@ -1,0 +1,72 @@
+"""``m1 export``: a checkpoint as a folder other programs load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from m1_stages.config import Resolved
+
+
+def export_command(
+    resolved: Resolved,
+    console: Console,
+    *,
+    stage: str | None,
+    checkpoint: Path | None,
+    out: Path | None,
+    verify: bool,
+    prompts: Sequence[str],
+    overwrite: bool,
+) -> None:
+    """Export a checkpoint, then compare it and generate from it when asked.
+
+    Args:
+        stage: whose final checkpoint; None: the newest final one.
+        checkpoint: a checkpoint directory instead.
+        out: folder to write; None: ``<run dir>/export/<stage>``.
+        verify: compare transformers' logits with the trained model's.
+        prompts: texts that transformers continues from the export.
+        overwrite: replace an existing folder.
+
+    Raises:
+        M1Error: what ``choose_checkpoint``, ``Export`` and ``generate`` raise.
+    """
+    from m1_stages.convert.run import Export, choose_checkpoint
+    from m1_stages.convert.verify import generate
+
+    committed = choose_checkpoint(resolved, stage=stage, checkpoint=checkpoint)
+    meta = committed.meta
+    console.print(
+        f"exporting [bold]{committed.path.name}[/] (stage {meta.stage}, {meta.extra['tokens_seen']:,} tokens trained, "
+        f"decay {meta.decay['policy']})",
+        highlight=False,
+    )
+    job = Export(resolved, committed)
+    if job.configuration_changed:
+        console.print(
+            "[yellow]note[/] the configuration changed since this checkpoint; RoPE base and context length are taken "
+            "from the configuration"
+        )
+    target = out or resolved.run_dir / "export" / meta.stage
+    report = job.write(target, overwrite=overwrite)
+    console.print(
+        f"wrote {report.tensors:,} tensors, {report.parameters:,} parameters, {report.num_bytes / 2**20:,.1f} MiB "
+        f"in {len(report.files)} file{'s' if len(report.files) > 1 else ''}",
+        highlight=False,
+    )
+    console.print(escape(f"  {report.path}"), highlight=False, soft_wrap=True)
+    for text in report.notes:
+        console.print(f"  - {escape(text)}", highlight=False)
+    if verify:
+        seen = job.compare(target)
+        console.print(
+            "verified: transformers' logits differ from the trained model's by at most "
+            f"[bold]{seen.max_difference:.2g}[/] over {seen.positions} positions (fp32; largest logit {seen.largest_logit:.3g})",
+            highlight=False,
+        )
+    for prompt in prompts:
+        console.print(f"[dim]{escape(prompt)}[/]{escape(generate(target, prompt))}", highlight=False, soft_wrap=True)

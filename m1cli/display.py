@@ -1,0 +1,167 @@
+"""What training looks like: a live panel on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from m1_stages.curriculum import SFT
+from m1_stages.decay import half_life_tokens
+from m1_stages.engine.events import (
+    CheckpointRejected,
+    CheckpointSaved,
+    Event,
+    RunStarted,
+    RunStopped,
+    SaveFailed,
+    StageFinished,
+    StageStarted,
+    StepDone,
+)
+from m1cli.console import console
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+class TrainingDisplay:
+    """Sink of a run's events. Use as a context manager so that the live panel is always closed."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._stage: StageStarted | None = None
+        self._losses: deque[float] = deque(maxlen=400)
+        self._seconds: deque[float] = deque(maxlen=20)
+        self._last_line = 0.0
+
+    def __enter__(self) -> TrainingDisplay:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.update(Text(""))
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, StepDone):
+            self._step(event)
+        elif isinstance(event, StageStarted):
+            self._stage = event
+            self._losses.clear()
+            self._seconds.clear()
+            _stage_started(event)
+        elif isinstance(event, RunStarted):
+            _run_started(event)
+        elif isinstance(event, CheckpointSaved) and not event.stage_final:
+            console.print(f"[dim]saved {escape(event.path)} in {event.seconds:.1f} s[/]", soft_wrap=True)
+        elif isinstance(event, StageFinished):
+            console.print(
+                f"[green]stage {event.stage} done[/] in {event.seconds:.0f} s: loss {event.first_loss:.3f} → "
+                f"{event.last_loss:.3f}; checkpoint {escape(event.checkpoint)}",
+                soft_wrap=True,
+            )
+        elif isinstance(event, CheckpointRejected):
+            console.print(f"[bold red]checkpoint {escape(event.path)} is not usable:[/] {escape(event.reason)}")
+            console.print(f"  put aside as {escape(event.quarantined_as)}; trying the one before it")
+        elif isinstance(event, SaveFailed):
+            console.print(f"[bold red]checkpoint not written:[/] {escape(event.reason)}; the previous one stands")
+        elif isinstance(event, RunStopped) and event.exit_code == 0:
+            console.print("[green]done[/]")
+
+    def _step(self, step: StepDone) -> None:
+        self._losses.append(step.loss)
+        self._seconds.append(step.step_s)
+        if self._live:
+            self._live.update(self._panel(step))
+            return
+        assert self._stage is not None
+        last = step.step == self._stage.num_steps - 1
+        if step.step == 0 or last or time.monotonic() - self._last_line > 5.0:
+            self._last_line = time.monotonic()
+            console.print(
+                f"{step.stage} step {step.step + 1}/{self._stage.num_steps} loss {step.loss:.4f} "
+                f"grad {step.grad_norm:.3f} lr {step.lr:.2e} tok/s {step.tokens_per_s:,.0f} "
+                f"context {self._stage.seq_len:,} ramp {step.ramp_progress:.0%} mem {step.peak_gib:.1f} GiB "
+                f"eta {self._eta(step)}",
+                soft_wrap=True,
+            )
+
+    def _eta(self, step: StepDone) -> str:
+        assert self._stage is not None
+        seconds = (self._stage.num_steps - step.step - 1) * sum(self._seconds) / len(self._seconds)
+        minutes, rest = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+    def _panel(self, step: StepDone) -> Panel:
+        assert self._stage is not None
+        grid = Table.grid(padding=(0, 3))
+        for row in (
+            (f"loss [bold]{step.loss:.4f}[/]", f"grad norm {step.grad_norm:.3f}", f"lr {step.lr:.2e}"),
+            (f"{step.tokens_per_s:,.0f} tokens/s", f"{step.step_s:.2f} s/step", f"peak {step.peak_gib:.1f} GiB"),
+            (f"context {self._stage.seq_len:,}", f"decay ramp {step.ramp_progress:.0%}", f"eta {self._eta(step)}"),
+        ):
+            grid.add_row(*row)
+        return Panel(
+            Group(
+                grid,
+                Text(_sparkline(list(self._losses), max(20, min(100, console.width - 6))), style="cyan"),
+                ProgressBar(total=self._stage.num_steps, completed=step.step + 1),
+            ),
+            title=f"{step.stage}  step {step.step + 1:,} of {self._stage.num_steps:,}",
+            title_align="left",
+        )
+
+
+def _run_started(event: RunStarted) -> None:
+    axes = " ".join(f"{name.upper()}{size}" for name, size in event.topology.items() if size > 1 and name != "world")
+    console.print(
+        f"[bold]{event.preset}[/]: {event.parameters / 1e6:,.1f}M parameters, {event.active_parameters / 1e6:,.1f}M active; "
+        f"{event.world_size} x {event.device} {event.precision} {axes}".rstrip()
+    )
+    if event.resumed_from:
+        console.print(f"[dim]newest checkpoint {escape(event.resumed_from)}[/]", soft_wrap=True)
+
+
+def _stage_started(event: StageStarted) -> None:
+    word = "fine-tuning" if event.stage == SFT else f"stage {event.stage}"
+    console.print(f"\n[bold cyan]{word}[/]: {escape(event.takes_over)}", soft_wrap=True)
+    rates = [half_life_tokens(s) for row in event.slopes_new for s in row]
+    old = [half_life_tokens(s) for row in event.slopes_old for s in row]
+    lines = [
+        f"context {event.seq_len:,} tokens ({event.context_tokens:,} at full scale), RoPE base {event.rope_base / 1e6:g}M",
+        f"{event.num_steps:,} steps of {event.global_batch_rows:,} rows = {event.tokens:,} tokens, "
+        f"lr {event.lr_peak:g} → {event.lr_final:g}",
+        f"decay {event.decay_policy}: half-lives {min(rates):.1f} to {max(rates):,.0f} tokens"
+        + (f", from {min(old):.1f} to {max(old):,.0f} over {event.ramp_steps} steps" if event.ramp_steps else ""),
+    ]
+    core = event.mix.get("core")
+    if core:
+        classes = event.mix.get("length_classes", {})
+        shares = "/".join(f"{classes[name]['reached']:.0%}" for name in classes)
+        lines.append(
+            f"mix: short/medium/long {shares}, STEM+code+book+reasoning {core['reached']:.0%} of {core['wanted']:.0%}"
+        )
+        lines += [f"[yellow]{escape(reason)}[/]" for reason in event.mix.get("reasons", [])]
+    for line in lines:
+        console.print(f"  {line}", soft_wrap=True)
+
+
+def _sparkline(values: list[float], width: int) -> str:
+    values = values[-width:]
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    low, span = min(finite), max(finite) - min(finite) or 1.0
+    return "".join(_BARS[int((v - low) / span * (len(_BARS) - 1))] if math.isfinite(v) else "!" for v in values)

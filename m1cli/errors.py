@@ -1,0 +1,57 @@
+"""What a person sees when something goes wrong: three lines (what, where, what to do) and a documented exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.markup import escape
+
+from m1_data.errors import EXIT_PREEMPTED, EnvironmentProblem, M1Error
+from m1cli.console import errors
+
+EXIT_CODES = """\
+Exit codes: 0 done, 1 internal error, 2 configuration or command line, 3 environment, 4 data, 5 checkpoint,
+6 numbers out of range, 75 stopped on request after saving (run the same command again), 130 interrupted.
+"""
+
+_OS_ADVICE = {
+    errno.ENOSPC: "free some space and run the same command again; nothing finished is lost",
+    errno.EDQUOT: "raise the quota or free some space, then run the same command again",
+    errno.EROFS: "the file system is read-only: choose another run.dir or data.out",
+    errno.EACCES: "change the permissions, or choose another run.dir or data.out",
+    errno.EPERM: "change the permissions, or choose another run.dir or data.out",
+}
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Turn exceptions into a message and an exit code; ``debug`` lets the traceback through."""
+    try:
+        yield
+    except M1Error as error:
+        if debug and error.exit_code != EXIT_PREEMPTED:
+            raise
+        show(error)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        errors.print("[yellow]interrupted[/]; unfinished output was not published")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if debug or error.errno not in _OS_ADVICE:
+            raise
+        show(EnvironmentProblem(os.strerror(error.errno), where=str(error.filename or ""), fix=_OS_ADVICE[error.errno]))
+        raise typer.Exit(EnvironmentProblem.exit_code) from None
+
+
+def show(error: M1Error) -> None:
+    """Print an error in up to three lines."""
+    colour, word = ("yellow", "stopped") if error.exit_code == EXIT_PREEMPTED else ("bold red", "error")
+    errors.print(f"[{colour}]{word}:[/] {escape(error.what)}")
+    if error.where:
+        errors.print(f"  [dim]where:[/] {escape(error.where)}")
+    if error.fix:
+        errors.print(f"  [dim]to do:[/] {escape(error.fix)}")
