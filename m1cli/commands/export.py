@@ -5,32 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
-from m1_stages.config import Resolved
+from m1_stages.configload import load_config
+from m1cli.console import console
 
 
 def export_command(
-    resolved: Resolved,
-    console: Console,
-    *,
+    path: Path,
+    overrides: list[str],
     stage: str | None,
-    checkpoint: Path | None,
     out: Path | None,
+    *,
     verify: bool,
     prompts: Sequence[str],
     overwrite: bool,
+    checkpoint: Path | None = None,
 ) -> None:
     """Export a checkpoint, then compare it and generate from it when asked.
 
     Args:
         stage: whose final checkpoint; None: the newest final one.
-        checkpoint: a checkpoint directory instead.
-        out: folder to write; None: ``<run dir>/export/<stage>``.
+        out: folder to write; None: ``RUN_DIR/export-STAGE``.
         verify: compare transformers' logits with the trained model's.
         prompts: texts that transformers continues from the export.
         overwrite: replace an existing folder.
+        checkpoint: a checkpoint directory in place of a stage's final one.
 
     Raises:
         M1Error: what ``choose_checkpoint``, ``Export`` and ``generate`` raise.
@@ -38,6 +38,7 @@ def export_command(
     from m1_stages.convert.run import Export, choose_checkpoint
     from m1_stages.convert.verify import generate
 
+    resolved = load_config(path, overrides)
     committed = choose_checkpoint(resolved, stage=stage, checkpoint=checkpoint)
     meta = committed.meta
     console.print(
@@ -51,7 +52,7 @@ def export_command(
             "[yellow]note[/] the configuration changed since this checkpoint; RoPE base and context length are taken "
             "from the configuration"
         )
-    target = out or resolved.run_dir / "export" / meta.stage
+    target = out or resolved.run_dir / f"export-{meta.stage}"
     report = job.write(target, overwrite=overwrite)
     console.print(
         f"wrote {report.tensors:,} tensors, {report.parameters:,} parameters, {report.num_bytes / 2**20:,.1f} MiB "
@@ -65,7 +66,8 @@ def export_command(
         seen = job.compare(target)
         console.print(
             "verified: transformers' logits differ from the trained model's by at most "
-            f"[bold]{seen.max_difference:.2g}[/] over {seen.positions} positions (fp32; largest logit {seen.largest_logit:.3g})",
+            f"[bold]{seen.max_difference:.2g}[/] over {seen.positions} positions "
+            f"(fp32; largest logit {seen.largest_logit:.3g})",
             highlight=False,
         )
     for prompt in prompts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from m1_data.errors import CheckpointError, ConfigError
+from m1_stages.checkpoint import Committed
+from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import ModelConfig
+from m1_stages.configload import load_config
 from m1_stages.convert.export import ExportReport, export
 from m1_stages.convert.names import from_released, our_shapes, to_released
 from m1_stages.convert.recipe import Lineage
-from m1_stages.convert.source import MemorySource
+from m1_stages.convert.run import Export, choose_checkpoint
+from m1_stages.convert.source import CheckpointSource, MemorySource
 from m1_stages.convert.verify import generate, trained_logits, verify
 from m1_stages.decay import Slopes, released_slopes
 
@@ -284,3 +289,78 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, tokenizer_dir: Path) -> N
     write(out, tokenizer_dir, dtype="bf16", overwrite=True)
     assert (out / "config.json").read_bytes() != before["config.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Committed, dict[str, Tensor]]:
+    """A checkpoint as a run writes it, and the weights in it."""
+    from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
+    from m1_stages.config import ParallelConfig
+    from m1_stages.engine import device, parallel
+
+    root = tmp_path_factory.mktemp("run") / "checkpoints"
+    parallel.start(ParallelConfig(), device=device.use("cpu"), seed=0)
+    try:
+        from m1_stages.model import build_model
+
+        built = build_model(MODEL, parallel=ParallelConfig(), rope_base=ROPE_BASE, seed=5)[0]
+        meta = CheckpointMeta(
+            stage="128k", stage_step=10, global_step=10, stage_final=True, config_sha256="c", data_fingerprint="d",
+            topology={}, decay={"policy": "fixed", "slopes": released_slopes(4, 4)},
+            extra={"tokens_seen": 12_345, "model": dataclasses.asdict(MODEL)},
+        )  # fmt: skip
+        state = {"model": built.sharded_state_dict(metadata={"non_homogeneous_layers": True}), "train_state": {"x": 1}}
+        store = CheckpointStore(root)
+        store.save(state, meta)
+        return store.committed()[0], {name: p.detach().clone() for name, p in built.named_parameters()}
+    finally:
+        parallel.stop()
+
+
+def test_a_checkpoint_is_read_tensor_by_tensor(committed: tuple[Committed, dict[str, Tensor]]) -> None:
+    checkpoint, expected = committed
+    source = CheckpointSource(checkpoint)
+    assert expected.keys() == our_shapes(MODEL).keys() <= source.keys()
+    for name, shape in our_shapes(MODEL).items():
+        assert source.get(name).shape == shape
+        assert torch.equal(source.get(name), expected[name]), name
+
+
+def test_a_damaged_checkpoint_is_refused(committed: tuple[Committed, dict[str, Tensor]], tmp_path: Path) -> None:
+    shutil.copytree(committed[0].path, tmp_path / "step_00000010")
+    file = max((tmp_path / "step_00000010").glob("*.distcp"), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not what was written"):
+        CheckpointSource(read_manifest(tmp_path / "step_00000010"))
+
+
+def test_choosing_and_exporting_a_checkpoint(
+    committed: tuple[Committed, dict[str, Tensor]], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "m1.toml"
+    config.write_text(f'preset = "tiny"\n[run]\ndir = "{committed[0].path.parent.parent}"\n[export]\ndtype = "bf16"\n')
+    resolved = load_config(config)
+    shutil.copytree(tokenizer_dir, resolved.path(resolved.config.data.out) / "tokenizer")
+    for stage in (None, "128k"):
+        assert choose_checkpoint(resolved, stage=stage, checkpoint=None).path == committed[0].path
+    with pytest.raises(CheckpointError, match=r"stage 1m \(finished stages: 128k\)"):
+        choose_checkpoint(resolved, stage="1m", checkpoint=None)
+    with pytest.raises(ConfigError, match="2m"):
+        choose_checkpoint(resolved, stage="2m", checkpoint=None)
+
+    job = Export(resolved, choose_checkpoint(resolved, stage=None, checkpoint=committed[0].path))
+    assert job.configuration_changed
+    assert job.lineage.stages == ("32k", "128k")
+    report = job.write(tmp_path / "hf", overwrite=False)
+    assert report.portable
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (written["rope_theta"], written["max_position_embeddings"]) == (5e6, 512)
+    seen = job.compare(tmp_path / "hf")
+    assert (seen.positions, seen.max_difference < 1e-5 < seen.largest_logit) == (600, True)
+
+    slopes = [[s * 1.5 for s in row] for row in job.slopes]
+    job.slopes = slopes
+    with pytest.raises(CheckpointError, match="differ from the trained model's"):
+        job.compare(tmp_path / "hf")

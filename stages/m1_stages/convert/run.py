@@ -10,7 +10,7 @@ import torch
 from m1_data.errors import CheckpointError, ConfigError
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
-from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
+from m1_stages.config import CHECKPOINTS, STAGE_NAMES, ModelConfig, Resolved
 from m1_stages.convert.export import ExportReport, export
 from m1_stages.convert.recipe import BLOCK, DTYPES, Lineage
 from m1_stages.convert.source import CheckpointSource
@@ -44,7 +44,7 @@ def choose_checkpoint(resolved: Resolved, *, stage: str | None, checkpoint: Path
         return read_manifest(checkpoint)
     if stage is not None and stage not in (*STAGE_NAMES, SFT):
         raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join((*STAGE_NAMES, SFT))}")
-    store = CheckpointStore(resolved.run_dir / "checkpoints")
+    store = CheckpointStore(resolved.run_dir / CHECKPOINTS)
     final = [c for c in store.committed() if c.meta.stage_final]
     for committed in final:
         if stage in (None, committed.meta.stage):

@@ -48,8 +48,10 @@ def load_transformers(export_dir: Path) -> Any:
     """
     try:
         from transformers import MiniMaxForCausalLM
+        from transformers.utils import logging
     except ImportError as error:
         raise EnvironmentProblem("this needs transformers", fix='pip install "m1cli[hf]"') from error
+    logging.disable_progress_bar()
     loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
     decay = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
     missing = sorted(key for key in info["missing_keys"] if not key.endswith(decay))
