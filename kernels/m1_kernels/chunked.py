@@ -7,7 +7,7 @@ Within a chunk of C tokens attention is a masked C x C product; between chunks o
     S <- exp(log_decay * m) S + (K * exp(log_decay * (m - j)))^T V      (i, j = 1..m, m tokens in the chunk)
 
 (MiniMax-01, arXiv 2501.08313, algorithm 1; 1-based i, j.) States, decays and sums are fp32 whatever the inputs, float64
-for float64 inputs. The backward recomputes the states instead of keeping them.
+for float64 inputs, autocast or not. The backward recomputes the states instead of keeping them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from m1_kernels.autocast import without_autocast
 from m1_kernels.layout import ChunkLayout, chunk_layout
 
-CHUNK_TOKENS = 64
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 32, 64  # measured: kernels/README.md
 
 
 def lightning_attention_chunked(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, doc_lengths: tuple[int, ...], initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Packed [tokens, H, D] inputs; returns o [tokens, H, Dv] in v's dtype and final states [documents, H, Dk, Dv]."""
-    layout = chunk_layout(doc_lengths, CHUNK_TOKENS, q.device)
+    layout = chunk_layout(doc_lengths, CPU_CHUNK_TOKENS if q.device.type == "cpu" else GPU_CHUNK_TOKENS, q.device)
     if initial_state is None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         initial_state = torch.zeros(len(doc_lengths), q.shape[1], q.shape[2], v.shape[2], dtype=dtype, device=q.device)
@@ -39,7 +41,7 @@ class _Decays:
 
     def __init__(self, log_decay: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> None:
         log_decay = log_decay.to(dtype)
-        i = torch.arange(1, CHUNK_TOKENS + 1, device=log_decay.device, dtype=dtype)
+        i = torch.arange(1, layout.chunk + 1, device=log_decay.device, dtype=dtype)
         m = layout.lengths.to(dtype)
         distance = i[:, None] - i[None, :]
         scaled = log_decay[:, None, None] * distance.clamp(min=0)
@@ -53,7 +55,7 @@ class _Decays:
 def _chunks(x: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> Tensor:
     """[tokens, H, D] to [chunks, H, C, D]; empty slots are zero."""
     padded = torch.cat([x.to(dtype), x.new_zeros(1, *x.shape[1:], dtype=dtype)])
-    return padded[layout.gather].view(-1, CHUNK_TOKENS, *x.shape[1:]).transpose(1, 2).contiguous()
+    return padded[layout.gather].view(-1, layout.chunk, *x.shape[1:]).transpose(1, 2).contiguous()
 
 
 def _tokens(x: Tensor, layout: ChunkLayout, dtype: torch.dtype) -> Tensor:
@@ -88,6 +90,7 @@ def _state_gradients(update: Tensor, decay: Tensor, final: Tensor, layout: Chunk
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor, layout: ChunkLayout
     ) -> tuple[Tensor, Tensor]:
@@ -103,6 +106,8 @@ class _Chunked(torch.autograd.Function):
         return _tokens(out, layout, v.dtype), final
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_out, grad_final = grads
         q, k, v, log_decay, initial = ctx.saved_tensors

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from m1_kernels.autocast import without_autocast
 
 
 def linear_cross_entropy(
@@ -25,14 +28,31 @@ def linear_cross_entropy(
     Args:
         hidden: [T, h], any floating dtype.
         weight: [V_local, h], this rank's rows of the head.
-        labels: [T] int64 in [0, valid_vocab).
+        labels: [T] int64 in [0, valid_vocab); the loss of any other label is NaN, which no later step can overlook.
         valid_vocab: vocabulary without padding rows; logits of padding rows count as -inf.
         chunk_tokens: tokens whose logits exist together.
         tp_group: ranks that share the vocabulary, in order of their rows; None when ``weight`` is the whole head.
 
     Returns:
-        [T] fp32 (fp64 for fp64 inputs). The gradient of ``hidden`` is this rank's share: the caller sums it over the group.
+        [T] fp32 (fp64 for fp64 inputs). The gradient of ``hidden`` is this rank's share: the caller sums it over
+        the group.
+
+    Raises:
+        TypeError: labels are not int64.
+        ValueError: shapes or sizes that do not fit.
     """
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels.dtype}, not int64")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden, weight, labels are {tuple(hidden.shape)}, {tuple(weight.shape)}, {tuple(labels.shape)}; "
+            "want [T, h], [V, h], [T]"
+        )
+    rows = weight.shape[0] * (dist.get_world_size(tp_group) if tp_group is not None else 1)
+    if not 0 < valid_vocab <= rows:
+        raise ValueError(f"valid_vocab is {valid_vocab}; the head has {rows} rows")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, not positive")
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, valid_vocab, chunk_tokens, tp_group)
     return loss
 
@@ -53,6 +73,7 @@ def _local_labels(labels: Tensor, first_row: int, rows: int) -> tuple[Tensor, Te
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -83,12 +104,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dist.all_reduce(sums, group=tp_group)
             z = top + sums[0].log()
             log_z.append(z)
-            losses.append(z - sums[1])
+            known = (y >= 0) & (y < valid_vocab)
+            losses.append(torch.where(known, z - sums[1], float("nan")))
         ctx.save_for_backward(hidden, weight, labels, torch.cat(log_z))
         ctx.settings = (valid_vocab, chunk_tokens, first_row)
         return torch.cat(losses)
 
     @staticmethod
+    @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_z = ctx.saved_tensors
         valid_vocab, chunk_tokens, first_row = ctx.settings

@@ -55,38 +55,31 @@ def lightning_attention(
         initial_state: [B or documents, H, Dk, Dv] fp32 (fp64 for fp64 inputs), zeros if None.
         output_final_state: whether to return the state after each sequence.
         backend: one of ``BACKENDS``.
-        doc_lengths: the same edges as lengths on the host, so that a GPU is not waited for.
+        doc_lengths: the same edges as lengths on the host, so that a GPU is not waited for; may stand alone.
 
     Returns:
         o [B, T, H, Dv] in v's dtype, and the final state [B or documents, H, Dk, Dv] in fp32 (fp64), or None.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, or a backend that cannot run.
+        TypeError: dtypes that do not fit.
+        ValueError: shapes or documents that do not fit, or a backend that cannot run.
     """
     chosen, _ = explain_backend(backend)
-    _check(q, k, v, log_decay, cu_seqlens)
+    _check(q, k, v, log_decay)
     lengths = doc_lengths_of(q, cu_seqlens, doc_lengths)
-    if sum(lengths) != q.shape[0] * q.shape[1] or min(lengths) < 1:
-        raise ValueError(f"document lengths sum to {sum(lengths)} (least {min(lengths)}), not {q.shape[1]} tokens")
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     state_shape = (len(lengths), q.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and (tuple(initial_state.shape), initial_state.dtype) != (state_shape, state_dtype):
         raise ValueError(
             f"initial_state is {tuple(initial_state.shape)} {initial_state.dtype}, not {state_shape} {state_dtype}"
         )
-    if chosen == "reference":
-        out, state = lightning_attention_reference(
-            q, k, v, log_decay, cu_seqlens=cu_seqlens, initial_state=initial_state
-        )
-        out, state = out.to(v.dtype), state.to(state_dtype)
-    else:
-        flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        out, state = lightning_attention_chunked(*flat, log_decay, lengths, initial_state)
-        out = out.view(*q.shape[:3], v.shape[3])
-    return out, state if output_final_state else None
+    run = lightning_attention_reference if chosen == "reference" else lightning_attention_chunked
+    q, k, v_packed = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    out, state = run(q, k, v_packed, log_decay, lengths, initial_state)
+    return out.to(v.dtype).view(v.shape), state.to(state_dtype) if output_final_state else None
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
     if q.dtype not in _FLOATS or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must share one floating dtype")
     if q.dim() != 4 or k.shape != q.shape or v.dim() != 4 or v.shape[:3] != q.shape[:3]:
@@ -95,5 +88,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tenso
         raise TypeError(f"log_decay is {log_decay.dtype}; decays need fp32, bf16 rounds 9 % of them to no decay")
     if tuple(log_decay.shape) != (q.shape[2],) or log_decay.requires_grad:
         raise ValueError(f"log_decay is {tuple(log_decay.shape)}; want [{q.shape[2]}] without gradient")
-    if cu_seqlens is not None and (q.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
-        raise ValueError(f"cu_seqlens needs a batch of 1 (here {q.shape[0]}) and a vector of integers")

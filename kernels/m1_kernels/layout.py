@@ -1,8 +1,8 @@
 """How packed documents are laid out into chunks for the chunked backend.
 
-Every document starts a chunk of its own, so no chunk ever holds two documents. Chunks are ordered by their rank inside the
-document (all first chunks, then all second ones, ...), documents longest first: the documents that still have a chunk at
-rank r are then a prefix, and one recurrence step for all documents is a slice.
+Every document starts a chunk of its own, so no chunk ever holds two documents. Chunks are ordered by their rank inside
+the document (all first chunks, then all second ones, ...), documents longest first: the documents that still have a
+chunk at rank r are then a prefix, and one recurrence step for all documents is a slice.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 class ChunkLayout:
     """Index tensors of one packing; built once per packing and device."""
 
+    chunk: int
+    """Tokens of a full chunk."""
     gather: Tensor
     """[num_chunks * chunk] int64: token of each slot, or num_tokens for padding."""
     scatter: Tensor
@@ -57,6 +60,7 @@ def chunk_layout(doc_lengths: tuple[int, ...], chunk: int, device: torch.device)
     gather[scatter] = torch.arange(total)
     sizes = torch.zeros(num_chunks, dtype=torch.int64).index_add_(0, chunk_of_token, torch.ones_like(chunk_of_token))
     return ChunkLayout(
+        chunk=chunk,
         gather=gather.to(device),
         scatter=scatter.to(device),
         lengths=sizes.to(device),
@@ -74,10 +78,32 @@ def _widths(counts_descending: Tensor) -> Tensor:
 
 
 def doc_lengths_of(q: Tensor, cu_seqlens: Tensor | None, doc_lengths: Sequence[int] | None) -> tuple[int, ...]:
-    """Document lengths on the host; reading ``cu_seqlens`` of a GPU tensor waits for the device."""
+    """Checked document lengths on the host; without them a GPU's ``cu_seqlens`` is read, which waits for the device.
+
+    Raises:
+        TypeError: ``cu_seqlens`` is not of integers.
+        ValueError: the documents do not tile q's tokens, or q has more than one row of them.
+    """
+    batch, tokens = q.shape[:2]
+    if batch != 1 and (cu_seqlens is not None or doc_lengths is not None):
+        raise ValueError(f"cu_seqlens and doc_lengths need a batch of 1, not {batch}")
+    if cu_seqlens is not None and cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens is {cu_seqlens.dtype}, not int32 or int64")
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) < 2):
+        raise ValueError(f"cu_seqlens is {tuple(cu_seqlens.shape)}, not [documents + 1]")
     if doc_lengths is not None:
-        return tuple(doc_lengths)
-    if cu_seqlens is None:
-        return (q.shape[1],) * q.shape[0]
-    edges = cu_seqlens.tolist()
-    return tuple(b - a for a, b in zip(edges[:-1], edges[1:], strict=True))
+        name, lengths = "doc_lengths", tuple(doc_lengths)
+        if cu_seqlens is not None and len(cu_seqlens) != len(lengths) + 1:
+            raise ValueError(f"cu_seqlens has {len(cu_seqlens)} edges, doc_lengths {len(lengths)} documents")
+    elif cu_seqlens is not None:
+        edges = cu_seqlens.tolist()
+        if edges[0] != 0:
+            raise ValueError(f"cu_seqlens starts at {edges[0]}, not 0")
+        name, lengths = "cu_seqlens", tuple(b - a for a, b in pairwise(edges))
+    else:
+        name, lengths = "q", (tokens,) * batch
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"{name} has a document without tokens")
+    if sum(lengths) != batch * tokens:
+        raise ValueError(f"{name} covers {sum(lengths)} tokens, q has {tokens}")
+    return lengths

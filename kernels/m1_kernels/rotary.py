@@ -14,10 +14,20 @@ def apply_rotary(x: Tensor, positions: Tensor, *, base: float, rotary_dim: int) 
         positions: [T] integer position of each token in its document.
         base: RoPE base.
         rotary_dim: even, at most D; the remaining channels pass unchanged.
+
+    The frequencies are rounded exactly as transformers rounds them: at a million tokens one unit in the last place of a
+    frequency turns a pair by 0.06 rad.
+
+    Raises:
+        ValueError: ``rotary_dim`` is odd or does not fit, or ``positions`` is not [T].
     """
+    if rotary_dim % 2 or not 0 < rotary_dim <= x.shape[-1]:
+        raise ValueError(f"rotary_dim is {rotary_dim}; want an even number of at most {x.shape[-1]} channels")
+    if tuple(positions.shape) != (x.shape[-3],):
+        raise ValueError(f"positions is {tuple(positions.shape)}, not [{x.shape[-3]}]")
     half = rotary_dim // 2
-    exponents = torch.arange(half, device=x.device, dtype=torch.float32) * (-2.0 / rotary_dim)
-    angles = positions.to(torch.float32)[:, None] * torch.pow(torch.tensor(base, device=x.device), exponents)
+    exponents = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float32) / rotary_dim
+    angles = positions.to(torch.float32)[:, None] * (1.0 / base**exponents)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     first, second, rest = x.float().split([half, half, x.shape[-1] - rotary_dim], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)

@@ -26,7 +26,7 @@ def inputs(
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want.double()).norm() / want.double().norm())
+    return float((got.detach().double() - want.detach().double()).norm() / want.detach().double().norm())
 
 
 def run_with_gradients(
@@ -77,7 +77,7 @@ def test_reference_is_the_recurrence_of_the_released_model() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_decay_is_exponential_not_a_linear_bias(backend: str) -> None:
-    """One key of value 1 seen s tokens later: exp(-slope * s), where a linear (ALiBi-like) bias would give -slope * s."""
+    """One key seen s tokens later weighs exp(-slope * s), where a linear (ALiBi-like) bias would weigh -slope * s."""
     q = torch.ones(1, 4, 1, 1)
     k = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 4, 1, 1)
     out, _ = lightning_attention(q, k, torch.ones(1, 4, 1, 1), -torch.tensor([0.5]), backend=backend)
@@ -201,23 +201,21 @@ def test_autocast_changes_nothing() -> None:
 
 
 def slow_head_error(tokens: int, state_dtype: torch.dtype) -> float:
-    """Error of the last 256 outputs of a head with slope 4.9e-5 when the state is kept in ``state_dtype`` between blocks."""
+    """Error of the final state of a head of slope 4.9e-5, its state kept in ``state_dtype`` between blocks of 256."""
     gen = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, tokens, 1, 16, generator=gen).abs().bfloat16() for _ in range(3))
+    k, v = (torch.randn(1, tokens, 1, 16, generator=gen).abs().bfloat16() for _ in range(2))
     log_decay = -torch.tensor([4.9e-5])
     state = torch.zeros(1, 1, 16, 16)
     for start in range(0, tokens, 256):
         part = slice(start, start + 256)
-        out, new = lightning_attention(
-            q[:, part], k[:, part], v[:, part], log_decay, initial_state=state, output_final_state=True
+        _, new = lightning_attention(
+            k[:, part], k[:, part], v[:, part], log_decay, initial_state=state, output_final_state=True
         )
         assert new is not None
-        assert new.dtype == torch.float32
         state = new.to(state_dtype).float()
-    q, k, v = (x[0, :, 0].double() for x in (q, k, v))
+    k, v = (x[0, :, 0].double() for x in (k, v))
     age = torch.arange(tokens - 1, -1, -1, dtype=torch.float64)
     exact = (k * torch.exp(-4.9e-5 * age)[:, None]).T @ v
-    assert relative(out[0, -1, 0], q[-1] @ exact) < 1
     return relative(state[0, 0], exact)
 
 

@@ -78,7 +78,7 @@ def test_backend_is_explicit() -> None:
     q, k, v = inputs()
     assert explain_softmax_backend(q)[0] == "per-document"
     assert "torch.float32 on cpu" in explain_softmax_backend(q)[1]
-    with pytest.raises(ValueError, match="backend 'varlen' cannot run torch.float32 on cpu"):
+    with pytest.raises(ValueError, match=r"backend 'varlen' cannot run torch\.float32 on cpu"):
         causal_attention(q, k, v, backend="varlen")
     with pytest.raises(ValueError, match="backend 'flash' is not one of"):
         causal_attention(q, k, v, backend="flash")
