@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def export_command(
     for text in report.notes:
         console.print(f"  - {escape(text)}", highlight=False)
     if verify:
-        seen = job.compare(target)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"megatron\..*")  # about Transformer Engine and Apex
+            seen = job.compare(target)
         console.print(
             "verified: transformers' logits differ from the trained model's by at most "
             f"[bold]{seen.max_difference:.2g}[/] over {seen.positions} positions "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -66,7 +67,9 @@ class CheckpointSource:
 
         entry = self._tensors[name]
         state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        dcp.load(state, storage_reader=self._reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we want
+            dcp.load(state, storage_reader=self._reader, no_dist=True)
         return state[name]
 
 
