@@ -110,7 +110,10 @@ def sft(
 def export(
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
-    stage: Annotated[str, typer.Option(help="Stage whose final checkpoint is exported: 32k to 1m, or sft.")] = "1m",
+    stage: Annotated[
+        str | None, typer.Option(help="Stage whose final checkpoint is exported (32k to 1m, sft); default: the newest.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="One checkpoint directory instead of a stage.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN_DIR/export-STAGE.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Load it with transformers and compare logits.")] = False,
     prompt: Annotated[list[str] | None, typer.Option(help="Generate from this text with transformers.")] = None,
@@ -121,7 +124,16 @@ def export(
     with reported(debug):
         from m1cli.commands.export import export_command
 
-        export_command(config, overrides or [], stage, out, verify=verify, prompts=prompt or [], overwrite=overwrite)
+        export_command(
+            config,
+            overrides or [],
+            stage,
+            out,
+            verify=verify,
+            prompts=prompt or [],
+            overwrite=overwrite,
+            checkpoint=checkpoint,
+        )
 
 
 @app.command()

@@ -136,9 +136,11 @@ def _run_started(event: RunStarted) -> None:
 
 def _stage_started(event: StageStarted) -> None:
     word = "fine-tuning" if event.stage == SFT else f"stage {event.stage}"
-    console.print(f"\n[bold cyan]{word}[/]: {escape(event.takes_over)}", soft_wrap=True)
-    rates = [half_life_tokens(s) for row in event.slopes_new for s in row]
-    old = [half_life_tokens(s) for row in event.slopes_old for s in row]
+    console.print(f"\n[bold cyan]{word}[/] takes over {escape(event.takes_over)}", soft_wrap=True)
+    rates, old = (
+        [half_life_tokens(s) for layer, row in enumerate(slopes) if layer not in event.softmax_layers for s in row]
+        for slopes in (event.slopes_new, event.slopes_old)
+    )
     lines = [
         f"context {event.seq_len:,} tokens ({event.context_tokens:,} at full scale), RoPE base {event.rope_base / 1e6:g}M",
         f"{event.num_steps:,} steps of {event.global_batch_rows:,} rows = {event.tokens:,} tokens, "

@@ -140,6 +140,12 @@ def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
     )
 
 
+def softmax_layers(resolved: Resolved) -> list[int]:
+    """0-based indices of the layers without decay."""
+    model = resolved.config.model
+    return [layer for layer in range(model.num_layers) if model.is_softmax(layer)]
+
+
 def advance_ramp(progress: float, ramp_steps: int, *, hold: bool = False) -> float:
     """Ramp progress after one more step; ``hold`` keeps it (the hook of the gradient guard)."""
     if hold or ramp_steps == 0:

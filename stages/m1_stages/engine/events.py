@@ -51,6 +51,8 @@ class StageStarted:
     ramp_steps: int
     slopes_old: list[list[float]]
     slopes_new: list[list[float]]
+    softmax_layers: list[int]
+    """Layers whose row of slopes is unused."""
     mix: dict[str, Any]
     takes_over: str
 

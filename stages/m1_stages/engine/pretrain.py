@@ -8,7 +8,7 @@ from m1_data.errors import CheckpointError
 from m1_data.loader import PackedDataset
 from m1_data.manifest import Manifest, load_manifest
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.curriculum import StagePlan, plan_stage, softmax_layers
 from m1_stages.engine.events import Sink, StageStarted
 from m1_stages.engine.loop import Rows, train_stage
 from m1_stages.engine.session import Session, open_session, with_vocab
@@ -98,11 +98,11 @@ def start_stage(session: Session, plan: StagePlan, rows: Rows) -> TrainState:
 def started(resolved: Resolved, plan: StagePlan, rows: PackedDataset, state: TrainState) -> StageStarted:
     """The event that says what a stage changes and what it takes over."""
     if state.stage_step:
-        takes_over = f"continues at step {state.stage_step}: weights, optimizer, data position, decay ramp"
+        takes_over = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"
     elif plan.starts_from and state.global_step:
         takes_over = f"weights and optimizer of the final {plan.starts_from} checkpoint"
     else:
-        takes_over = "nothing: random initial weights"
+        takes_over = "nothing; its weights are random"
     return StageStarted(
         stage=plan.stage,
         step=state.stage_step,
@@ -118,6 +118,7 @@ def started(resolved: Resolved, plan: StagePlan, rows: PackedDataset, state: Tra
         ramp_steps=plan.ramp_steps,
         slopes_old=plan.slopes_old,
         slopes_new=plan.slopes_new,
+        softmax_layers=softmax_layers(resolved),
         mix=rows.mix_plan.as_dict(),
         takes_over=takes_over,
     )

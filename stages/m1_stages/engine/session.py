@@ -56,7 +56,11 @@ class Session:
             data_fingerprint=state.data_fingerprint,
             topology=self.run.topology.sizes(),
             decay={"policy": self.resolved.config.curriculum.decay, "slopes": state.slopes},
-            extra={"tokens_seen": state.tokens_seen, "model": self.model_shape()},
+            extra={
+                "tokens_seen": state.tokens_seen,
+                "model": self.model_shape(),
+                "rope_base": self.run.model.rope_base,
+            },
         )
         return str(self.store.save(self.sharded_state(state, is_loading=False), meta))
 

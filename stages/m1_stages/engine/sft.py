@@ -9,7 +9,7 @@ from m1_data.errors import ConfigError
 from m1_data.manifest import load_manifest
 from m1_data.sft import SFTDataset
 from m1_stages.config import Resolved
-from m1_stages.curriculum import plan_sft
+from m1_stages.curriculum import plan_sft, softmax_layers
 from m1_stages.engine.events import Sink, StageStarted
 from m1_stages.engine.loop import train_stage
 from m1_stages.engine.pretrain import start_stage
@@ -48,6 +48,7 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
                 ramp_steps=0,
                 slopes_old=plan.slopes_old,
                 slopes_new=plan.slopes_new,
+                softmax_layers=softmax_layers(resolved),
                 mix=rows.stats_dict(),
                 takes_over=f"weights and optimizer of the final {plan.starts_from} checkpoint",
             )

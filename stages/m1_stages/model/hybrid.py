@@ -84,6 +84,7 @@ class HybridModel(GPTModel):
 
     def set_rope_base(self, base: float) -> None:
         """Set the RoPE base of every softmax layer."""
+        self.rope_base = base
         for layer in self.decoder.layers:
             if isinstance(layer.self_attention, SoftmaxAttention):
                 layer.self_attention.rope_base = base

@@ -1,0 +1,51 @@
+"""``m1 demo``: the whole road, as the commands a user would type, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import typer
+from rich.markup import escape
+
+from m1cli.console import console
+
+INTERMEDIATE_STAGE = "256k"
+PROMPTS = ("def add(self, other):", "What is (12 + 30) * 2?", "import os\n")
+
+
+def demo_command(folder: Path) -> None:
+    """Write the demo's configuration and text, then run every command on it; a second run continues."""
+    from m1cli.demo_corpus import write_demo
+
+    began = time.perf_counter()
+    if not (folder / "m1.toml").exists():
+        console.print(f"collecting text from this machine's Python installation into {escape(str(folder))}/")
+        write_demo(folder)
+    for arguments in (
+        ["stages"],
+        ["prepare-data"],
+        ["pretrain", "--stage", "all"],
+        ["sft"],
+        ["export", "--stage", "1m", "--verify", "--overwrite"],
+        ["export", "--stage", INTERMEDIATE_STAGE, "--verify", "--overwrite"],
+        ["export", "--stage", "sft", "--verify", "--overwrite", *(x for p in PROMPTS for x in ("--prompt", p))],
+        ["report"],
+    ):
+        _run(folder, arguments)
+    console.print(f"\n[bold green]the whole road in {time.perf_counter() - began:.0f} s[/]")
+    console.print(f"  report  {escape(str(folder / 'run' / 'report.html'))}", soft_wrap=True)
+    console.print(f"  model   {escape(str(folder / 'run' / 'export-sft'))}", soft_wrap=True)
+
+
+def _run(folder: Path, arguments: list[str]) -> None:
+    shown = " ".join(repr(a) if " " in a or "\n" in a else a for a in arguments)
+    console.print(f"\n[bold]$ m1 {escape(shown)}[/]", soft_wrap=True)
+    code = subprocess.run(
+        [sys.executable, "-m", "m1cli", *arguments], cwd=folder, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False
+    ).returncode
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,23 @@
+"""``m1 report``: one HTML page about a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.markup import escape
+
+from m1_data.manifest import MANIFEST
+from m1_stages.configload import load_config
+from m1cli.console import console
+
+
+def report_command(path: Path, overrides: list[str], out: Path | None) -> None:
+    """Write the report of the configured run."""
+    from m1cli.report.html import write_report
+
+    resolved = load_config(path, overrides)
+    manifest = resolved.path(resolved.config.data.out) / MANIFEST
+    written = write_report(
+        resolved.run_dir, manifest if manifest.is_file() else None, out or resolved.run_dir / "report.html"
+    )
+    console.print(f"wrote [bold]{escape(str(written))}[/]", soft_wrap=True)
