@@ -45,7 +45,7 @@ def write_demo(folder: Path, *, seed: int = 0) -> None:
         ("whole-packages", "code", "packages", str(rich), ["*.py"], quiet),
         ("whole-networkx", "code", "packages", str(networkx), ["*.py"], quiet),
         ("math-functions", "stem", "jsonl", "math_functions.jsonl", [], []),
-        ("sympy", "stem", "files", str(sympy / "core"), ["*.py"], quiet),
+        ("sympy", "stem", "files", str(sympy / "[cfs]*"), ["*.py"], quiet),
         ("mpmath", "stem", "packages", str(mpmath), ["*.py"], quiet),
         ("texts", "general", "jsonl", "general.jsonl", [], []),
     ]  # fmt: skip

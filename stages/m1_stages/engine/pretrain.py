@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from m1_data.errors import CheckpointError
+from m1_data.errors import CheckpointError, DataError
 from m1_data.loader import PackedDataset
 from m1_data.manifest import Manifest, load_manifest
 from m1_stages.config import STAGE_NAMES, Resolved
@@ -27,6 +27,7 @@ def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: 
     """
     data_dir = resolved.path(resolved.config.data.out)
     manifest = load_manifest(data_dir)
+    _refuse_other_scale(resolved, manifest)
     resolved = with_vocab(resolved, manifest.vocab_size)
     plans = [plan_stage(resolved, stage) for stage in stages]
     with open_session(
@@ -38,6 +39,17 @@ def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: 
             if state.stage_step < plan.num_steps:
                 session.run.emit(started(resolved, plan, rows, state))
                 train_stage(session.run, plan, rows, state)
+
+
+def _refuse_other_scale(resolved: Resolved, manifest: Manifest) -> None:
+    scale = resolved.config.curriculum.length_scale
+    if manifest.length_scale != scale:
+        raise DataError(
+            f"the data was prepared for length_scale {manifest.length_scale:g}, the configuration says {scale:g}: "
+            "documents lie in other length buckets",
+            where=f"{resolved.origins.get('curriculum.length_scale', '')}, key curriculum.length_scale",
+            fix="run m1 prepare-data again (another data.out keeps the old one)",
+        )
 
 
 def stage_rows(resolved: Resolved, plan: StagePlan, manifest: Manifest) -> PackedDataset:
