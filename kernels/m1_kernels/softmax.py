@@ -45,6 +45,9 @@ def causal_attention(
 ) -> Tensor:
     """Grouped-query causal attention inside each document, scaled by ``1/sqrt(D)``.
 
+    Documents never see each other, bit for bit. One exception: on CUDA flash sums the gradient of q in no fixed order,
+    so that gradient repeats bit for bit only under ``torch.use_deterministic_algorithms(True)``.
+
     Args:
         q: [1, T, H, D].
         k, v: [1, T, KV, D]; H is a multiple of KV and query head h reads key head ``h // (H / KV)``.

@@ -1,0 +1,121 @@
+"""The same kernels on a CUDA device: values, repeatability, no waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from m1_kernels import apply_rotary, causal_attention, lightning_attention, linear_cross_entropy
+from m1_kernels.softmax import explain_softmax_backend
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+Attend = Callable[[list[Tensor], str], list[Tensor]]
+LENGTHS = (1, 64, 3, 700, 65, 1, 1500)
+
+
+def inputs(heads: tuple[int, int, int], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    gen = torch.Generator("cuda").manual_seed(0)
+    shapes = ((1, sum(LENGTHS), n, dim) for n in heads)
+    return [torch.randn(s, generator=gen, device="cuda").to(dtype).requires_grad_() for s in shapes]
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def edges() -> Tensor:
+    return torch.tensor([0, *LENGTHS], device="cuda").cumsum(0).int()
+
+
+def lightning(xs: list[Tensor], backend: str) -> list[Tensor]:
+    decay = torch.tensor([-0.917, -0.06, -4.9e-5, 0.0], device="cuda")
+    out, _ = lightning_attention(*xs, decay, cu_seqlens=edges(), doc_lengths=LENGTHS, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, xs, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-3)])
+def test_lightning_equals_the_reference_and_repeats(dtype: torch.dtype, bound: float) -> None:
+    xs = inputs((4, 4, 4), 64, dtype)
+    got, again, want = lightning(xs, "chunked"), lightning(xs, "chunked"), lightning(xs, "reference")
+    assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < bound
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def softmax(xs: list[Tensor], backend: str) -> list[Tensor]:
+    out = causal_attention(*xs, cu_seqlens=edges(), doc_lengths=LENGTHS, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, xs, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_varlen_equals_fp32_per_document(dtype: torch.dtype) -> None:
+    xs = inputs((8, 2, 2), 64, dtype)
+    assert explain_softmax_backend(xs[0])[0] == "varlen"
+    want = softmax([x.detach().float().requires_grad_() for x in xs], "per-document")
+    assert max(relative(a, b) for a, b in zip(softmax(xs, "auto"), want, strict=True)) < 1e-2
+
+
+def both_texts(attend: Attend, backend: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Results for a row, for the same row with another text in document 3, and which tokens are of other documents."""
+    xs = inputs((4, 4, 4), 64, torch.bfloat16)
+    inside = slice(sum(LENGTHS[:3]), sum(LENGTHS[:4]))
+    keep = torch.ones(sum(LENGTHS), dtype=torch.bool, device="cuda")
+    keep[inside] = False
+    changed = [x.detach().clone() for x in xs]
+    for x in changed:
+        x[:, inside] = 100.0
+    return attend(xs, backend), attend([x.requires_grad_() for x in changed], backend), keep
+
+
+def assert_isolated(before: list[Tensor], after: list[Tensor], keep: Tensor) -> None:
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, keep], b[:, keep])
+        assert not torch.equal(a[:, ~keep], b[:, ~keep])
+
+
+def test_lightning_isolation_bit_for_bit() -> None:
+    assert_isolated(*both_texts(lightning, "chunked"))
+
+
+def test_varlen_isolation() -> None:
+    """Outputs and gradients of k and v to the bit; flash sums the gradient of q in no fixed order, so to its rounding."""
+    before, after, keep = both_texts(softmax, "varlen")
+    dq_before, dq_after = before.pop(1), after.pop(1)
+    assert_isolated(before, after, keep)
+    assert relative(dq_after[:, keep], dq_before[:, keep]) < 1e-2
+
+
+def test_varlen_isolation_and_repeats_bit_for_bit_when_torch_is_deterministic() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        before, after, keep = both_texts(softmax, "varlen")
+        again, *_ = both_texts(softmax, "varlen")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_isolated(before, after, keep)
+    assert all(torch.equal(a, b) for a, b in zip(before, again, strict=True))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    xs, softmax_xs = inputs((4, 4, 4), 64, torch.bfloat16), inputs((8, 2, 2), 64, torch.bfloat16)
+    hidden = torch.randn(64, 32, device="cuda", requires_grad=True)
+    weight = torch.randn(100, 32, device="cuda", requires_grad=True)
+    labels, positions = torch.arange(64, device="cuda"), torch.arange(sum(LENGTHS), device="cuda")
+    cu_seqlens, decay = edges(), -torch.rand(4, device="cuda")
+
+    def everything() -> None:
+        out, _ = lightning_attention(*xs, decay, cu_seqlens=cu_seqlens, doc_lengths=LENGTHS)
+        out.backward(torch.ones_like(out))
+        q, k = (apply_rotary(x, positions, base=1e6, rotary_dim=64) for x in softmax_xs[:2])
+        out = causal_attention(q, k, softmax_xs[2], cu_seqlens=cu_seqlens, doc_lengths=LENGTHS)
+        out.backward(torch.ones_like(out))
+        linear_cross_entropy(hidden, weight, labels, valid_vocab=90, chunk_tokens=20).sum().backward()
+
+    everything()  # builds the layout of this packing
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
