@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import xxhash
 
 from m1_data.reader import Tally
+
+_VISIBLE = re.compile("[^\\s\u200b-\u200d\u2060\ufeff]")
+"""Anything but white space and zero-width characters."""
 
 
 def clean(text: str, tally: Tally) -> str | None:
@@ -17,7 +22,7 @@ def clean(text: str, tally: Tally) -> str | None:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "\0" in text:
         tally.noted["NUL character kept"] += 1
-    if not text or text.isspace():
+    if not _VISIBLE.search(text):
         tally.rejected["empty"] += 1
         return None
     try:

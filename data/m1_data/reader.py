@@ -108,13 +108,11 @@ def _read_jsonl(path: Path, field_name: str, tally: Tally) -> Iterator[str]:
 
 
 def _why_not_json(line: bytes, message: str) -> str:
-    if "surrogate" in message:
-        return "lone surrogate"
     try:
         line.decode("utf-8")
     except UnicodeDecodeError:
         return "invalid UTF-8"
-    return "lone surrogate" if b"\\ud" in line.lower() and "escape" in message else "malformed JSON"
+    return "lone surrogate" if "surrogate" in message else "malformed JSON"
 
 
 def _text_of(record: Any, field_name: str, tally: Tally) -> str | None:
