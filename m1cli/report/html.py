@@ -1,0 +1,178 @@
+"""The page around the figures."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+import orjson
+
+from m1_data.errors import EnvironmentProblem
+from m1cli.report.read import History, Record, read_history
+
+_STYLE = """
+:root { color-scheme: light dark; --fg: #1d2126; --soft: #69707a; --bg: #ffffff; --card: #f6f7f9; --line: #e2e5ea; }
+@media (prefers-color-scheme: dark) {
+  :root { --fg: #e8eaed; --soft: #9aa0a8; --bg: #15181c; --card: #1c2026; --line: #2c323a; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg); margin: 0 auto; max-width: 1180px;
+       padding: 2rem 1.5rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
+p, li { color: var(--soft); } .facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.2rem 0; }
+.fact { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .55rem .9rem; }
+.fact b { display: block; font-size: 1.05rem; } .fact span { color: var(--soft); font-size: .8rem; }
+.figure { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: .4rem .6rem; margin: 1rem 0; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } @media (max-width: 900px) { .pair { display: block; } }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 500; } code { font-size: .85em; }
+"""
+
+
+def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
+    """Write the page about ``run_dir`` to ``out``; it needs no network and no other file.
+
+    Raises:
+        DataError: the run has reported nothing.
+        EnvironmentProblem: plotly is not installed.
+    """
+    history = read_history(run_dir)
+    try:
+        from m1cli.report import figures
+    except ImportError as error:
+        raise EnvironmentProblem("the report needs plotly", fix="pip install 'm1cli[report]'") from error
+    singles = [
+        figures.over_tokens(history, "loss", "Loss over tokens, stage by stage", smooth=True),
+        figures.half_lives(history),
+    ]
+    pairs = [
+        (figures.over_tokens(history, "grad_norm", "Gradient norm", log=True), figures.layer_norms(history)),
+        (figures.data_mix(history), figures.length_mix(history)),
+        (figures.expert_load(history), figures.over_tokens(history, "aux_loss", "Balance loss")),
+        (
+            figures.over_tokens(history, "tokens_per_s", "Tokens per second"),
+            figures.over_tokens(history, "lr", "Learning rate"),
+        ),
+    ]
+    drawn = [_draw(figure, inline=index == 0) for index, figure in enumerate(singles)]
+    sides = [f'<div class="pair">{_draw(a)}{_draw(b)}</div>' for a, b in pairs]
+    body = [
+        _head(history),
+        "<h2>Training</h2>",
+        drawn[0],
+        _stage_table(history),
+        "<h2>Memory of the lightning layers</h2>",
+        "<p>ln 2 / slope: after so many tokens a head has forgotten half. White rows are softmax layers, which do not decay.</p>",
+        drawn[1],
+        "<h2>Gradients</h2>",
+        sides[0],
+        "<h2>Data</h2>",
+        _data(data_manifest),
+        sides[1],
+        "<h2>Experts</h2>",
+        sides[2],
+        "<h2>Speed and schedule</h2>",
+        sides[3],
+        _events(history),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>m1 run {escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
+    )
+    temporary = out.with_name(f"{out.name}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.rename(out)
+    return out
+
+
+def _draw(figure: object, *, inline: bool = False) -> str:
+    html = figure.to_html(  # type: ignore[attr-defined]
+        full_html=False, include_plotlyjs=inline, config={"displaylogo": False, "responsive": True}
+    )
+    return f'<div class="figure">{html}</div>'
+
+
+def _head(history: History) -> str:
+    start = history.starts[-1]
+    steps = [s for rows in history.steps.values() for s in rows]
+    facts = {
+        "model": start["preset"],
+        "parameters": f"{start['parameters'] / 1e6:,.1f}M",
+        "active": f"{start['active_parameters'] / 1e6:,.1f}M",
+        "device": f"{start['world_size']} x {start['device']} {start['precision']}",
+        "tokens trained": f"{steps[-1]['tokens_seen']:,}",
+        "steps": f"{len(steps):,}",
+        "time in steps": f"{sum(s['step_s'] for s in steps):,.0f} s",
+        "torch": start["versions"].get("torch", "?"),
+        "megatron-core": start["versions"].get("megatron-core", "?"),
+    }
+    boxes = "".join(
+        f'<div class="fact"><b>{escape(str(v))}</b><span>{escape(k)}</span></div>' for k, v in facts.items()
+    )
+    return f"<h1>m1 run</h1><p><code>{escape(start['run_dir'])}</code></p><div class='facts'>{boxes}</div>"
+
+
+def _stage_table(history: History) -> str:
+    rows = []
+    for name, stage in history.stages.items():
+        steps, done = history.steps.get(name, []), history.finished.get(name)
+        cells = [
+            name,
+            f"{stage['seq_len']:,}",
+            f"{stage['rope_base'] / 1e6:g}M",
+            f"{stage['global_batch_rows']}",
+            f"{len(steps)} / {stage['num_steps']}",
+            f"{stage['tokens']:,}",
+            f"{_mean(steps[:5]):.3f}" if steps else "",
+            f"{_mean(steps[-5:]):.3f}" if steps else "",
+            f"{sum(s['step_s'] for s in steps):,.0f} s",
+            "done" if done else "unfinished",
+        ]
+        rows.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
+    head = (
+        "stage",
+        "context",
+        "RoPE base",
+        "rows/step",
+        "steps",
+        "tokens",
+        "loss, first 5",
+        "loss, last 5",
+        "time",
+        "",
+    )
+    return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{''.join(rows)}</table>"
+
+
+def _mean(steps: list[Record]) -> float:
+    return sum(float(s["loss"]) for s in steps) / len(steps)
+
+
+def _data(path: Path | None) -> str:
+    if path is None:
+        return "<p>No data manifest was found beside this run.</p>"
+    manifest = orjson.loads(path.read_bytes())
+    documents = sum(s["documents"] for s in manifest["sources"])
+    tokens = sum(s["tokens"] for s in manifest["shards"])
+    rejected: dict[str, int] = {}
+    for source in manifest["sources"]:
+        for reason, count in source["rejected"].items():
+            rejected[reason] = rejected.get(reason, 0) + count
+    left_out = ", ".join(f"{count:,} {escape(reason)}" for reason, count in rejected.items()) or "none"
+    return (
+        f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}; STEM, code, book and "
+        f"reasoning are {manifest['core_share']:.1%} of what is at hand. Left out: {left_out}.</p>"
+    )
+
+
+def _events(history: History) -> str:
+    lines = []
+    for record in history.other:
+        kind = record["event"]
+        text = {
+            "StageStarted": lambda r: f"continued stage {r['stage']} at step {r['step']}",
+            "CheckpointRejected": lambda r: f"checkpoint {r['path']} rejected: {r['reason']}",
+            "SaveFailed": lambda r: f"checkpoint at step {r['step']} not written: {r['reason']}",
+            "RunStopped": lambda r: f"stopped: {r['reason']}",
+        }[kind](record)
+        lines.append(f"<li>{escape(text)}</li>")
+    return f"<h2>Events</h2><ul>{''.join(lines) or '<li>none: the run was never interrupted</li>'}</ul>"
