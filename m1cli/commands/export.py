@@ -8,8 +8,12 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from m1_data.errors import CheckpointError
 from m1_stages.configload import load_config
 from m1cli.console import console
+
+TOLERANCE = 1e-4
+"""Largest fp32 logit difference between the trained model and transformers that is still called equal."""
 
 
 def export_command(
@@ -50,8 +54,7 @@ def export_command(
     job = Export(resolved, committed)
     if job.configuration_changed:
         console.print(
-            "[yellow]note[/] the configuration changed since this checkpoint; RoPE base and context length are taken "
-            "from the configuration"
+            "[yellow]note[/] the configuration changed since this checkpoint; the context length is taken from it"
         )
     target = out or resolved.run_dir / f"export-{meta.stage}"
     report = job.write(target, overwrite=overwrite)
@@ -73,5 +76,12 @@ def export_command(
             f"(fp32; largest logit {seen.largest_logit:.3g})",
             highlight=False,
         )
-    for prompt in prompts:
-        console.print(f"[dim]{escape(prompt)}[/]{escape(generate(target, prompt))}", highlight=False, soft_wrap=True)
+        if seen.max_difference > TOLERANCE:
+            raise CheckpointError(
+                f"the export does not compute what was trained: logits differ by {seen.max_difference:.2g}",
+                where=str(target),
+                fix="do not use it, and report this with the configuration",
+            )
+    if prompts:
+        for prompt, text in zip(prompts, generate(target, prompts), strict=True):
+            console.print(f"[dim]{escape(prompt)}[/]{escape(text)}", highlight=False, soft_wrap=True)

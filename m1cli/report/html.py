@@ -86,7 +86,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
 
 def _draw(figure: object, *, inline: bool = False) -> str:
     html = figure.to_html(  # type: ignore[attr-defined]
-        full_html=False, include_plotlyjs=inline, config={"displaylogo": False, "responsive": True}
+        full_html=False, include_plotlyjs=inline, config={"displayModeBar": False, "responsive": True}
     )
     return f'<div class="figure">{html}</div>'
 

@@ -261,8 +261,8 @@ def test_the_vocabulary_padding_is_cut_off(tmp_path: Path, tokenizer_dir: Path) 
 
 def test_generates_from_text(tmp_path: Path, tokenizer_dir: Path) -> None:
     write(tmp_path / "hf", tokenizer_dir)
-    text = generate(tmp_path / "hf", "one two", max_new_tokens=8)
-    assert text == generate(tmp_path / "hf", "one two", max_new_tokens=8)
+    text = generate(tmp_path / "hf", ["one two"], max_new_tokens=8)
+    assert text == generate(tmp_path / "hf", ["one two"], max_new_tokens=8)
     assert text
 
 

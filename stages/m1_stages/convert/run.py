@@ -72,7 +72,7 @@ class Export:
         self.source = CheckpointSource(committed)
         self.model = ModelConfig(**meta.extra["model"])
         self.slopes: Slopes = meta.decay["slopes"]
-        self.rope_base = config.stages[self._base_stage].rope_base
+        self.rope_base = float(meta.extra["rope_base"])
         self.configuration_changed = meta.config_sha256 != resolved.sha256
 
     @property

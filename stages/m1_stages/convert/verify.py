@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,12 @@ def load_transformers(export_dir: Path) -> Any:
     except ImportError as error:
         raise EnvironmentProblem("this needs transformers", fix='pip install "m1cli[hf]"') from error
     logging.disable_progress_bar()
-    loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of the decay buffers a portable export leaves out
+    try:
+        loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
+    finally:
+        logging.set_verbosity(before)
     decay = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
     missing = sorted(key for key in info["missing_keys"] if not key.endswith(decay))
     left_over = sorted(info["unexpected_keys"])
@@ -116,8 +122,8 @@ def trained_logits(
         parallel.stop()
 
 
-def generate(export_dir: Path, prompt: str, *, max_new_tokens: int = 48) -> str:
-    """Greedy continuation of ``prompt`` by transformers, fp32, unpadded (padding breaks its cached decoding).
+def generate(export_dir: Path, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[str]:
+    """Greedy continuations by transformers, fp32, one prompt at a time (padding breaks its cached decoding).
 
     Raises:
         EnvironmentProblem: transformers is not installed.
@@ -126,7 +132,12 @@ def generate(export_dir: Path, prompt: str, *, max_new_tokens: int = 48) -> str:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(export_dir)
-    ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
-    with torch.inference_mode():
-        out = model.generate(ids, max_new_tokens=max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+            )
+        texts.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+    return texts

@@ -31,7 +31,7 @@ class _Attention(MegatronModule):
         super().__init__(config)
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self._in_rows = in_rows
-        self._linear = dict(config=config, init_method=config.init_method, bias=False, tp_group=self.tp_group)
+        self._linear = {"config": config, "init_method": config.init_method, "bias": False, "tp_group": self.tp_group}
         self.linear_out = RowParallelLinear(
             heads_width, config.hidden_size, input_is_parallel=True, skip_bias_add=True, is_expert=False, **self._linear
         )
