@@ -97,6 +97,23 @@ def test_cut_and_continued(
     assert read_manifest(final).meta.decay == read_manifest(checkpoints / final.name).meta.decay
 
 
+def test_distributed_optimizer_continues_exactly(prepared: Path, tmp_path: Path) -> None:
+    """Its step counters are one shared tensor after a load unless somebody unshares them: a drift, not an error."""
+    records = []
+    for name, cuts in (("uncut", ()), ("cut", (1, 8))):
+        config = copy_run(prepared, tmp_path / name)
+        config.write_text(config.read_text() + "[parallel]\ndistributed_optimizer = true\n")
+        out = config.parent / "steps.jsonl"
+        for stage, first, last in (("32k", 0, 5), ("128k", 6, 11)):
+            for cut in cuts:
+                if first <= cut < last:
+                    assert train(config, stage, out, cut) == 75
+            assert train(config, stage, out) == 0
+        records.append(steps(out))
+    assert len(records[0]) == 12
+    assert records[1] == records[0]
+
+
 def test_stage_by_stage_equals_all_at_once(prepared: Path, uncut: tuple[list[Any], Path], tmp_path: Path) -> None:
     config = copy_run(prepared, tmp_path / "run")
     out = config.parent / "steps.jsonl"

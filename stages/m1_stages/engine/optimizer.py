@@ -62,3 +62,48 @@ class ReadyGradients:
             if part.config.clip_grad > 0.0 and parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=self.norm)
         self._optimizer.step_with_ready_grads()
+
+
+def make_loadable(optimizer: Any) -> None:
+    """Prepare for loading a checkpoint; only Megatron's distributed optimizer with torch's AdamW needs it.
+
+    Without Transformer Engine or Apex it counts on state that a fresh AdamW does not have, and looks for a ``step`` in the
+    loaded tensors that its own checkpoint keeps elsewhere (``distrib_optimizer.py``, ``state_dict`` and
+    ``_set_main_param_and_optimizer_states``).
+    """
+    import torch
+
+    for part in _distributed_parts(optimizer):
+        inner = part.optimizer
+        for group in inner.param_groups:
+            for param in group["params"]:
+                if not inner.state[param]:
+                    inner.state[param] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        part._set_main_param_and_optimizer_states = _SetWithStep(part)
+
+
+def finish_loading(optimizer: Any) -> None:
+    """Give every parameter its own step counter: the load shares one tensor, which each parameter would then advance."""
+    for part in _distributed_parts(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+class _SetWithStep:
+    def __init__(self, part: Any) -> None:
+        self._part, self._original = part, type(part)._set_main_param_and_optimizer_states
+
+    def __call__(self, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self._part.model_param_group_index_map[model_param]
+        main = self._part.optimizer.param_groups[group]["params"][order]
+        self._original(self._part, model_param, {**tensors, "step": self._part.optimizer.state[main]["step"]})
+
+
+def _distributed_parts(optimizer: Any) -> list[Any]:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return [p for p in getattr(optimizer, "chained_optimizers", [optimizer]) if isinstance(p, DistributedOptimizer)]

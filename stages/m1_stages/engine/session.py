@@ -74,8 +74,12 @@ class Session:
         Raises:
             CheckpointError: there are candidates, but none can be used.
         """
+        from m1_stages.engine.optimizer import finish_loading, make_loadable
+
         for committed in candidates:
             self._refuse_other_shape(committed)
+        if candidates:
+            make_loadable(self.run.optimizer)
         found = self.store.load_first_verified(
             candidates, lambda: self.sharded_state(TrainState(stage=""), is_loading=True)
         )
@@ -84,6 +88,7 @@ class Session:
         committed, loaded = found
         self.run.model.load_state_dict(loaded["model"])
         self.run.optimizer.load_state_dict(loaded["optimizer"])
+        finish_loading(self.run.optimizer)
         return committed, TrainState.from_dict(loaded["train_state"])
 
     def _refuse_other_shape(self, committed: Committed) -> None:
