@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import uuid
@@ -96,11 +97,10 @@ class CheckpointStore:
             The checkpoint and its state, or None when there never was one.
 
         Raises:
-            CheckpointError: there are checkpoints, and none can be used.
+            CheckpointError: there are checkpoints, and none can be used. What a verified checkpoint raises while it is
+                loaded (no memory, another shape) is not its fault and passes through.
         """
         from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.core import CheckpointingException
-        from torch.distributed.checkpoint.api import CheckpointException
 
         reasons = self._put_aside_broken_manifests()
         for candidate in candidates:
@@ -108,8 +108,8 @@ class CheckpointStore:
                 self.verify(candidate)
                 try:
                     return candidate, dist_checkpointing.load(build(), str(candidate.path))
-                except (CheckpointingException, CheckpointException, OSError, ValueError, RuntimeError) as error:
-                    raise CheckpointError(f"cannot be loaded: {str(error).splitlines()[0]}") from error
+                except pickle.UnpicklingError as error:
+                    raise CheckpointError(f"refused to unpickle it: {str(error).splitlines()[0]}") from error
             except CheckpointError as error:
                 reasons.append(f"{candidate.path.name}: {error.what}")
                 self._put_aside(candidate.path, error.what)
