@@ -98,8 +98,7 @@ def _general() -> Iterator[str]:
 
     texts = [topics[name] for name in sorted(topics)]
     for dist in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
-        body = dist.metadata.get_payload()
-        description = dist.metadata["Description"] or (body if isinstance(body, str) else "") or ""
+        description = str(dist.metadata.json.get("description", ""))
         if len(description) > 200:
             texts.append(description)
     for text in texts:

@@ -41,9 +41,10 @@ def reported(debug: bool) -> Iterator[None]:
         errors.print("[yellow]interrupted[/]; unfinished output was not published")
         raise typer.Exit(130) from None
     except OSError as error:
-        if debug or error.errno not in _OS_ADVICE:
+        if debug or error.errno is None:
             raise
-        show(EnvironmentProblem(os.strerror(error.errno), where=str(error.filename or ""), fix=_OS_ADVICE[error.errno]))
+        advice = _OS_ADVICE.get(error.errno, "check the path; --debug shows where it happened")
+        show(EnvironmentProblem(os.strerror(error.errno), where=str(error.filename or ""), fix=advice))
         raise typer.Exit(EnvironmentProblem.exit_code) from None
 
 

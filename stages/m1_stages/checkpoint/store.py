@@ -77,10 +77,15 @@ class CheckpointStore:
             _together(lambda: save_in_process(sharded_state_dict, temporary))
             files = self._hash_files(temporary)
             _together(lambda: self._commit(temporary, final, meta, files) if _rank() == 0 else None)
-        except CheckpointError:
+        except CheckpointError as error:
+            free = shutil.disk_usage(self.root if self.root.is_dir() else self.root.parent).free >> 20
             if _rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            raise CheckpointError(
+                f"the checkpoint could not be written: {error.what} ({free:,} MiB are free there)",
+                where=f"{final}, {error.where}",
+                fix="free some space or repair the file system; older checkpoints are untouched",
+            ) from error
         if _rank() == 0:
             self._retain()
         return final

@@ -6,10 +6,9 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 from m1_data.errors import CheckpointError, NumericStop, Preempted
 from m1_data.loader import PackedBatch, batch_rows
@@ -21,6 +20,9 @@ from m1_stages.engine.parallel import Topology, agree_max
 from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
 from m1_stages.engine.step import StepResult, train_step
+
+if TYPE_CHECKING:
+    from m1_stages.model import HybridModel
 
 
 class Rows(Protocol):
@@ -38,9 +40,9 @@ class Run:
 
     device: Device
     topology: Topology
-    model: nn.Module
+    model: HybridModel
     """The bare model of this rank."""
-    chunks: list[nn.Module]
+    chunks: list[Any]
     """The model as Megatron's schedules take it: wrapped for data parallelism."""
     optimizer: Any
     emit: Sink

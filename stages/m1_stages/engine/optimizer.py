@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
-
 from m1_stages.config import OptimConfig
 
 
-def build_optimizer(chunks: list[nn.Module], optim: OptimConfig, *, bf16: bool, distributed: bool) -> Any:
+def build_optimizer(chunks: list[Any], optim: OptimConfig, *, bf16: bool, distributed: bool) -> Any:
     """AdamW over DDP-wrapped ``chunks``: dense and expert parameters are chained, vectors have no weight decay.
 
     The learning rate is set before every step (``set_learning_rate``), so no scheduler state exists.

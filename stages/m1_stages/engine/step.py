@@ -34,7 +34,7 @@ class StepResult:
     """Per decoder layer, before clipping; empty with the distributed optimizer, which keeps only shards."""
 
 
-def wrap_ddp(chunks: list[nn.Module], *, distributed_optimizer: bool) -> list[nn.Module]:
+def wrap_ddp(chunks: list[Any], *, distributed_optimizer: bool) -> list[Any]:
     """Wrap in Megatron's DDP (fp32 gradient buffers) and hang the reduction hooks on the model's configuration."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -45,14 +45,14 @@ def wrap_ddp(chunks: list[nn.Module], *, distributed_optimizer: bool) -> list[nn
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
     )
-    wrapped: list[nn.Module] = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    wrapped: list[Any] = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
     config = wrapped[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [chunk.no_sync for chunk in wrapped]
     return wrapped
 
 
-def train_step(chunks: list[nn.Module], optimizer: Any, micro_batches: Sequence[PackedBatch]) -> StepResult:
+def train_step(chunks: list[Any], optimizer: Any, micro_batches: Sequence[PackedBatch]) -> StepResult:
     """Run forward and backward; the caller decides whether to ``apply`` the returned gradients.
 
     Args:
@@ -104,7 +104,7 @@ def _loss(loss_mask: Tensor, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def _layer_grad_norms(chunks: list[nn.Module]) -> list[float]:
+def _layer_grad_norms(chunks: list[Any]) -> list[float]:
     """L2 norm of each decoder layer's gradient with one reduction and one device-to-host copy."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
@@ -113,7 +113,10 @@ def _layer_grad_norms(chunks: list[nn.Module]) -> list[float]:
     if chunks[0].ddp_config.use_distributed_optimizer:
         return []
     num_layers = chunks[0].config.num_layers
-    squares = {False: [[] for _ in range(num_layers)], True: [[] for _ in range(num_layers)]}
+    squares: dict[bool, list[list[Tensor]]] = {
+        False: [[] for _ in range(num_layers)],
+        True: [[] for _ in range(num_layers)],
+    }
     for chunk in chunks:
         for name, param in chunk.named_parameters():
             match = _LAYER.search(name)
@@ -135,6 +138,6 @@ def _layer_grad_norms(chunks: list[nn.Module]) -> list[float]:
     return [float(value) for value in total.sqrt().tolist()]
 
 
-def _first_layer(chunk: nn.Module) -> int:
+def _first_layer(chunk: Any) -> int:
     """Global index of the chunk's first decoder layer (Megatron numbers layers from 1)."""
     return int(chunk.module.decoder.layers[0].layer_number) - 1

@@ -152,7 +152,7 @@ def build_model(
     recompute: bool = False,
     device: str = "cpu",
     seed: int = 0,
-) -> list[nn.Module]:
+) -> list[HybridModel]:
     """Build this rank's part of the model with initial weights that are the same for every parallel layout.
 
     Args:

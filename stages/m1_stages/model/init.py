@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from torch import nn
 
 from m1_stages.config import ModelConfig
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, model: ModelConfig, *, seed: int) -> None:
+def initialize(module: Any, model: ModelConfig, *, seed: int) -> None:
     """Fill every parameter from a generator seeded by its global name, then cut out this rank's slice.
 
     Matrices are normal(0, init_std), output projections ``(8L)^-0.25`` of that (DeepNorm, arXiv 2203.00555), norms 1.

@@ -69,9 +69,8 @@ class Router(MegatronRouter):
         return loss
 
     def _record(self, slots: Tensor, loss: Tensor) -> None:
-        first = self.tokens_per_expert is None
-        self.tokens_per_expert = slots if first else self.tokens_per_expert + slots
-        self.aux_loss = loss if first else self.aux_loss + loss
+        self.tokens_per_expert = slots if self.tokens_per_expert is None else self.tokens_per_expert + slots
+        self.aux_loss = loss if self.aux_loss is None else self.aux_loss + loss
         self.micro_batches += 1
 
     def take_stats(self) -> Tensor:
