@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from m1_data.errors import DataError
 from m1_data.spec import TokenizerSpec
 
@@ -26,8 +24,6 @@ class LoadedTokenizer:
     """A tokenizer as its JSON, with what preparation needs to know of it."""
 
     json_bytes: bytes
-    values: dict[str, Any]
-    """The same, parsed."""
     reference: Any
     """The tokenizers library's object; control tokens in text stay text."""
     vocab_size: int
@@ -61,12 +57,13 @@ def _loaded(data: bytes, eod_token: str, where: str, folder: Path | None) -> Loa
 
     reference = Tokenizer.from_buffer(data)
     reference.encode_special_tokens = True
-    values = orjson.loads(data)
-    vocab: Any = values["model"]["vocab"]
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in values["added_tokens"]]
     name, eod_id = _find_eod(reference, eod_token, where)
-    return LoadedTokenizer(data, values, reference, max(ids) + 1, eod_id, name, folder)
+    size = max(
+        reference.get_vocab_size(with_added_tokens=False), 1 + max(reference.get_added_tokens_decoder(), default=0)
+    )
+    if reference.id_to_token(size - 1) is None or reference.id_to_token(size) is not None:
+        size = 1 + max(reference.get_vocab(with_added_tokens=True).values())  # ids with gaps: look at every one
+    return LoadedTokenizer(data, reference, size, eod_id, name, folder)
 
 
 def _find_eod(tokenizer: Any, wanted: str, where: str) -> tuple[str, int]:
@@ -118,7 +115,7 @@ def save_tokenizer(tokenizer: LoadedTokenizer, out: Path) -> None:
         if tokenizer.folder and (tokenizer.folder / name).is_file():
             shutil.copyfile(tokenizer.folder / name, out / name)
     if not (out / "tokenizer_config.json").exists():
-        names = {token["content"] for token in tokenizer.values["added_tokens"]}
+        names = {token.content for token in tokenizer.reference.get_added_tokens_decoder().values()}
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
