@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import CheckpointError, EnvironmentProblem
+from m1_stages.checkpoint.alone import without_collectives
 from m1_stages.checkpoint.manifest import MANIFEST, CheckpointMeta, Committed, manifest_text, read_manifest
 from m1_stages.checkpoint.unpickle import check_metadata
 from m1_stages.checkpoint.write import save_in_process
@@ -74,7 +75,8 @@ class CheckpointStore:
         meta = dataclasses.replace(meta, parent=newest.path.name if newest else "")
         try:
             _together(lambda: temporary.mkdir(parents=True) if _rank() == 0 else None)
-            _together(lambda: save_in_process(sharded_state_dict, temporary))
+            with without_collectives(_world()):
+                _together(lambda: save_in_process(sharded_state_dict, temporary))
             files = self._hash_files(temporary)
             _together(lambda: self._commit(temporary, final, meta, files) if _rank() == 0 else None)
         except CheckpointError as error:
@@ -112,7 +114,8 @@ class CheckpointStore:
             try:
                 self.verify(candidate)
                 try:
-                    return candidate, dist_checkpointing.load(build(), str(candidate.path))
+                    with without_collectives(_world()):
+                        return candidate, dist_checkpointing.load(build(), str(candidate.path))
                 except pickle.UnpicklingError as error:
                     raise CheckpointError(f"refused to unpickle it: {str(error).splitlines()[0]}") from error
             except CheckpointError as error:
