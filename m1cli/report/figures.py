@@ -134,6 +134,8 @@ def data_mix(history: History) -> go.Figure:
             y=target,
             line={"dash": "dash", "color": "#e45756"},
             annotation_text=f"target {target:.0f} % STEM, code, book, reasoning",
+            annotation_bgcolor="#ffffff",
+            annotation_font_color="#e45756",
         )
     figure.update_layout(barmode="stack")
     figure.update_yaxes(title="% of tokens", range=[0, 105])

@@ -61,7 +61,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         drawn[0],
         _stage_table(history),
         "<h2>Memory of the lightning layers</h2>",
-        "<p>ln 2 / slope: after so many tokens a head has forgotten half. White rows are softmax layers, which do not decay.</p>",
+        "<p>ln 2 / slope: after so many tokens a head has forgotten half. Empty rows are softmax layers, which do not decay.</p>",
         drawn[1],
         "<h2>Gradients</h2>",
         sides[0],
@@ -78,6 +78,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>m1 run {escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.rename(out)

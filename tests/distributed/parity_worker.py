@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ def main(out: str, job: dict[str, Any]) -> None:
         record["aux"].append(stats.aux_loss)
         record["layer_norms"].append(result.layer_grad_norms)
         record["load"].append(stats.expert_load)
+    if "save" in job:
+        from m1_stages.checkpoint.write import save_in_process
+
+        metadata = {"non_homogeneous_layers": True}
+        state = model.sharded_state_dict(metadata=metadata)
+        save_in_process({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, Path(job["save"]))
     record["local_parameters"] = sum(p.numel() for p in model.parameters())
     record["topology"] = topology.sizes()
     record["hits"] = device.hits()

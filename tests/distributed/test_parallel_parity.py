@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from parity_run import run
 
-WORKER = Path(__file__).with_name("parity_worker.py")
 STEPS = 20
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def record(world: int, *, mutation: str = "", micro_batch: int = 0, **parallel: Any) -> dict[str, Any]:
+    """``micro_batch`` rows at a time; 0: each rank all of its rows at once."""
+    job: dict[str, Any] = {"parallel": parallel, "steps": STEPS, "mutation": mutation}
+    return run(world, json.dumps(job | ({"micro_batch": micro_batch} if micro_batch else {}), sort_keys=True))
 
 
-@cache
-def run(world: int, job: str) -> dict[str, Any]:
-    """Run the worker on ``world`` gloo processes and return what the last rank recorded."""
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "record.json"
-        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world),
-               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}  # fmt: skip
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(out), job],
-                env={**env, "RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world)
-        ]
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * world, errors[-1][-3000:]
-        record: dict[str, Any] = json.loads(out.read_text())
-        return record
-
-
-def record(world: int, *, steps: int = STEPS, mutation: str = "", **parallel: Any) -> dict[str, Any]:
-    return run(world, json.dumps({"parallel": parallel, "steps": steps, "mutation": mutation}, sort_keys=True))
+def alone_as(name: str) -> dict[str, Any]:
+    """One process over the same micro-batches: the balance loss is taken over each of them."""
+    return record(1, micro_batch=LAYOUTS[name].get("micro_batch", 0))
 
 
 def worst(a: list[float], b: list[float]) -> float:
@@ -59,14 +31,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 ETP2": {"tensor": 2, "expert_tensor": 2},
     "EP2": {"expert": 2},
     "DP2": {},
-    "PP2": {"pipeline": 2},
+    "PP2": {"pipeline": 2, "micro_batch": 1},
     "DP2 distributed optimizer": {"distributed_optimizer": True},
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str) -> None:
-    alone, spread = record(1), record(2, **LAYOUTS[name])
+    alone, spread = alone_as(name), record(2, **LAYOUTS[name])
     assert spread["topology"]["world"] == 2
     if "DP2" not in name:
         assert spread["local_parameters"] < 0.9 * alone["local_parameters"], "the model was not sharded"
@@ -96,7 +68,7 @@ def test_layout_equals_one_process(name: str) -> None:
     ],
 )
 def test_parity_fails_when_the_code_is_wrong(layout: str, mutation: str) -> None:
-    alone = record(1)
+    alone = alone_as(layout)
     wrong = record(2, mutation=mutation, **LAYOUTS[layout])
     losses = worst(wrong["losses"], alone["losses"])
     norms = max(abs(a - b) / b for a, b in zip(wrong["grad_norms"], alone["grad_norms"], strict=True))

@@ -142,7 +142,7 @@ class _RedirectCuda(TorchFunctionMode):
 
 
 def _with_redirection(run: Callable[..., None]) -> Callable[..., None]:
-    """Function modes belong to a thread: enter one in every thread Python starts later."""
+    """Function modes belong to a thread: enter one in threads started later (not in classes with a ``run`` of their own)."""
 
     def wrapped(self: threading.Thread) -> None:
         with _RedirectCuda():

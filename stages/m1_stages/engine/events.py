@@ -147,6 +147,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
         self._file: IO[bytes] = path.open("ab")
 
     def __call__(self, event: Event) -> None:
@@ -157,3 +158,10 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what a killed run left of its last line, so that the next event starts a line of its own."""
+    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)

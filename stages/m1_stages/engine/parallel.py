@@ -45,7 +45,7 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int, timeout_s: flo
     """Initialise ``torch.distributed`` (from RANK/WORLD_SIZE, or alone) and Megatron-Core's groups.
 
     Raises:
-        ConfigError: the number of processes is not a multiple of what the parallel sizes need.
+        ConfigError: the number of processes is not a multiple of what the parallel sizes need, or gloo cannot do it.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -61,6 +61,13 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int, timeout_s: flo
                 where="[parallel]",
                 fix=f"start a multiple of {needed} processes (parallel.processes = {needed}) or lower the sizes",
             )
+    if device.backend == "gloo" and parallel.expert > 1 and parallel.expert_tensor > 1:
+        raise ConfigError(
+            f"expert = {parallel.expert} and expert_tensor = {parallel.expert_tensor} together need GPUs: "
+            "gloo cannot gather the unequal numbers of tokens of the experts",
+            where="[parallel]",
+            fix="on a CPU set one of the two to 1",
+        )
     timeout = datetime.timedelta(seconds=timeout_s)
     if world == 1:
         store = dist.HashStore()

@@ -55,7 +55,12 @@ class RoutingStats:
 
 
 class HybridModel(GPTModel):
-    """``model(batch)`` gives the loss of every token; slopes and RoPE base are set from outside."""
+    """``model(batch)`` gives the loss of every token; slopes and RoPE base are set from outside.
+
+    The head computes in fp32. In bf16 its stored weight is bf16 like the others (with an fp32 master in the optimizer): an
+    fp32 weight among them trains, but Megatron 0.16.1 cannot save it (``Float16OptimizerWithFloat16Params`` numbers the
+    float16 parameters only, ``DistributedOptimizer`` fails on the sizes).
+    """
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, *, precision: str, recompute: bool, on_cpu: bool):
         config = transformer_config(model, parallel, bf16=precision == "bf16", recompute=recompute, on_cpu=on_cpu)

@@ -1,0 +1,38 @@
+"""Which CUDA calls Megatron-Core makes in training and saving: an upgrade that adds or drops one shows here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from parity_run import run
+
+TRAIN = {
+    "torch.cuda.manual_seed",
+    "torch.cuda.get_rng_state",
+    "random._set_cuda_rng_state",
+    "torch.cuda.Stream",
+    "torch.cuda.current_stream",
+    "torch.cuda.stream",
+    "torch.cuda.current_device",
+    'device="cuda"',
+    "Tensor.type",
+    "token_dispatcher.maybe_move_tensor_to_cpu",
+}
+RECOMPUTE = {"random._get_cuda_rng_state"}
+SAVE = {"torch.cuda.synchronize"}
+
+
+@pytest.mark.parametrize(
+    ("world", "job", "expected"),
+    [
+        (1, {"recompute": True}, TRAIN | RECOMPUTE | SAVE),
+        (2, {"parallel": {"pipeline": 2}}, TRAIN | SAVE),
+    ],
+    ids=["one process, recomputation", "two pipeline stages"],
+)
+def test_redirected_calls_of_two_steps_and_a_save(world: int, job: dict, expected: set[str], tmp_path: Path) -> None:
+    record = run(world, json.dumps({"parallel": {}, "steps": 2, "save": str(tmp_path), **job}))
+    assert any(tmp_path.glob("*.distcp")), "nothing was saved"
+    assert set(record["hits"]) == expected

@@ -1,0 +1,43 @@
+"""Runs ``distributed/parity_worker.py`` on several gloo processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+WORKER = Path(__file__).parent / "distributed" / "parity_worker.py"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@cache
+def run(world: int, job: str) -> dict[str, Any]:
+    """Run the worker on ``world`` gloo processes and return what the last rank recorded."""
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "record.json"
+        env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world),
+               "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}  # fmt: skip
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(out), job],
+                env={**env, "RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world, errors[-1][-3000:]
+        record: dict[str, Any] = json.loads(out.read_text())
+        return record

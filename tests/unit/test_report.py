@@ -1,0 +1,87 @@
+"""The report on a synthetic run: values on the page, resumes, torn lines."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from m1_data.errors import DataError
+from m1_stages.decay import released_slopes
+from m1_stages.engine.events import JsonLines, RunStarted, StageFinished, StageStarted, StepDone
+from m1cli.report.html import write_report
+from m1cli.report.read import read_history
+
+SLOPES = released_slopes(8, 4)
+MIX = {
+    "core": {"wanted": 0.7, "reached": 0.63},
+    "domains": {"code": {"wanted": 0.7, "reached": 0.63}, "general": {"wanted": 0.3, "reached": 0.37}},
+    "length_classes": {"short": {"wanted": 1.0, "reached": 1.0}},
+}
+
+
+def started() -> RunStarted:
+    return RunStarted(
+        command="m1", run_dir="run", config_sha256="c", preset="tiny", device="cpu", precision="fp32", world_size=1,
+        topology={"world": 1}, parameters=2_000_000, active_parameters=500_000, versions={"torch": "2.13.0"}, resumed_from="",
+    )  # fmt: skip
+
+
+def stage(name: str, step: int = 0) -> StageStarted:
+    return StageStarted(
+        stage=name, step=step, num_steps=10, seq_len=128, context_tokens=32_768, rope_base=1e6, global_batch_rows=4,
+        tokens=5_120, lr_peak=1e-3, lr_final=1e-4, decay_policy="relax", ramp_steps=0, slopes_old=SLOPES, slopes_new=SLOPES,
+        softmax_layers=[7], mix=MIX, takes_over="nothing",
+    )  # fmt: skip
+
+
+def step(name: str, n: int, offset: int = 0, loss: float | None = None) -> StepDone:
+    return StepDone(
+        stage=name, step=n, global_step=offset + n, tokens_seen=512 * (offset + n + 1), loss=7.0 - 0.1 * n if loss is None else loss,
+        aux_loss=0.02, grad_norm=0.5, layer_grad_norms=[0.1] * 8, lr=1e-3, step_s=0.5, tokens_per_s=1024.0, ramp_progress=0.0,
+        trained_tokens=512, expert_load=[[0.25] * 4] * 8, peak_gib=1.0, sample_ids=[0, 1, 2, 3],
+    )  # fmt: skip
+
+
+def write_run(folder: Path) -> None:
+    lines = JsonLines(folder / "metrics.jsonl")
+    for event in (started(), stage("32k"), *(step("32k", n) for n in range(7))):
+        lines(event)
+    lines.close()
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"event": "StepDone", "stage": "32k", "gl')  # what a SIGKILL in the middle of a write leaves
+    lines = JsonLines(folder / "metrics.jsonl")
+    for event in (started(), stage("32k", 5), step("32k", 5, loss=1.5), *(step("32k", n) for n in range(6, 10))):
+        lines(event)
+    lines(StageFinished(stage="32k", steps=10, first_loss=7.0, last_loss=6.1, seconds=5.0, checkpoint="step_00000010"))
+    lines.close()
+
+
+def test_a_resumed_run_counts_every_step_once_and_the_last_one_wins(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    history = read_history(tmp_path)
+    assert [s["step"] for s in history.steps["32k"]] == list(range(10))
+    assert history.steps["32k"][5]["loss"] == 1.5
+    assert len(history.starts) == 2
+    assert [r["step"] for r in history.other] == [5]
+
+
+def test_the_page_stands_alone_and_shows_the_values(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    page = write_report(tmp_path, None, tmp_path / "new" / "report.html").read_text()
+    assert not re.search(r'<script[^>]+src=|<link[^>]+href="http', page), "nothing is loaded from elsewhere"
+    text = re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    for shown in ("2.0M", "0.5M", "10 / 10", "5,120", "6.800", "continued stage 32k at step 5"):
+        assert shown in text, shown
+    last_five = (1.5 + 6.4 + 6.3 + 6.2 + 6.1) / 5
+    assert f"{last_five:.3f}" in text
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has reported nothing yet"):
+        read_history(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"event": "RunSt\n{"event": "StepDone"}\n')
+    with pytest.raises(DataError) as caught:
+        read_history(tmp_path)
+    assert caught.value.where.endswith("metrics.jsonl:1")
