@@ -38,7 +38,8 @@ def stage(name: str, step: int = 0) -> StageStarted:
 
 def step(name: str, n: int, offset: int = 0, loss: float | None = None) -> StepDone:
     return StepDone(
-        stage=name, step=n, global_step=offset + n, tokens_seen=512 * (offset + n + 1), loss=7.0 - 0.1 * n if loss is None else loss,
+        stage=name, step=n, global_step=offset + n, tokens_seen=512 * (offset + n + 1),
+        loss=7.0 - 0.1 * n if loss is None else loss,
         aux_loss=0.02, grad_norm=0.5, layer_grad_norms=[0.1] * 8, lr=1e-3, step_s=0.5, tokens_per_s=1024.0, ramp_progress=0.0,
         trained_tokens=512, expert_load=[[0.25] * 4] * 8, peak_gib=1.0, sample_ids=[0, 1, 2, 3],
     )  # fmt: skip
