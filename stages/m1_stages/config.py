@@ -158,7 +158,9 @@ class RunSection:
     dir: Annotated[str, "run directory: checkpoints, metrics.jsonl, reports"] = "run"
     seed: Annotated[int, "seed of initial weights and data order"] = 1234
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes CUDA where there is one"] = "auto"
-    precision: Annotated[Literal["fp32", "bf16"], "bf16 keeps fp32 master weights, state, decay and head"] = "fp32"
+    precision: Annotated[
+        Literal["fp32", "bf16"], "bf16 keeps master weights, attention state, decay rates and logits in fp32"
+    ] = "fp32"
     threads: Annotated[int, "CPU threads per process; 0: cores / processes"] = 0
     save_every_steps: Annotated[int, "steps between checkpoints; stage ends are always saved"] = 100
     keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2

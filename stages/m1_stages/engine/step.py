@@ -2,7 +2,8 @@
 
 Gradients and losses are per trained token: every rank sums over its tokens, sums are reduced over the data-parallel
 ranks and divided by the number of trained tokens of the whole global batch, so the result does not depend on how the
-batch is cut into micro-batches or ranks.
+batch is cut into micro-batches or ranks. (The balance loss is defined over the rows processed together, so it alone depends
+on the grouping.)
 """
 
 from __future__ import annotations
