@@ -307,7 +307,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Committed, dict
         meta = CheckpointMeta(
             stage="128k", stage_step=10, global_step=10, stage_final=True, config_sha256="c", data_fingerprint="d",
             topology={}, decay={"policy": "fixed", "slopes": released_slopes(4, 4)},
-            extra={"tokens_seen": 12_345, "rope_base": ROPE_BASE, "model": dataclasses.asdict(MODEL)},
+            extra={"tokens_seen": 12_345, "rope_base": 5e6, "model": dataclasses.asdict(MODEL)},
         )  # fmt: skip
         state = {"model": built.sharded_state_dict(metadata={"non_homogeneous_layers": True}), "train_state": {"x": 1}}
         store = CheckpointStore(root)
