@@ -14,6 +14,7 @@ from types import FrameType
 
 from rich.markup import escape
 
+from m1_data.errors import EnvironmentProblem
 from m1_stages.config import Resolved
 from m1cli.console import console
 
@@ -21,8 +22,12 @@ _GRACE_S = 60.0
 
 
 def is_worker() -> bool:
-    """Whether torchrun, Slurm or this launcher started the process as one rank of several."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    """Whether torchrun, srun or this launcher started the process as one rank of several."""
+    return "RANK" in os.environ or _in_slurm_step()
+
+
+def _in_slurm_step() -> bool:
+    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def num_processes(resolved: Resolved) -> int:
@@ -36,10 +41,24 @@ def num_processes(resolved: Resolved) -> int:
 
 
 def adopt_slurm() -> None:
-    """Give Slurm's names of rank and world the names torch reads."""
-    for ours, slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
-        if slurm in os.environ and "RANK" not in os.environ.keys() - {ours}:
-            os.environ.setdefault(ours, os.environ[slurm])
+    """Give a rank that srun started the names torch reads.
+
+    Raises:
+        EnvironmentProblem: several machines, and nobody said where rank 0 is.
+    """
+    if "RANK" in os.environ or not _in_slurm_step():
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in os.environ:
+        if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1:
+            raise EnvironmentProblem(
+                "srun started ranks on several machines, and MASTER_ADDR does not say where rank 0 is",
+                fix="in the batch script: export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1)",
+            )
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def run_ranks(arguments: list[str], world: int) -> int:

@@ -166,3 +166,22 @@ def test_two_processes_are_started_and_train(prepared: Path, tmp_path: Path) -> 
     bad = m1("pretrain", "--stage", "32k", "--set", "parallel.processes=2", "--set", "parallel.expert=4", cwd=prepared)
     assert bad.returncode == 2
     assert "does not divide the 2 processes" in bad.stderr
+
+
+def test_fine_tuning_starts_from_a_stage_and_says_what_it_takes_over(prepared: Path, tmp_path: Path) -> None:
+    """The tokenizer of the test data knows no chat; the shipped template is used."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"{n} + 1 ?"}, {"role": "assistant", "content": f"{n + 1}"}]}
+        for n in range(40)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
+    options = ["--set", f"run.dir={tmp_path}/run", "--set", "stages.32k.tokens=2048", "--set", "sft.base_stage=32k",
+               "--set", f'sft.data=["{tmp_path}/chats.jsonl"]', "--set", "sft.global_batch_tokens=1024"]  # fmt: skip
+    assert m1("pretrain", "--stage", "32k", *options, cwd=prepared).returncode == 0
+    done = m1("sft", *options, cwd=prepared)
+    assert done.returncode == 0, done.stderr
+    assert "fine-tuning takes over weights and optimizer of the final 32k checkpoint" in done.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in records if r["event"] == "StepDone" and r["stage"] == "sft"]
+    assert steps
+    assert all(0 < r["trained_tokens"] < 1024 for r in steps), "only the assistant's tokens carry loss"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from m1_data.errors import CheckpointError, DataError
 from m1_data.loader import PackedDataset
@@ -30,14 +31,12 @@ def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: 
     _refuse_other_scale(resolved, manifest)
     resolved = with_vocab(resolved, manifest.vocab_size)
     plans = [plan_stage(resolved, stage) for stage in stages]
-    with open_session(
-        resolved, sinks, vocab_size=manifest.vocab_size, rope_base=plans[0].rope_base, fresh=fresh
-    ) as session:
+    with open_session(resolved, sinks, rope_base=plans[0].rope_base, fresh=fresh) as session:
         for plan in plans:
             rows = stage_rows(resolved, plan, manifest)
             state = start_stage(session, plan, rows)
             if state.stage_step < plan.num_steps:
-                session.run.emit(started(resolved, plan, rows, state))
+                session.run.emit(started(resolved, plan, rows.mix_plan.as_dict(), state))
                 train_stage(session.run, plan, rows, state)
 
 
@@ -107,7 +106,7 @@ def start_stage(session: Session, plan: StagePlan, rows: Rows) -> TrainState:
     return state
 
 
-def started(resolved: Resolved, plan: StagePlan, rows: PackedDataset, state: TrainState) -> StageStarted:
+def started(resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState) -> StageStarted:
     """The event that says what a stage changes and what it takes over."""
     if state.stage_step:
         takes_over = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"
@@ -131,6 +130,6 @@ def started(resolved: Resolved, plan: StagePlan, rows: PackedDataset, state: Tra
         slopes_old=plan.slopes_old,
         slopes_new=plan.slopes_new,
         softmax_layers=softmax_layers(resolved),
-        mix=rows.mix_plan.as_dict(),
+        mix=mix,
         takes_over=takes_over,
     )

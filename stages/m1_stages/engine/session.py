@@ -103,9 +103,7 @@ class Session:
 
 
 @contextmanager
-def open_session(
-    resolved: Resolved, sinks: Sequence[Sink], *, vocab_size: int, rope_base: float, fresh: bool
-) -> Iterator[Session]:
+def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float, fresh: bool) -> Iterator[Session]:
     """Start the process group, build model and optimizer, catch signals; report how it ended."""
     config = resolved.config
     device = device_module.use(config.run.device, local_rank=parallel.local_rank())
@@ -157,7 +155,7 @@ def open_session(
                     CheckpointRejected(path=str(path), reason=reason, quarantined_as=str(moved))
                 ),
             )
-            emit(_run_started(resolved, device, topology, vocab_size, store))
+            emit(_run_started(resolved, device, topology, store))
             yield Session(resolved, run, store)
             emit(RunStopped(reason="done", exit_code=0))
     except M1Error as error:
@@ -192,9 +190,7 @@ def _emitter(run_dir: Path, sinks: Sequence[Sink], *, rank: int) -> tuple[Sink, 
     return emit, lines.close
 
 
-def _run_started(
-    resolved: Resolved, device: Any, topology: parallel.Topology, vocab_size: int, store: CheckpointStore
-) -> RunStarted:
+def _run_started(resolved: Resolved, device: Any, topology: parallel.Topology, store: CheckpointStore) -> RunStarted:
     counts = count_parameters(resolved.config.model)
     latest = store.latest()
     return RunStarted(

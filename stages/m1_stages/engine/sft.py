@@ -9,10 +9,10 @@ from m1_data.errors import ConfigError
 from m1_data.manifest import load_manifest
 from m1_data.sft import SFTDataset
 from m1_stages.config import Resolved
-from m1_stages.curriculum import plan_sft, softmax_layers
-from m1_stages.engine.events import Sink, StageStarted
+from m1_stages.curriculum import plan_sft
+from m1_stages.engine.events import Sink
 from m1_stages.engine.loop import train_stage
-from m1_stages.engine.pretrain import start_stage
+from m1_stages.engine.pretrain import start_stage, started
 from m1_stages.engine.session import open_session, with_vocab
 
 
@@ -26,33 +26,11 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     resolved = with_vocab(resolved, manifest.vocab_size)
     rows = conversations(resolved)
     plan = plan_sft(resolved, rows.rows_per_epoch)
-    with open_session(
-        resolved, sinks, vocab_size=manifest.vocab_size, rope_base=plan.rope_base, fresh=fresh
-    ) as session:
+    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=fresh) as session:
         state = start_stage(session, plan, rows)
         if state.stage_step == plan.num_steps:
             return
-        session.run.emit(
-            StageStarted(
-                stage=plan.stage,
-                step=state.stage_step,
-                num_steps=plan.num_steps,
-                seq_len=plan.seq_len,
-                context_tokens=plan.context_tokens,
-                rope_base=plan.rope_base,
-                global_batch_rows=plan.global_batch_rows,
-                tokens=plan.tokens,
-                lr_peak=plan.lr.peak,
-                lr_final=plan.lr.final,
-                decay_policy=resolved.config.curriculum.decay,
-                ramp_steps=0,
-                slopes_old=plan.slopes_old,
-                slopes_new=plan.slopes_new,
-                softmax_layers=softmax_layers(resolved),
-                mix=rows.stats_dict(),
-                takes_over=f"weights and optimizer of the final {plan.starts_from} checkpoint",
-            )
-        )
+        session.run.emit(started(resolved, plan, rows.stats_dict(), state))
         train_stage(session.run, plan, rows, state)
 
 
