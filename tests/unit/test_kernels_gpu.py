@@ -36,10 +36,12 @@ def lightning(xs: list[Tensor], backend: str) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, xs, torch.ones_like(out))]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 3e-3)])
-def test_lightning_equals_the_reference_and_repeats(dtype: torch.dtype, bound: float) -> None:
-    xs = inputs((4, 4, 4), 64, dtype)
-    got, again, want = lightning(xs, "chunked"), lightning(xs, "chunked"), lightning(xs, "reference")
+@pytest.mark.parametrize("dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-6), (torch.bfloat16, 3.2e-3), (torch.float16, 5e-4)])
+def test_lightning_equals_the_reference_and_repeats(dtype: torch.dtype, bound: float, backend: str, dim: int) -> None:
+    xs = inputs((4, 4, 4), dim, dtype)
+    got, again, want = lightning(xs, backend), lightning(xs, backend), lightning(xs, "reference")
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < bound
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
@@ -57,9 +59,9 @@ def test_varlen_equals_fp32_per_document(dtype: torch.dtype) -> None:
     assert max(relative(a, b) for a, b in zip(softmax(xs, "auto"), want, strict=True)) < 1e-2
 
 
-def both_texts(attend: Attend, backend: str) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def both_texts(attend: Attend, backend: str, dim: int = 64) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Results for a row, for the same row with another text in document 3, and which tokens are of other documents."""
-    xs = inputs((4, 4, 4), 64, torch.bfloat16)
+    xs = inputs((4, 4, 4), dim, torch.bfloat16)
     inside = slice(sum(LENGTHS[:3]), sum(LENGTHS[:4]))
     keep = torch.ones(sum(LENGTHS), dtype=torch.bool, device="cuda")
     keep[inside] = False
@@ -75,8 +77,46 @@ def assert_isolated(before: list[Tensor], after: list[Tensor], keep: Tensor) -> 
         assert not torch.equal(a[:, ~keep], b[:, ~keep])
 
 
-def test_lightning_isolation_bit_for_bit() -> None:
-    assert_isolated(*both_texts(lightning, "chunked"))
+@pytest.mark.parametrize("dim", [16, 64, 128])
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_lightning_isolation_bit_for_bit(backend: str, dim: int) -> None:
+    assert_isolated(*both_texts(lightning, backend, dim))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("edge", [1, 63, 64, 65, 127, 128, 129, 4095, 4096, 4097])
+def test_lightning_isolation_at_every_edge(edge: int, poison: float) -> None:
+    lengths = (130, edge, 70)
+    gen = torch.Generator("cuda").manual_seed(edge)
+    keep = torch.ones(sum(lengths), dtype=torch.bool, device="cuda")
+    keep[130 : 130 + edge] = False
+
+    def attend(xs: list[Tensor]) -> list[Tensor]:
+        xs = [x.requires_grad_() for x in xs]
+        decay = torch.tensor([-0.3, -1e-4], device="cuda")
+        out, _ = lightning_attention(*xs, decay, doc_lengths=lengths, backend="triton")
+        return [out, *torch.autograd.grad(out, xs, torch.ones_like(out))]
+
+    clean = [torch.randn(1, sum(lengths), 2, 128, generator=gen, device="cuda").bfloat16() for _ in range(3)]
+    dirty = [x.clone() for x in clean]
+    for x in dirty:
+        x[:, ~keep] = poison
+    assert_isolated(attend(clean), attend(dirty), keep)
+
+
+def test_lightning_beyond_2_to_31_elements() -> None:
+    """64 heads, 300,000 tokens: the last tokens must equal a short run that starts from the state before them."""
+    tokens, last, heads = 300_000, 500, 64
+    gen = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, tokens, heads, 128, generator=gen, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    assert q.numel() > 2**31
+    decay = -torch.logspace(0, -4, heads, device="cuda")
+    out, _ = lightning_attention(q, k, v, decay)
+    _, state = lightning_attention(*(x[:, :-last] for x in (q, k, v)), decay, output_final_state=True)
+    want, _ = lightning_attention(*(x[:, -last:] for x in (q, k, v)), decay, initial_state=state, backend="reference")
+    assert relative(out[:, -last:], want) < 4e-3
+    short, _ = lightning_attention(*(x[:, :2000] for x in (q, k, v)), decay, backend="reference")
+    assert relative(out[:, :2000], short) < 4e-3
 
 
 def test_varlen_isolation() -> None:

@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from m1_kernels import apply_rotary, causal_attention, lightning_attention
+from m1_kernels import apply_rotary, causal_attention, explain_backend, lightning_attention, lightning_layer
 from m1_stages.config import ModelConfig
 from m1_stages.model.norms import HeadShardedRMSNorm
 from m1_stages.model.packing import Packing
@@ -46,7 +46,7 @@ class LightningAttention(_Attention):
     """SiLU on q, k, v; decayed linear attention; RMSNorm over all heads; sigmoid gate; output projection.
 
     One fused projection with rows (head, {q, k, v, gate}, D). Source: MiniMax-01 section 2.2; transformers
-    ``modeling_minimax.py``, ``MiniMaxLightningAttention``.
+    ``modeling_minimax.py``, ``MiniMaxLightningAttention``. On a CUDA device all between the projections is fused.
     """
 
     def __init__(
@@ -77,15 +77,23 @@ class LightningAttention(_Attention):
         if self.log_decay is None:
             raise RuntimeError("set_slopes was not called")
         projected, _bias = self.linear_in(hidden_states)
-        q, k, v, gate = projected.view(1, -1, self.num_heads, 4, self.head_dim).unbind(3)
-        out, _state = lightning_attention(
-            F.silu(q),
-            F.silu(k),
-            F.silu(v),
-            self.log_decay,
-            cu_seqlens=packed_seq_params.cu_seqlens,
-            doc_lengths=packed_seq_params.doc_lengths,
-        )
+        parts = projected.view(1, -1, self.num_heads, 4, self.head_dim)
+        cu_seqlens, doc_lengths = packed_seq_params.cu_seqlens, packed_seq_params.doc_lengths
+        if explain_backend("auto", parts)[0] == "triton":
+            group = self.tp_group if self.tp_group.size() > 1 else None
+            out = lightning_layer(
+                parts,
+                self.norm.weight,
+                self.log_decay,
+                eps=self.norm.eps,
+                cu_seqlens=cu_seqlens,
+                doc_lengths=doc_lengths,
+                tp_group=group,
+            )
+            return self.linear_out(out.view(-1, 1, out.shape[-1]))[0], None
+        q, k, v, gate = parts.unbind(3)
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        out, _state = lightning_attention(q, k, v, self.log_decay, cu_seqlens=cu_seqlens, doc_lengths=doc_lengths)
         out = self.norm(out.reshape(out.shape[1], 1, -1))
         out = out * torch.sigmoid(gate.reshape(out.shape))
         return self.linear_out(out)[0], None
