@@ -34,7 +34,7 @@ def decode_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Ten
     batch, heads, k_dim = q.shape
     v_dim = v.shape[2]
     out = v.new_empty(batch, heads, v_dim)
-    columns = min(v_dim, 32)
+    columns = min(v_dim, 64)
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     _step[(batch * heads * (v_dim // columns),)](
         q, k, v, out, state, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads,

@@ -24,15 +24,16 @@ def split_silu(x, q, k, v, rows, D: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def split_silu_backward(x, dx, rows, D: tl.constexpr, ROWS: tl.constexpr):
-    """dx[rows, 0..2, D] holds the gradients of q, k, v and becomes those of x, in place. Grid rows / ROWS."""
+def split_silu_backward(x, dq, dk, dv, dx, rows, D: tl.constexpr, ROWS: tl.constexpr):
+    """dx[rows, 0..2, D] from the gradients of q, k, v [rows, D]. Grid rows / ROWS."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     channel = tl.arange(0, D)[None, :]
     inside = row < rows
     for part in tl.static_range(3):
+        grad_of = dq if part == 0 else (dk if part == 1 else dv)
         at = row * (4 * D) + part * D + channel
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_of + row * D + channel, mask=inside, other=0.0).to(tl.float32)
         gate = tl.sigmoid(value)
         tl.store(dx + at, (grad * gate * (1 + value * (1 - gate))).to(dx.dtype.element_ty), mask=inside)
 

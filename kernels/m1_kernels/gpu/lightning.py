@@ -42,7 +42,7 @@ def config_for(q: Tensor, v: Tensor) -> Config:
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     if q.dtype == torch.float32:
         tiles = Tiles(16, min(dims[1], 32), 4, 1)
-        return Config(tiles, tiles, "ieee", False, processors)
+        return Config(tiles, tiles, "tf32x3", False, processors)
     hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9 and set(dims) <= {64, 128}
     states = Tiles(64, dims[1], 8 if max(dims) == 128 else 4, 3)
     return Config(states, Tiles(64, min(*dims, 64), 4, 3), "tf32", hopper, processors * (2 if max(dims) < 128 else 1))
