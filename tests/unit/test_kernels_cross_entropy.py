@@ -1,4 +1,7 @@
-"""Linear cross-entropy against torch's in float64, alone and over two processes that share the vocabulary."""
+"""Linear cross-entropy against torch's in float64, alone and over two processes that share the vocabulary.
+
+The bf16 products of a CUDA device are emulated on the CPU (``on_the_cpu``); the last test runs them, where there is one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1_kernels import linear_cross_entropy
+from m1_kernels import cross_entropy, linear_cross_entropy
 
 TOKENS, WIDTH, ROWS, VALID = 37, 8, 24, 21
 
@@ -128,3 +131,102 @@ def test_two_processes_share_the_vocabulary(tmp_path: Path) -> None:
     torch.testing.assert_close(hidden0 + hidden1, grad_hidden, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(torch.cat([weight0, weight1]), grad_weight, atol=1e-12, rtol=1e-12)
     assert float((hidden0 - grad_hidden).abs().max()) > 0.1
+
+
+def exact_sum_product(a: Tensor, b: Tensor) -> Tensor:
+    """What a tensor core computes, up to the order of the sum."""
+    assert a.dtype == b.dtype == torch.bfloat16
+    return a.float() @ b.float()
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bf16 products of a CUDA device, for bf16 inputs on the CPU."""
+    monkeypatch.setattr(cross_entropy, "_product_dtype", lambda hidden, weight: hidden.dtype)
+    monkeypatch.setattr(cross_entropy, "_product_fp32", exact_sum_product)
+    monkeypatch.setattr(cross_entropy, "_add_product_fp32", lambda total, a, b: total.add_(exact_sum_product(a, b)))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_two_bf16_parts_carry_17_bits_of_a_logits_gradient() -> None:
+    """Head and hidden are identities, so that both gradients are the parts themselves."""
+    gen = torch.Generator().manual_seed(1)
+    size, eye = 256, torch.eye(256, dtype=torch.bfloat16)
+    errors = torch.randn(size, size, generator=gen) * torch.exp2(torch.randint(-60, 1, (size, size), generator=gen))
+    grad = torch.randn(size, generator=gen) / 32_768
+    want = errors.double() * grad[:, None].double()
+    grad_weight = torch.zeros(size, size)
+    grad_hidden = cross_entropy._gradients(errors, grad, eye, eye, grad_weight)
+    for got in (grad_hidden, grad_weight.T):
+        assert got.dtype == torch.float32
+        worst = float(((got - want) / want).abs().max())
+        assert 2**-19 < worst <= 1.01 * 2**-17  # a single bf16 part: 2**-9 to 2**-8
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("chunk_tokens", [100, 512])
+def test_bf16_products_against_float64(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients as they are before they are rounded to bf16, from mean-reduced, peaked distributions."""
+    tokens, width, rows, valid = 512, 128, 1024, 1000
+    gen = torch.Generator().manual_seed(2)
+    hidden = torch.randn(tokens, width, generator=gen).bfloat16().requires_grad_()
+    weight = (torch.randn(rows, width, generator=gen) / 4).bfloat16().requires_grad_()
+    labels = torch.randint(valid, (tokens,), generator=gen)
+    labels[:256] = (hidden @ weight.T)[:256, :valid].argmax(1)
+    grad = torch.rand(tokens, generator=gen) / tokens
+
+    fp32: dict[str, list[Tensor]] = {"hidden": [], "weight": []}
+    gradients = cross_entropy._gradients
+
+    def spy(errors: Tensor, grad: Tensor, hidden: Tensor, head: Tensor, grad_weight: Tensor) -> Tensor:
+        fp32["weight"] = [grad_weight]
+        fp32["hidden"].append(gradients(errors, grad, hidden, head, grad_weight))
+        return fp32["hidden"][-1]
+
+    monkeypatch.setattr(cross_entropy, "_gradients", spy)
+    loss = linear_cross_entropy(hidden, weight, labels, valid_vocab=valid, chunk_tokens=chunk_tokens)
+    rounded = torch.autograd.grad(loss, (hidden, weight), grad)
+
+    doubles = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    exact = F.cross_entropy((doubles[0] @ doubles[1].T)[:, :valid], labels, reduction="none")
+    assert float((loss - exact).detach().abs().max()) < 1e-5
+    for name, got, want in zip(fp32, rounded, torch.autograd.grad(exact, doubles, grad.double()), strict=True):
+        assert torch.equal(got, torch.cat(fp32[name]).bfloat16())
+        difference = torch.cat(fp32[name]) - want
+        assert float(difference.norm() / want.norm()) < 5e-6
+        assert float((difference.norm(dim=1) / want.norm(dim=1).clamp(min=1e-12)).max()) < 1e-4
+
+
+def test_chunks_follow_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "LOGITS_AT_ONCE", 600 * 64)
+    monkeypatch.setattr(cross_entropy, "FEWEST_TOKENS", 128)
+    for rows, tokens in ((64, 512), (1024, 128)):
+        with _Largest() as largest:
+            linear_cross_entropy(torch.randn(1024, 4), torch.randn(rows, 4), torch.zeros(1024).long(), valid_vocab=rows)
+        assert largest.numel == tokens * rows
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensor_cores_give_fp32_logits_and_two_chunks_of_memory() -> None:
+    tokens, width, rows, valid, chunk = 4096, 512, 8192, 8100, 1024
+    gen = torch.Generator("cuda").manual_seed(3)
+    hidden = torch.randn(tokens, width, generator=gen, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(rows, width, generator=gen, device="cuda") / 8).bfloat16().requires_grad_()
+    labels = torch.randint(valid, (tokens,), generator=gen, device="cuda")
+    grad = torch.rand(tokens, generator=gen, device="cuda") / tokens
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = linear_cross_entropy(hidden, weight, labels, valid_vocab=valid, chunk_tokens=chunk)
+        got = torch.autograd.grad(loss, (hidden, weight), grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    gradients = hidden.nbytes + 4 * weight.numel() + weight.nbytes
+    products = 2 * chunk * width * (4 + 2)
+    assert torch.cuda.max_memory_allocated() - before < 2 * 4 * chunk * rows + gradients + 2 * products + 2**20
+    exact = F.cross_entropy((hidden.double() @ weight.double().T)[:, :valid], labels, reduction="none")
+    assert float((loss - exact).detach().abs().max()) < 1e-4
+    for a, b in zip(got, torch.autograd.grad(exact, (hidden, weight), grad.double()), strict=True):
+        assert float((a.double() - b).norm() / b.double().norm()) < 2**-8
