@@ -5,7 +5,8 @@
 Floor: a device copy of the fewest bytes, each tensor once: forward q, k, v, o; forward+backward these and do, dq, dk, dv,
 with q, k, v read again. Times are medians of CUDA-event timings after warm-up, spread is the 20 % and 80 % quantile.
 Errors: ||x - ref|| / ||ref|| against our float64 chunked backend on some heads, fresh random inputs per case; outputs lie
-where NaN was before. ``fla``: ``chunk_simple_gla(g_gamma=-slope, scale=1)`` of flash-linear-attention, if it is installed.
+where NaN was before. ``fla``: ``chunk_simple_gla(g_gamma=-slope, scale=1)`` of flash-linear-attention, if it is installed; its tuner
+tries 4 warps and more.
 A case that does not fit in the device's memory says so.
 """
 
@@ -73,6 +74,8 @@ def fla_attention() -> Attend | None:
         print(f"fla is not installed ({error}): its columns stay empty", file=sys.stderr)
         return None
 
+    _spare_slow_configs()
+
     def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, lengths: tuple[int, ...], **more: Any) -> tuple:
         edges = None
         if len(lengths) > 1:
@@ -81,6 +84,14 @@ def fla_attention() -> Attend | None:
         return result
 
     return attend
+
+
+def _spare_slow_configs() -> None:
+    """Let fla's tuner try 4 warps and more only: at D=128 those with 2 never won, and took minutes to compile."""
+    from triton.runtime import Autotuner
+
+    for tuner in [x for x in gc.get_objects() if isinstance(x, Autotuner)]:
+        tuner.configs = [c for c in tuner.configs if c.num_warps >= 4] or tuner.configs
 
 
 def inputs(heads: int, tokens: int, grad: bool) -> list[Tensor]:
@@ -255,6 +266,11 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return args.only is None or name in args.only
 
+    def save() -> None:
+        if args.out:
+            with open(args.out, "w") as file:
+                json.dump(results, file, indent=1)
+
     fla = None if args.no_fla else fla_attention()
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     results |= {"triton": triton.__version__, "ceilings": ceilings(), "cases": {}}
@@ -273,6 +289,7 @@ def main() -> None:
         results["cases"][name] = row | {"floor_forward_ms": 4 * one, "floor_both_ms": 11 * one}
         cells = [cell(row[who][what], n * one) for who in row for what, n in (("forward", 4), ("both", 11))]
         print(f"| {name} | {tokens:,} x {heads} | " + " | ".join(cells) + " |", flush=True)
+        save()
     if wanted("errors"):
         print("\n| relative error | o | state | dq | dk | dv | dstate |\n|---|---|---|---|---|---|---|")
         results["errors"] = {}
@@ -283,22 +300,26 @@ def main() -> None:
                     results["errors"][f"{who} {tokens} layer {layer}"] = found
                     values = " | ".join(f"{x:.2e}" for x in found.values())
                     print(f"| {who}, {tokens:,} tokens, rates of layer {layer} | {values} |", flush=True)
+        save()
     if wanted("layer"):
         results["layer"] = layer_case(fla, 64, 128 * 1024)
         print("\n| lightning layer, 131,072 x 64 | forward ms | forward+backward ms | peak GiB |\n|---|---|---|---|")
         for who, r in results["layer"].items():
-            print(f"| {who} | {r['forward']['ms']:.2f} | {r['both']['ms']:.2f} | {r['both']['peak_gib']:.1f} |")
+            print(
+                f"| {who} | {r['forward']['ms']:.2f} | {r['both']['ms']:.2f} | {r['both']['peak_gib']:.1f} |",
+                flush=True,
+            )
+        save()
     if wanted("decode"):
         r = results["decode"] = decode_case(64, 64)
         share = r["bytes"] / bandwidth * 1e-9 / r["ms"]
         print(f"\ndecode, 64 sequences x 64 heads: {r['ms'] * 1e3:.0f} us, {share:.0%} of the floor", flush=True)
+        save()
     if wanted("loop"):
         r = results["loop"] = transformers_case(64, 32 * 1024)
         if r is not None:
             print(f"\ntransformers' loop, 32,768 x 64: {r['forward']['ms']:.1f} / {r['both']['ms']:.1f} ms", flush=True)
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(results, file, indent=1)
+        save()
 
 
 if __name__ == "__main__":
