@@ -4,9 +4,9 @@
 
 Floor: a device copy of the fewest bytes, each tensor once: forward q, k, v, o; forward+backward these and do, dq, dk, dv,
 with q, k, v read again. Times are medians of CUDA-event timings after warm-up, spread is the 20 % and 80 % quantile.
-Errors: ||x - ref|| / ||ref|| against our float64 chunked backend on some heads, fresh random inputs per case; outputs lie
-where NaN was before. ``fla``: ``chunk_simple_gla(g_gamma=-slope, scale=1)`` of flash-linear-attention, if it is installed; its tuner
-tries 4 warps and more.
+Errors: ||x - ref|| / ||ref|| against our float64 chunked backend on some heads, random inputs that are fresh per case and the
+same for both; outputs lie where NaN was before. ``fla``: ``chunk_simple_gla(g_gamma=-slope, scale=1)`` of
+flash-linear-attention, if it is installed; its tuner tries 4 warps and more.
 A case that does not fit in the device's memory says so.
 """
 
@@ -131,6 +131,7 @@ def _time_attention(attend: Attend, xs: list[Tensor], decay: Tensor, lengths: tu
 def errors(attend: Attend, heads: int, tokens: int, layer: int) -> dict[str, float]:
     """Relative errors of outputs, final state and all gradients, against float64."""
     clean()
+    torch.cuda.manual_seed(tokens + layer)
     decay = -slopes(64, layer)[:: 64 // heads][:heads].contiguous()
     xs = inputs(heads, tokens, True)
     state = torch.randn(1, heads, D, D, device=DEVICE).requires_grad_()
@@ -298,7 +299,7 @@ def main() -> None:
                 if attend is not None:
                     found = errors(attend, heads, tokens, layer)
                     results["errors"][f"{who} {tokens} layer {layer}"] = found
-                    values = " | ".join(f"{x:.2e}" for x in found.values())
+                    values = " | ".join(f"{x:.3e}" for x in found.values())
                     print(f"| {who}, {tokens:,} tokens, rates of layer {layer} | {values} |", flush=True)
         save()
     if wanted("layer"):
