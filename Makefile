@@ -8,7 +8,7 @@ DEMO ?= demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-gpu bench docs clean
+.PHONY: help setup demo check format test test-gpu bench bench-gpu docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -48,6 +48,11 @@ test-gpu: setup ## tests that need a CUDA device
 bench: setup ## benchmarks on this machine; the figures of record are in docs/LOG.md
 	$(BIN)/python benchmarks/prepare_data.py
 	$(BIN)/python benchmarks/kernels_cpu.py
+
+bench-gpu: setup ## kernel benchmarks; need a CUDA device (and fla-core, liger-kernel for their columns)
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/cross_entropy.py
+	$(BIN)/python benchmarks/kernel_training.py
 
 docs: ## where to read
 	@echo "README.md  docs/adr/  docs/LOG.md  kernels/README.md"
