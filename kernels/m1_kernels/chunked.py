@@ -20,19 +20,26 @@ from torch.autograd.function import once_differentiable
 
 from m1_kernels.autocast import without_autocast
 from m1_kernels.layout import ChunkLayout, chunk_layout
+from m1_kernels.shards import ContextShards
 
 CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 32, 128  # measured: kernels/README.md
 
 
 def lightning_attention_chunked(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, doc_lengths: tuple[int, ...], initial_state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    doc_lengths: tuple[int, ...],
+    initial_state: Tensor | None,
+    shards: ContextShards | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Packed [tokens, H, D] inputs; returns o [tokens, H, Dv] in v's dtype and final states [documents, H, Dk, Dv]."""
     layout = chunk_layout(doc_lengths, CPU_CHUNK_TOKENS if q.device.type == "cpu" else GPU_CHUNK_TOKENS, q.device)
     if initial_state is None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         initial_state = torch.zeros(len(doc_lengths), q.shape[1], q.shape[2], v.shape[2], dtype=dtype, device=q.device)
-    result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, log_decay, initial_state, layout)
+    result: tuple[Tensor, Tensor] = _Chunked.apply(q, k, v, log_decay, initial_state, layout, shards)
     return result
 
 
@@ -94,21 +101,47 @@ def _state_gradients(update: Tensor, decay: Tensor, final: Tensor, layout: Chunk
     return after, initial
 
 
+def _first_documents(shards: ContextShards) -> list[int]:
+    return [0, len(shards.my_cuts[0].doc_lengths)]
+
+
+def _last_documents(shards: ContextShards) -> list[int]:
+    return [len(shards.my_cuts[0].doc_lengths) - 1, len(shards.doc_lengths) - 1]
+
+
+def _placed(states: Tensor, shards: ContextShards, like: Tensor, *, first: bool) -> Tensor:
+    """[2, H, Dk, Dv] of the two shards as rows of [documents, H, Dk, Dv], zeros elsewhere."""
+    rows = torch.zeros_like(like)
+    rows[_first_documents(shards) if first else _last_documents(shards)] = states
+    return rows
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor, layout: ChunkLayout
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        initial: Tensor,
+        layout: ChunkLayout,
+        shards: ContextShards | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = initial.dtype
         decays = _Decays(log_decay, layout, dtype)
         qc, kc, vc = (_chunks(x, layout, dtype) for x in (q, k, v))
         update = kc.transpose(2, 3) @ (vc * decays.key)
         before = _states_before(update, decays.chunk, initial, layout)
+        if shards is not None:
+            final = torch.addcmul(update[layout.last], before[layout.last], decays.chunk[layout.last])
+            initial = _placed(shards.entering(final[_last_documents(shards)], log_decay), shards, initial, first=True)
+            before = _states_before(update, decays.chunk, initial, layout)
         out = _add_product((qc @ kc.transpose(2, 3)).mul_(decays.mask) @ vc, qc * decays.query, before)
         final = torch.addcmul(update[layout.last], before[layout.last], decays.chunk[layout.last])
         ctx.save_for_backward(q, k, v, log_decay, initial)
-        ctx.layout = layout
+        ctx.layout, ctx.shards = layout, shards
         return _tokens(out, layout, v.dtype), final
 
     @staticmethod
@@ -118,17 +151,23 @@ class _Chunked(torch.autograd.Function):
         grad_out, grad_final = grads
         q, k, v, log_decay, initial = ctx.saved_tensors
         layout: ChunkLayout = ctx.layout
+        shards: ContextShards | None = ctx.shards
         dtype = initial.dtype
         decays = _Decays(log_decay, layout, dtype)
         qc, kc, vc, do = (_chunks(x, layout, dtype) for x in (q, k, v, grad_out))
         do_query, v_key = do * decays.query, vc * decays.key
         before = _states_before(kc.transpose(2, 3) @ v_key, decays.chunk, initial, layout)
         update = qc.transpose(2, 3) @ do_query
-        after, grad_initial = _state_gradients(update, decays.chunk, grad_final.to(dtype), layout)
+        grad_final = grad_final.to(dtype)
+        after, grad_initial = _state_gradients(update, decays.chunk, grad_final, layout)
+        if shards is not None:
+            leaving = shards.leaving(grad_initial[_first_documents(shards)], log_decay)
+            grad_final = _placed(leaving, shards, grad_final, first=False)
+            after, grad_initial = _state_gradients(update, decays.chunk, grad_final, layout)
         scores = (qc @ kc.transpose(2, 3)).mul_(decays.mask)
         grad_scores = (do @ vc.transpose(2, 3)).mul_(decays.mask)
         dq = _add_product(grad_scores @ kc, do_query, before.transpose(2, 3))
         dk = _add_product(grad_scores.transpose(2, 3) @ qc, v_key, after.transpose(2, 3))
         dv = _add_product(scores.transpose(2, 3) @ do, kc * decays.key, after)
         tokens = (_tokens(g, layout, x.dtype) for g, x in ((dq, q), (dk, k), (dv, v)))
-        return (*tokens, None, grad_initial, None)
+        return (*tokens, None, grad_initial, None, None)

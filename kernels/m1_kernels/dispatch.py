@@ -13,6 +13,7 @@ from torch import Tensor
 from m1_kernels.chunked import lightning_attention_chunked
 from m1_kernels.layout import doc_lengths_of
 from m1_kernels.reference import lightning_attention_reference
+from m1_kernels.shards import ContextShards
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
 TRITON_DIMS = (16, 32, 64, 128)
@@ -73,6 +74,7 @@ def lightning_attention(
     output_final_state: bool = False,
     backend: str = "auto",
     doc_lengths: Sequence[int] | None = None,
+    shards: ContextShards | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention with exponential decay: ``S_t = exp(log_decay) S_{t-1} + k_t^T v_t``, ``o_t = q_t S_t``.
 
@@ -88,6 +90,9 @@ def lightning_attention(
         output_final_state: whether to return the state after each sequence.
         backend: one of ``BACKENDS``.
         doc_lengths: the same edges as lengths on the host, so that a GPU is not waited for; may stand alone.
+        shards: the inputs are this rank's tokens of a sequence that is spread over a group; states are exchanged, forward
+            and backward. Instead of the two arguments above; initial and final states stand for whole documents, which
+            no rank holds, and are refused.
 
     Returns:
         o [B, T, H, Dv] in v's dtype, and the final state [B or documents, H, Dk, Dv] in fp32 (fp64), or None.
@@ -98,6 +103,11 @@ def lightning_attention(
     """
     _check(q, k, v, log_decay)
     chosen, _ = explain_backend(backend, q, v)
+    if shards is not None:
+        if chosen == "reference" or initial_state is not None or output_final_state:
+            raise ValueError("shards need backend 'chunked' or 'triton', no initial_state and no output_final_state")
+        cu_seqlens, doc_lengths = None, shards.doc_lengths
+        shards = shards if shards.crossed else None
     lengths = doc_lengths_of(q, cu_seqlens, doc_lengths)
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     state_shape = (len(lengths), q.shape[2], q.shape[3], v.shape[3])
@@ -109,10 +119,14 @@ def lightning_attention(
     if chosen == "triton":
         from m1_kernels.gpu.lightning import lightning_attention_triton
 
-        out, final = lightning_attention_triton(q, k, v_packed, log_decay, lengths, initial_state, output_final_state)
+        out, final = lightning_attention_triton(
+            q, k, v_packed, log_decay, lengths, initial_state, output_final_state, shards
+        )
         return out.view(v.shape), final
-    run = lightning_attention_reference if chosen == "reference" else lightning_attention_chunked
-    out, state = run(q, k, v_packed, log_decay, lengths, initial_state)
+    if chosen == "reference":
+        out, state = lightning_attention_reference(q, k, v_packed, log_decay, lengths, initial_state)
+    else:
+        out, state = lightning_attention_chunked(q, k, v_packed, log_decay, lengths, initial_state, shards)
     return out.to(v.dtype).view(v.shape), state.to(state_dtype) if output_final_state else None
 
 
@@ -125,6 +139,7 @@ def lightning_layer(
     cu_seqlens: Tensor | None = None,
     doc_lengths: Sequence[int] | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    shards: ContextShards | None = None,
 ) -> Tensor:
     """The lightning layer between its projections, fused: SiLU, attention, RMSNorm over all heads, sigmoid gate.
 
@@ -136,7 +151,7 @@ def lightning_layer(
         weight: [H * D], this rank's share of the norm's weight.
         log_decay: [H] fp32 or fp64, <= 0.
         eps: of the norm.
-        cu_seqlens, doc_lengths: as for ``lightning_attention``.
+        cu_seqlens, doc_lengths, shards: as for ``lightning_attention``.
         tp_group: ranks that share the heads; their sums of squares are added, forward and backward.
 
     Returns:
@@ -150,10 +165,13 @@ def lightning_layer(
     q = x[:, :, :, 0]
     _check(q, q, q, log_decay)
     explain_backend("triton", q)
+    if shards is not None:
+        cu_seqlens, doc_lengths = None, shards.doc_lengths
+        shards = shards if shards.crossed else None
     lengths = doc_lengths_of(q, cu_seqlens, doc_lengths)
     from m1_kernels.gpu.layer import lightning_layer_triton
 
-    return lightning_layer_triton(x[0], weight, log_decay, lengths, eps, tp_group)[None]
+    return lightning_layer_triton(x[0], weight, log_decay, lengths, eps, tp_group, shards)[None]
 
 
 def lightning_decode(

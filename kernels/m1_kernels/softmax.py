@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from inspect import signature
 from itertools import accumulate
 from typing import Any
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m1_kernels.layout import doc_lengths_of
+from m1_kernels.shards import ContextShards, gather_sequence
 
 BACKENDS = ("auto", "varlen", "per-document")
+QUERIES_AT_ONCE = 256
 
 
 def explain_softmax_backend(q: Tensor, backend: str = "auto") -> tuple[str, str]:
@@ -42,6 +45,7 @@ def causal_attention(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
     doc_lengths: Sequence[int] | None = None,
+    shards: ContextShards | None = None,
 ) -> Tensor:
     """Grouped-query causal attention inside each document, scaled by ``1/sqrt(D)``.
 
@@ -54,6 +58,8 @@ def causal_attention(
         cu_seqlens: [documents + 1] int32 edges from 0 to T; one document if neither this nor ``doc_lengths`` is given.
         backend: one of ``BACKENDS``.
         doc_lengths: the same edges as host-side lengths, so that a GPU is not waited for; may stand alone.
+        shards: q, k, v are this rank's tokens of a sequence that is spread over a group; k and v are gathered, their
+            gradients summed over the group. Instead of ``cu_seqlens`` and ``doc_lengths``.
 
     Returns:
         [1, T, H, D] in q's dtype.
@@ -70,29 +76,62 @@ def causal_attention(
             f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
             "want [1, T, H, D] and twice [1, T, KV, D] with H a multiple of KV"
         )
-    lengths = doc_lengths_of(q, cu_seqlens, doc_lengths)
-    if explain_softmax_backend(q, backend)[0] == "varlen":
-        if cu_seqlens is None:
-            cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)
-        return _varlen(q, k, v, cu_seqlens, max(lengths))
-    group = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    documents = zip(*(x.transpose(1, 2).split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    outputs = [F.scaled_dot_product_attention(qd, kd, vd, is_causal=True) for qd, kd, vd in documents]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    varlen = explain_softmax_backend(q, backend)[0] == "varlen"
+    if shards is not None and shards.group.size() > 1:
+        keys, values = gather_sequence(torch.cat([k, v], dim=2)[0], shards).chunk(2, dim=1)
+        outs = []
+        for shard, x, cut in zip(shards.mine, q[0].chunk(2), shards.my_cuts, strict=True):
+            seen = slice(shards.doc_starts[shard], (shard + 1) * shards.tokens)
+            before = shard * shards.tokens - shards.doc_starts[shard]
+            attend = _varlen if varlen else _per_document
+            outs.append(attend(x, keys[seen], values[seen], cut.doc_lengths, before))
+        return torch.cat(outs)[None]
+    lengths = doc_lengths_of(q, cu_seqlens, shards.doc_lengths if shards else doc_lengths)
+    return (_varlen if varlen else _per_document)(q[0], k[0], v[0], lengths, 0)[None]
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+def _per_document(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: int) -> Tensor:
+    """q [T, H, D]; k, v [before + T, KV, D] with ``before`` tokens of the first document that have no query here."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    seen = (before + lengths[0], *lengths[1:])
+    parts = zip(q.split(lengths), k.split(seen), v.split(seen), strict=True)
+    return torch.cat([_document(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts])
+
+
+def _document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[1, H, tokens, D]; the queries are the document's last tokens. Masks hold a block of queries at a time."""
+    before = k.shape[2] - q.shape[2]
+    if before == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    outs = []
+    for start in range(0, q.shape[2], QUERIES_AT_ONCE):
+        block = q[:, :, start : start + QUERIES_AT_ONCE]
+        last = before + start + torch.arange(block.shape[2], device=q.device)
+        end = before + start + block.shape[2]
+        mask = torch.arange(end, device=q.device) <= last[:, None]
+        outs.append(F.scaled_dot_product_attention(block, k[:, :, :end], v[:, :, :end], attn_mask=mask))
+    return torch.cat(outs, dim=2)
+
+
+@lru_cache(maxsize=16)
+def _edges(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: int) -> Tensor:
+    """As ``_per_document``: the kernel aligns queries with the last keys of their document."""
     from torch.nn.attention.varlen import varlen_attn
 
-    group = q.shape[2] // k.shape[2]
+    group = q.shape[1] // k.shape[1]
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
     if "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     else:  # torch 2.11
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    edges = cu_seqlens.to(torch.int32)
-    q, k, v = (x[0].contiguous() for x in (q, k, v))
-    out = varlen_attn(q, k, v, edges, edges, longest, longest, **options)
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    seen = (before + lengths[0], *lengths[1:])
+    edges, key_edges = _edges(lengths, q.device), _edges(seen, q.device)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    out = varlen_attn(q, k, v, edges, key_edges, max(lengths), max(seen), **options)
     assert isinstance(out, Tensor)
-    return out[None]
+    return out

@@ -18,8 +18,8 @@ from m1_kernels.gpu.elementwise import (
     split_silu_backward,
     token_squares,
 )
-from m1_kernels.gpu.lightning import addressable, config_for, run_backward, run_sweep, states
-from m1_kernels.gpu.plan import segment_plan
+from m1_kernels.gpu.lightning import addressable, config_for, plan_for, run_backward, run_sweep, states
+from m1_kernels.shards import ContextShards
 
 SILU_ROWS, SILU_WARPS = 16, 4  # measured: at the copy rate
 BACKWARD_PROGRAMS_PER_PROCESSOR = 2
@@ -44,14 +44,15 @@ class _LightningLayer(torch.autograd.Function):
         doc_lengths: tuple[int, ...],
         eps: float,
         tp_group: dist.ProcessGroup | None,
+        shards: ContextShards | None,
     ) -> Tensor:
         x = x.contiguous()
         tokens, heads, _, dim = x.shape
         width = heads * dim
         q, k, v = _split(x)
         cfg = config_for(q, v)
-        plan = segment_plan(doc_lengths, heads, cfg.slots, x.device, False)
-        entering, _ = states(k, v, log_decay, plan, cfg, reverse=False, initial=None, want_final=False)
+        plan = plan_for(doc_lengths, q, cfg, False, shards)
+        entering, _ = states(k, v, log_decay, plan, cfg, reverse=False, shards=shards)
         out = torch.empty_like(q)
         common = (log_decay, plan, cfg, entering)
         run_sweep(q, k, v, out, *common, transposed=False, reverse=False, has_initial=False)
@@ -66,14 +67,14 @@ class _LightningLayer(torch.autograd.Function):
             out, x, weight, sums, y, eps, width * ranks, C=width, D=dim, BLOCK=block, GIVEN=ranks > 1, num_warps=8
         )
         ctx.save_for_backward(x, weight, log_decay, entering, out, sums)
-        ctx.settings = (doc_lengths, eps, tp_group, ranks)
+        ctx.settings = (doc_lengths, eps, tp_group, ranks, shards)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, log_decay, entering, out, sums = ctx.saved_tensors
-        doc_lengths, eps, tp_group, ranks = ctx.settings
+        doc_lengths, eps, tp_group, ranks, shards = ctx.settings
         tokens, heads, _, dim = x.shape
         width = heads * dim
         block = triton.next_power_of_2(width)
@@ -92,9 +93,9 @@ class _LightningLayer(torch.autograd.Function):
         )
         q, k, v = _split(x)
         cfg = config_for(q, v)
-        plan = segment_plan(doc_lengths, heads, cfg.slots, x.device, False)
+        plan = plan_for(doc_lengths, q, cfg, False, shards)
         do = addressable(do)
-        after, _ = states(q, do, log_decay, plan, cfg, reverse=True, initial=None, want_final=False)
+        after, _ = states(q, do, log_decay, plan, cfg, reverse=True, shards=shards)
         grads_qkv = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
         common = (log_decay, plan, cfg, entering, after)
         run_backward(q, k, v, do, grads_qkv.unbind(), *common, has_initial=False, has_final=False)
@@ -102,7 +103,7 @@ class _LightningLayer(torch.autograd.Function):
         split_silu_backward[(triton.cdiv(rows, SILU_ROWS),)](
             x, *grads_qkv, dx, rows, D=dim, ROWS=SILU_ROWS, num_warps=SILU_WARPS
         )
-        return dx, dweight.sum(0).to(weight.dtype), None, None, None, None
+        return dx, dweight.sum(0).to(weight.dtype), None, None, None, None, None
 
 
 def lightning_layer_triton(
@@ -112,7 +113,9 @@ def lightning_layer_triton(
     doc_lengths: tuple[int, ...],
     eps: float,
     tp_group: dist.ProcessGroup | None,
+    shards: ContextShards | None,
 ) -> Tensor:
     """x [tokens, H, 4, D] with parts q, k, v, gate; weight [H * D]; returns [tokens, H * D]."""
-    result: Tensor = _LightningLayer.apply(x, weight, log_decay.float().contiguous(), doc_lengths, eps, tp_group)
+    decay = log_decay.float().contiguous()
+    result: Tensor = _LightningLayer.apply(x, weight, decay, doc_lengths, eps, tp_group, shards)
     return result

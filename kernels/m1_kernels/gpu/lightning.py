@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from m1_kernels.gpu.plan import SegmentPlan, segment_plan
 from m1_kernels.gpu.scan import combine_states, local_states, sweep
+from m1_kernels.shards import ContextShards
 
 WINDOW_BITS = 25.0  # a term decayed below 2^-25 of the newest one is not read into a state: fp32 sums keep 24 bits
 
@@ -83,17 +84,40 @@ def states(
     cfg: Config,
     *,
     reverse: bool,
-    initial: Tensor | None,
-    want_final: bool,
+    initial: Tensor | None = None,
+    want_final: bool = False,
+    shards: ContextShards | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """States that enter the segments, [rows, H, K, V] fp32, and those that leave the documents, [documents, H, K, V]."""
+    """States that enter the segments, [rows, H, K, V] fp32, and those that leave the documents, [documents, H, K, V].
+
+    With ``shards`` the states of documents that come from other ranks are fetched, and the second result means nothing.
+    """
+    want_final = want_final or shards is not None
     heads, k_dim, v_dim = b.shape[1], b.shape[2], c.shape[2]
     shape, fp32 = (heads, k_dim, v_dim), torch.float32
-    rows = plan.inner if initial is None else plan.segments.shape[0]
+    rows = plan.rows if initial is None else plan.segments.shape[0]
     entering = torch.empty((max(rows, 1), *shape), dtype=fp32, device=b.device)
-    final = torch.empty((plan.documents, *shape), dtype=fp32, device=b.device) if want_final else None
-    if not len(plan.chains):
-        return entering, final
+    final = torch.empty((len(plan.chains), *shape), dtype=fp32, device=b.device) if want_final else None
+    if len(plan.chains):
+        _scan(b, c, log_decay, plan, cfg, reverse, initial, entering, final)
+    if shards is not None:
+        _carry(entering, final, log_decay, plan, shards, reverse)
+    return entering, final
+
+
+def _scan(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    plan: SegmentPlan,
+    cfg: Config,
+    reverse: bool,
+    initial: Tensor | None,
+    entering: Tensor,
+    final: Tensor | None,
+) -> None:
+    heads, k_dim, v_dim = b.shape[1], b.shape[2], c.shape[2]
+    shape, fp32 = (heads, k_dim, v_dim), torch.float32
     t = cfg.states
     local = torch.empty((len(plan.pieces), *shape), dtype=fp32, device=b.device)
     local_states[(len(plan.pieces) * heads * (v_dim // t.columns),)](
@@ -131,10 +155,30 @@ def states(
         BLOCK=block,
         REVERSE=reverse,
         HAS_INITIAL=initial is not None,
-        HAS_FINAL=want_final,
+        HAS_FINAL=final is not None,
         num_warps=4,
     )
-    return entering, final
+
+
+def _carry(
+    entering: Tensor,
+    final: Tensor | None,
+    log_decay: Tensor,
+    plan: SegmentPlan,
+    shards: ContextShards,
+    reverse: bool,
+) -> None:
+    """Exchange states with the other ranks and add what comes to the segments it reaches, decayed."""
+    assert final is not None
+    carried = plan.carried[reverse]
+    local = torch.zeros((len(carried), *entering.shape[1:]), dtype=entering.dtype, device=entering.device)
+    for n, carry in enumerate(carried):
+        if carry.sends >= 0:
+            local[n] = final[carry.sends]
+    states = (shards.leaving if reverse else shards.entering)(local, log_decay)
+    for state, carry in zip(states, carried, strict=True):
+        decay = (log_decay * carry.distance[:, None]).exp()[:, :, None, None]
+        entering[carry.rows].addcmul_(decay, state)
 
 
 def run_sweep(
@@ -233,6 +277,14 @@ def run_backward(
     )
 
 
+def plan_for(
+    doc_lengths: tuple[int, ...], q: Tensor, cfg: Config, all_states: bool, shards: ContextShards | None
+) -> SegmentPlan:
+    """The plan of one call; ``all_states``: initial states come in or final ones are wanted."""
+    cuts = () if shards is None else shards.my_cuts
+    return segment_plan(doc_lengths, q.shape[1], cfg.slots, q.device, all_states, cuts)
+
+
 class _Lightning(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -244,38 +296,41 @@ class _Lightning(torch.autograd.Function):
         initial: Tensor | None,
         doc_lengths: tuple[int, ...],
         want_final: bool,
+        shards: ContextShards | None,
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (addressable(x) for x in (q, k, v))
         cfg = config_for(q, v)
-        plan = segment_plan(doc_lengths, q.shape[1], cfg.slots, q.device, want_final)
-        entering, final = states(k, v, log_decay, plan, cfg, reverse=False, initial=initial, want_final=want_final)
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         has_initial = initial is not None
+        plan = plan_for(doc_lengths, q, cfg, has_initial or want_final, shards)
+        entering, final = states(
+            k, v, log_decay, plan, cfg, reverse=False, initial=initial, want_final=want_final, shards=shards
+        )
+        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         run_sweep(
             q, k, v, out, log_decay, plan, cfg, entering, transposed=False, reverse=False, has_initial=has_initial
         )
         ctx.save_for_backward(q, k, v, log_decay, entering)
-        ctx.settings = (cfg, doc_lengths, has_initial)
-        return out, final
+        ctx.settings = (cfg, doc_lengths, has_initial, shards)
+        return out, final if want_final else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, entering = ctx.saved_tensors
-        cfg, doc_lengths, has_initial = ctx.settings
+        cfg, doc_lengths, has_initial, shards = ctx.settings
         assert grads[0] is not None
         do = addressable(grads[0].to(q.dtype))
         grad_final = None if grads[1] is None else grads[1].contiguous()
-        plan = segment_plan(doc_lengths, q.shape[1], cfg.slots, q.device, has_initial)
+        plan = plan_for(doc_lengths, q, cfg, has_initial or grad_final is not None, shards)
         after, grad_initial = states(
-            q, do, log_decay, plan, cfg, reverse=True, initial=grad_final, want_final=has_initial
+            q, do, log_decay, plan, cfg, reverse=True, initial=grad_final, want_final=has_initial, shards=shards
         )
         out = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         run_backward(
             q, k, v, do, out, log_decay, plan, cfg, entering, after,
             has_initial=has_initial, has_final=grad_final is not None,
         )  # fmt: skip
-        return *out, None, grad_initial, None, None
+        return *out, None, grad_initial if has_initial else None, None, None, None
 
 
 def lightning_attention_triton(
@@ -286,11 +341,12 @@ def lightning_attention_triton(
     doc_lengths: tuple[int, ...],
     initial_state: Tensor | None,
     want_final: bool,
+    shards: ContextShards | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Packed [tokens, H, D] inputs; returns o [tokens, H, Dv] in v's dtype and final states [documents, H, Dk, Dv]."""
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     result: tuple[Tensor, Tensor | None] = _Lightning.apply(
-        q, k, v, log_decay.float().contiguous(), initial_state, doc_lengths, want_final
+        q, k, v, log_decay.float().contiguous(), initial_state, doc_lengths, want_final, shards
     )
     return result
