@@ -52,6 +52,31 @@ class PackedBatch:
     """Rows in the batch."""
     trained_tokens: int
     """Sum of ``loss_mask``."""
+    shard: tuple[int, int] = (0, 1)
+    """This rank's number and the ranks that share the sequence. With several, the tensors with a T axis hold this rank's
+    tokens; ``cu_seqlens`` and ``doc_lengths`` describe the whole sequence."""
+
+    def zigzag(self, rank: int, ranks: int) -> PackedBatch:
+        """The parts ``rank`` and ``2 * ranks - 1 - rank`` of ``2 * ranks`` equal ones: of causal work, everyone's share.
+
+        Raises:
+            DataError: the tokens do not divide into that many parts.
+        """
+        if ranks == 1:
+            return self
+        tokens = self.tokens.shape[1]
+        if tokens % (2 * ranks):
+            raise DataError(
+                f"{tokens} tokens do not divide into {2 * ranks} parts, two for each of {ranks} context-parallel ranks",
+                where=f"micro-batch of samples {self.sample_ids[0]}..{self.sample_ids[-1]}",
+                fix="choose a context length that twice parallel.context divides",
+            )
+        parts = rank, 2 * ranks - 1 - rank
+        cut = {
+            name: torch.cat([getattr(self, name).chunk(2 * ranks, 1)[part] for part in parts], 1)
+            for name in ("tokens", "labels", "loss_mask", "position_ids")
+        }
+        return dataclasses.replace(self, **cut, trained_tokens=int(cut["loss_mask"].sum()), shard=(rank, ranks))
 
     def to(self, device: torch.device) -> PackedBatch:
         """Copy the tensors to ``device``."""
@@ -90,8 +115,8 @@ def collate(rows: Sequence[Sequence[Segment]], row_ids: Sequence[int], *, seq_le
 def batch_rows(step: int, *, global_batch: int, dp_rank: int, dp_size: int, micro_batch: int) -> list[list[int]]:
     """Rows of one data-parallel rank at ``step``, one list per micro-batch.
 
-    Step s trains rows s * global_batch ... (s + 1) * global_batch - 1 whatever ``dp_size`` is; each rank takes a
-    contiguous part.
+    Step s trains rows s * global_batch ... (s + 1) * global_batch - 1 whatever ``dp_size`` is. The ranks' m-th micro-batches
+    together are contiguous rows, because the balance loss is taken over them: ranks x micro_batch decides, not either.
 
     Raises:
         DataError: the global batch does not divide into ranks and micro-batches.
@@ -102,9 +127,8 @@ def batch_rows(step: int, *, global_batch: int, dp_rank: int, dp_size: int, micr
             where=f"step {step}",
             fix="change global_batch_tokens, micro_batch_rows or the number of processes",
         )
-    local = global_batch // dp_size
-    first = step * global_batch + dp_rank * local
-    return [list(range(at, at + micro_batch)) for at in range(first, first + local, micro_batch)]
+    first = step * global_batch + dp_rank * micro_batch
+    return [list(range(at, at + micro_batch)) for at in range(first, (step + 1) * global_batch, dp_size * micro_batch)]
 
 
 class PackedDataset:

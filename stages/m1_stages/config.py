@@ -65,7 +65,7 @@ class ParallelConfig:
 
     tensor: Annotated[int, "tensor-parallel size"] = 1
     pipeline: Annotated[int, "pipeline-parallel size"] = 1
-    context: Annotated[int, "context-parallel size (sizes above 1 are refused in this version)"] = 1
+    context: Annotated[int, "context-parallel size: twice it divides the tokens of a micro-batch"] = 1
     expert: Annotated[int, "expert-parallel size"] = 1
     expert_tensor: Annotated[int, "tensor-parallel size inside experts"] = 1
     processes: Annotated[int, "processes started on this machine; 0: one per GPU, or 1 on a CPU"] = 0

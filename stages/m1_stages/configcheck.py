@@ -81,12 +81,6 @@ class _Checker:
         self.positive("parallel", "tensor", "pipeline", "context", "expert", "expert_tensor")
         self.require(p.processes >= 0, "parallel.processes", "parallel.processes is negative", "0 chooses itself")
         self.require(
-            p.context == 1,
-            "parallel.context",
-            f"context parallelism ({p.context}) is not available in this version",
-            "set parallel.context = 1",
-        )
-        self.require(
             m.num_kv_heads % p.tensor == 0,
             "parallel.tensor",
             f"tensor-parallel size {p.tensor} does not divide num_kv_heads {m.num_kv_heads}",

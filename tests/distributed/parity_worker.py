@@ -76,7 +76,7 @@ def main(out: str, job: dict[str, Any]) -> None:
             dp_size=topology.dp_size,
             micro_batch=job.get("micro_batch", ROWS // topology.dp_size),
         )
-        result = train_step(chunks, optimizer, [packed(ids) for ids in rows])
+        result = train_step(chunks, optimizer, [packed(ids).zigzag(topology.cp_rank, topology.cp_size) for ids in rows])
         result.gradients.apply()
         stats = model.routing_stats()
         record["losses"].append(result.loss)

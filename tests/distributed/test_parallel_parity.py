@@ -22,8 +22,10 @@ def record(
 
 
 def alone_as(name: str) -> dict[str, Any]:
-    """One process over the same micro-batches: the balance loss is taken over each of them."""
-    return record(1, micro_batch=LAYOUTS[name].get("micro_batch", 0))
+    """One process over the rows that all ranks process together: the balance loss is taken over them."""
+    layout = LAYOUTS[name]
+    ranks = world(layout) // (layout.get("tensor", 1) * layout.get("pipeline", 1) * layout.get("context", 1))
+    return record(1, micro_batch=layout.get("micro_batch", 0) * ranks)
 
 
 def worst(a: list[float], b: list[float]) -> float:
@@ -37,14 +39,28 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "DP2": {},
     "PP2": {"pipeline": 2, "micro_batch": 1},
     "DP2 distributed optimizer": {"distributed_optimizer": True},
+    "CP2": {"context": 2},
+    "CP2 EP2": {"context": 2, "expert": 2},
+    "CP2 distributed optimizer": {"context": 2, "distributed_optimizer": True},
+    "CP4": {"context": 4},
+    "TP2 CP2": {"tensor": 2, "context": 2},
+    "TP2 EP2": {"tensor": 2, "expert": 2},
+    "TP2 PP2": {"tensor": 2, "pipeline": 2, "micro_batch": 1},
+    "PP2 EP2": {"pipeline": 2, "expert": 2, "micro_batch": 1},
 }
+
+
+def world(layout: dict[str, Any]) -> int:
+    sizes = [layout.get(axis, 1) for axis in ("tensor", "pipeline", "context")]
+    return max(2, sizes[0] * sizes[1] * sizes[2], layout.get("pipeline", 1) * layout.get("expert", 1))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_equals_one_process(name: str) -> None:
-    alone, spread = alone_as(name), record(2, **LAYOUTS[name])
-    assert spread["topology"]["world"] == 2
-    if "DP2" not in name:
+    layout = LAYOUTS[name]
+    alone, spread = alone_as(name), record(world(layout), **layout)
+    assert spread["topology"]["world"] == world(layout)
+    if any(layout.get(axis, 1) > 1 for axis in ("tensor", "pipeline", "expert")):
         assert spread["local_parameters"] < 0.9 * alone["local_parameters"], "the model was not sharded"
     assert alone["losses"][0] - alone["losses"][-1] > 1.0, "the run must learn, or equality says little"
     assert worst(spread["losses"], alone["losses"]) < 1e-6

@@ -77,7 +77,8 @@ def test_batch_rows_of_every_data_parallel_size_are_the_same_rows_in_the_same_or
             parts = [
                 batch_rows(step, global_batch=8, dp_rank=r, dp_size=dp_size, micro_batch=micro) for r in range(dp_size)
             ]
-            assert [i for part in parts for rows in part for i in rows] == whole
+            together = [[i for rows in micro_batches for i in rows] for micro_batches in zip(*parts, strict=True)]
+            assert [i for rows in together for i in rows] == whole
             assert {len(rows) for part in parts for rows in part} == {micro}
     with pytest.raises(DataError, match="do not divide"):
         batch_rows(0, global_batch=8, dp_rank=0, dp_size=3, micro_batch=1)

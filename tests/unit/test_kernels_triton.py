@@ -201,5 +201,5 @@ def test_a_plan_covers_every_token_once(heads: int, lengths: tuple[int, ...]) ->
             assert covered == start + length or count == 0
         assert at == sum(lengths)
         assert sorted(p.order.tolist()) == list(range(len(segments)))
-        assert sorted(row[4] for row in segments if row[4] >= 0) == list(range(p.inner))
-        assert sorted(row[5] for row in segments if row[5] >= 0) == list(range(p.inner))
+        assert sorted(row[4] for row in segments if row[4] >= 0) == list(range(p.rows))
+        assert sorted(row[5] for row in segments if row[5] >= 0) == list(range(p.rows))

@@ -64,7 +64,8 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Non
     while state.stage_step < plan.num_steps:
         step_began = time.perf_counter()
         row_ids = _row_ids(run, plan, state.stage_step)
-        batches = [rows.batch(ids).to(run.device.torch_device) for ids in row_ids]
+        cp = run.topology.cp_rank, run.topology.cp_size
+        batches = [rows.batch(ids).zigzag(*cp).to(run.device.torch_device) for ids in row_ids]
         state.slopes = plan.slopes_at(state.ramp_progress)
         run.model.set_slopes(state.slopes)
         lr = plan.lr.at(state.stage_step)

@@ -29,6 +29,7 @@ class Topology:
     etp_size: int
     dp_size: int
     dp_rank: int
+    cp_rank: int = 0
 
     def sizes(self) -> dict[str, int]:
         """Axis sizes by short name, for checkpoints and logs."""
@@ -97,6 +98,7 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int, timeout_s: flo
         etp_size=parallel.expert_tensor,
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
     )
 
 

@@ -58,7 +58,8 @@ def train_step(chunks: list[Any], optimizer: Any, micro_batches: Sequence[Packed
 
     Args:
         chunks: DDP-wrapped model chunks.
-        micro_batches: this data-parallel rank's share of the global batch, each ``[1, T]``, all of equal ``T``.
+        micro_batches: this data-parallel rank's share of the global batch, each ``[1, T]``, all of equal ``T``, cut for
+            this context-parallel rank.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -71,7 +72,7 @@ def train_step(chunks: list[Any], optimizer: Any, micro_batches: Sequence[Packed
         data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].tokens.shape[1],
+        seq_length=micro_batches[0].tokens.shape[1] * micro_batches[0].shard[1],
         micro_batch_size=1,
         forward_only=False,
     )

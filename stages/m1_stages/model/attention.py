@@ -73,12 +73,12 @@ class LightningAttention(_Attention):
         self.log_decay = -torch.tensor(slopes[first : first + self.num_heads], dtype=torch.float32, device=device)
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
-        """[T or T/tp, 1, hidden] to the same."""
+        """[this rank's tokens, 1, hidden] to the same."""
         if self.log_decay is None:
             raise RuntimeError("set_slopes was not called")
         projected, _bias = self.linear_in(hidden_states)
         parts = projected.view(1, -1, self.num_heads, 4, self.head_dim)
-        cu_seqlens, doc_lengths = packed_seq_params.cu_seqlens, packed_seq_params.doc_lengths
+        documents = packed_seq_params.documents()
         if explain_backend("auto", parts)[0] == "triton":
             group = self.tp_group if self.tp_group.size() > 1 else None
             out = lightning_layer(
@@ -86,14 +86,13 @@ class LightningAttention(_Attention):
                 self.norm.weight,
                 self.log_decay,
                 eps=self.norm.eps,
-                cu_seqlens=cu_seqlens,
-                doc_lengths=doc_lengths,
                 tp_group=group,
+                **documents,
             )
             return self.linear_out(out.view(-1, 1, out.shape[-1]))[0], None
         q, k, v, gate = parts.unbind(3)
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        out, _state = lightning_attention(q, k, v, self.log_decay, cu_seqlens=cu_seqlens, doc_lengths=doc_lengths)
+        out, _state = lightning_attention(q, k, v, self.log_decay, **documents)
         out = self.norm(out.reshape(out.shape[1], 1, -1))
         out = out * torch.sigmoid(gate.reshape(out.shape))
         return self.linear_out(out)[0], None
@@ -124,17 +123,14 @@ class SoftmaxAttention(_Attention):
         self.rope_base = 0.0
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
-        """[T or T/tp, 1, hidden] to the same."""
+        """[this rank's tokens, 1, hidden] to the same."""
         projected, _bias = self.linear_qkv(hidden_states)
         grouped = projected.view(1, -1, self.num_groups, self.group + 2, self.head_dim)
         q, k, v = grouped.split([self.group, 1, 1], dim=3)
         assert packed_seq_params.positions is not None
-        assert packed_seq_params.cu_seqlens is not None
         q, k = (
             apply_rotary(x.flatten(2, 3), packed_seq_params.positions, base=self.rope_base, rotary_dim=self.rotary_dim)
             for x in (q, k)
         )
-        out = causal_attention(
-            q, k, v.flatten(2, 3), cu_seqlens=packed_seq_params.cu_seqlens, doc_lengths=packed_seq_params.doc_lengths
-        )
+        out = causal_attention(q, k, v.flatten(2, 3), **packed_seq_params.documents())
         return self.linear_out(out.reshape(out.shape[1], 1, -1))[0], None

@@ -95,7 +95,7 @@ class HybridModel(GPTModel):
                 layer.self_attention.rope_base = base
 
     def forward(self, batch: PackedBatch, *, logits: bool = False) -> Tensor:
-        """Per-token loss [1, T] fp32, or ``logits`` [1, T, vocab] fp32; hidden states on all but the last pipeline stage.
+        """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32; hidden states on all but the last pipeline stage.
 
         Logits of all tokens exist only when asked for: meant for verification, not for training.
         """
@@ -104,7 +104,7 @@ class HybridModel(GPTModel):
             position_ids=batch.position_ids,
             attention_mask=None,
             labels=None if logits else batch.labels,
-            packed_seq_params=Packing.of(batch),
+            packed_seq_params=Packing.of(batch, self._groups.cp),
         )
         return out
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from m1_data.loader import PackedBatch
+from m1_kernels.shards import ContextShards, zigzag_shards
 
 
 @dataclass
@@ -21,14 +24,29 @@ class Packing(PackedSeqParams):
     positions: Tensor | None = None
     """[T] int64 position of each token in its document."""
     trained_tokens: int = 0
-    """Tokens of this micro-batch that carry loss, on this data-parallel rank."""
+    """Tokens of this micro-batch that carry loss, on this rank."""
+    shards: ContextShards | None = None
+    """How the sequence is spread over the context-parallel ranks; None when it is not."""
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> Packing:
-        """Take over what a ``PackedBatch`` says."""
+    def of(cls, batch: PackedBatch, cp_group: ProcessGroup) -> Packing:
+        """Take over what a ``PackedBatch`` says.
+
+        Raises:
+            ValueError: the batch was not cut for ``cp_group``.
+        """
+        if batch.shard != (cp_group.rank(), cp_group.size()):
+            raise ValueError(f"the batch is shard {batch.shard}, this is rank {cp_group.rank()} of {cp_group.size()}")
         return cls(
             cu_seqlens=batch.cu_seqlens,
             doc_lengths=batch.doc_lengths,
             positions=batch.position_ids.view(-1),
             trained_tokens=batch.trained_tokens,
+            shards=zigzag_shards(batch.doc_lengths, cp_group) if cp_group.size() > 1 else None,
         )
+
+    def documents(self) -> dict[str, Any]:
+        """The arguments by which the attention kernels tell documents apart."""
+        if self.shards is not None:
+            return {"shards": self.shards}
+        return {"cu_seqlens": self.cu_seqlens, "doc_lengths": self.doc_lengths}
