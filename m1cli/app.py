@@ -20,12 +20,21 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the resolved configuration.")
 app.add_typer(config_app, name="config")
+launch_app = typer.Typer(no_args_is_help=True, help="Write the script that runs training on a cluster.")
+app.add_typer(launch_app, name="launch")
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes on this machine: one per GPU, or that many on a CPU; default: parallel.processes, or all GPUs.",
+    ),
+]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Put existing checkpoints aside and start over.")]
 DEFAULT_CONFIG = Path("m1.toml")
 
@@ -58,12 +67,45 @@ def config_show(
 
 
 @app.command()
+def doctor(
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Look at packages, GPUs, network, disk and limits of this machine; say what is wrong and what mends it."""
+    with reported(debug):
+        from m1cli.commands.doctor import doctor_command
+
+        doctor_command(config, overrides or [], as_json=as_json)
+
+
+@app.command()
 def stages(config: ConfigOption = DEFAULT_CONFIG, overrides: SetOption = None, debug: DebugOption = False) -> None:
     """Show the chain of stages: context, mix, rates, decay half-lives, and what is done."""
     with reported(debug):
         from m1cli.commands.stages import stages_command
 
         stages_command(config, overrides or [])
+
+
+@app.command()
+def plan(
+    config: ConfigOption = DEFAULT_CONFIG,
+    preset: Annotated[str | None, typer.Option(help="Plan a bare preset instead of a configuration.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Number of GPUs; default: as many as the parallel sizes need.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, h800, h20, a100, a800, b200 or rtx4090.")] = "h100",
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Say what training will cost: parameters, FLOPs, memory, time, and the parallel layouts that fit."""
+    with reported(debug):
+        from m1cli.commands.plan import plan_command
+
+        plan_command(config, preset, gpus, gpu, overrides or [], as_json=as_json)
 
 
 @app.command("prepare-data")
@@ -82,6 +124,7 @@ def pretrain(
     stage: Annotated[str, typer.Option(help="32k, 128k, 256k, 512k, 1m or all.")],
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
+    gpus: GpusOption = None,
     fresh: FreshOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -89,13 +132,14 @@ def pretrain(
     with reported(debug):
         from m1cli.commands.train import pretrain_command
 
-        pretrain_command(config, overrides or [], stage, fresh=fresh)
+        pretrain_command(config, overrides or [], stage, gpus=gpus, fresh=fresh)
 
 
 @app.command()
 def sft(
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
+    gpus: GpusOption = None,
     fresh: FreshOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -103,7 +147,43 @@ def sft(
     with reported(debug):
         from m1cli.commands.train import sft_command
 
-        sft_command(config, overrides or [], fresh=fresh)
+        sft_command(config, overrides or [], gpus=gpus, fresh=fresh)
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    command: Annotated[list[str], typer.Argument(help="After --: pretrain or sft with its options.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each machine; one rank each.")] = 8,
+    time: Annotated[str | None, typer.Option(help="Time limit of one job, like 24:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    job_name: Annotated[str, typer.Option(help="Name of the job and of its log.")] = "m1",
+    container: Annotated[str | None, typer.Option(help="Image with m1 installed; needs Slurm's pyxis plugin.")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="Another sbatch option: --sbatch=--qos=high; may be repeated."),
+    ] = None,
+    save_before: Annotated[
+        int, typer.Option(min=1, help="Seconds before the time limit at which ranks save and the job requeues.")
+    ] = 300,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("m1.sbatch"),
+    debug: DebugOption = False,
+) -> None:
+    """Write a batch script: one rank per GPU, saves before the time limit, requeues itself, continues."""
+    with reported(debug):
+        from m1cli.commands.launch import slurm_command
+
+        slurm_command(
+            command,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            save_before_s=save_before,
+            out=out,
+            container=container,
+            options={"job-name": job_name, "time": time, "partition": partition, "account": account},
+            extra=sbatch or [],
+        )
 
 
 @app.command()

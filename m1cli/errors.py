@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,8 +16,11 @@ from m1cli.console import errors
 
 EXIT_CODES = """\
 Exit codes: 0 done, 1 internal error, 2 configuration or command line, 3 environment, 4 data, 5 checkpoint,
-6 numbers out of range, 75 stopped on request after saving (run the same command again), 130 interrupted.
+6 numbers out of range, 7 a rank was killed or stopped answering (run the same command again), 75 stopped on request
+after saving (requeue, or run the same command again), 130 interrupted.
 """
+
+_RANK_0_FIRST_S = 3.0
 
 _OS_ADVICE = {
     errno.ENOSPC: "free some space and run the same command again; nothing finished is lost",
@@ -35,7 +39,8 @@ def reported(debug: bool) -> Iterator[None]:
     except M1Error as error:
         if debug and error.exit_code != EXIT_PREEMPTED:
             raise
-        show(error)
+        if _has_something_to_add(error):
+            show(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         errors.print("[yellow]interrupted[/]; unfinished output was not published")
@@ -48,9 +53,21 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(EnvironmentProblem.exit_code) from None
 
 
+def _has_something_to_add(error: M1Error) -> bool:
+    """What stops one rank mostly stops all in the same words: rank 0 speaks, and the launcher ends the others meanwhile."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        return True
+    if error.exit_code == EXIT_PREEMPTED:
+        return False
+    time.sleep(_RANK_0_FIRST_S)
+    return True
+
+
 def show(error: M1Error) -> None:
     """Print an error in up to three lines."""
     colour, word = ("yellow", "stopped") if error.exit_code == EXIT_PREEMPTED else ("bold red", "error")
+    if rank := int(os.environ.get("RANK", "0")):
+        word += f" on rank {rank}"
     errors.print(f"[{colour}]{word}:[/] {escape(error.what)}")
     if error.where:
         errors.print(f"  [dim]where:[/] {escape(error.where)}")

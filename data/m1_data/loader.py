@@ -72,7 +72,7 @@ class PackedBatch:
                 fix="choose a context length that twice parallel.context divides",
             )
         parts = rank, 2 * ranks - 1 - rank
-        cut = {
+        cut: dict[str, Any] = {
             name: torch.cat([getattr(self, name).chunk(2 * ranks, 1)[part] for part in parts], 1)
             for name in ("tokens", "labels", "loss_mask", "position_ids")
         }

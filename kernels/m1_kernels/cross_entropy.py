@@ -1,9 +1,9 @@
 """Linear cross-entropy with fp32 logits that are never held for all tokens at once.
 
 bf16 ``hidden`` and ``weight`` on a CUDA device stay bf16: the product of two bf16 numbers is exact in fp32, so a tensor-core
-product with fp32 output gives the logits of the upcast product up to the rounding of its sums. The gradient of the logits
-is fp32 and goes into its two products as two bf16 parts, which carry it to 2^-17 of each element. Everything else (CPU,
-mixed types, fp32, and fp16, whose range cannot hold the gradient of a logit) is upcast and multiplied as it is.
+product with fp32 output gives the logits of the upcast product up to the rounding of its sums. The gradient of the logits is
+computed in fp32 and rounded once, to bf16, for its two products, like every other gradient that meets a tensor core. All else
+(CPU, mixed types, fp32, and fp16, whose range cannot hold the gradient of a logit) is upcast and multiplied as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from m1_kernels.autocast import without_autocast
+from m1_kernels.fused import takes_triton
 
 LOGITS_AT_ONCE = 2**27
 """Logits of a chunk, if the caller does not choose: 512 MiB, and as much again for what the backward makes of them."""
@@ -42,7 +43,8 @@ def linear_cross_entropy(
         weight: [V_local, h], this rank's rows of the head.
         labels: [T] int64 in [0, valid_vocab); the loss of any other label is NaN, which no later step can overlook.
         valid_vocab: vocabulary without padding rows; logits of padding rows count as -inf.
-        chunk_tokens: tokens whose logits exist together; the peak is two fp32 [chunk_tokens, V_local]. None: as many as
+        chunk_tokens: tokens whose logits exist together; the peak is [chunk_tokens, V_local] in fp32 and once in the
+            products' dtype. None: as many as
             1 GiB allows for both, but 1,024 at least (4,096 for 32,000 rows, 5,120 for 25,008, 1,024 for 200,064).
         tp_group: ranks that share the vocabulary, in order of their rows; None when ``weight`` is the whole head.
 
@@ -89,55 +91,54 @@ def _add_product_fp32(total: Tensor, a: Tensor, b: Tensor) -> None:
     torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-def _logits(hidden: Tensor, head: Tensor, first_row: int, valid_vocab: int) -> Tensor:
-    logits = _product_fp32(hidden, head.T) if head.dtype == torch.bfloat16 else hidden @ head.T
-    padding = first_row + head.shape[0] - valid_vocab
-    if padding > 0:
-        logits[:, max(0, head.shape[0] - padding) :] = float("-inf")
-    return logits
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    return _product_fp32(hidden, head.T) if head.dtype == torch.bfloat16 else hidden @ head.T
 
 
-def _local_labels(labels: Tensor, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
+def _statistics(logits: Tensor, labels: Tensor, first_row: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the first ``valid`` columns: largest logit, sum of exp(logit - largest), logit of the label or 0; [c] each."""
+    if takes_triton(logits):
+        from m1_kernels.gpu.cross_entropy import statistics
+
+        return statistics(logits, labels, first_row, valid)
     local = labels - first_row
-    mine = (local >= 0) & (local < rows)
-    return local.clamp(0, rows - 1), mine
+    mine = (local >= 0) & (local < valid)
+    if valid <= 0:
+        nothing = logits.new_zeros(3, logits.shape[0])
+        return nothing[0] - float("inf"), nothing[1], nothing[2]
+    target = torch.where(mine, logits.gather(1, local.clamp(0, valid - 1)[:, None])[:, 0], 0.0)
+    top = logits[:, :valid].amax(dim=1)
+    return top, torch.sum((logits[:, :valid] - top[:, None]).exp_(), dim=1), target
 
 
 def _log_z_and_target(
-    logits: Tensor, labels: Tensor, first_row: int, tp_group: dist.ProcessGroup | None
+    logits: Tensor, labels: Tensor, first_row: int, valid: int, tp_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """Logsumexp over the group's vocabulary and logit of the label, [c] each. Overwrites ``logits``, to need no second."""
-    local, mine = _local_labels(labels, first_row, logits.shape[1])
-    sums = logits.new_empty(2, logits.shape[0])
-    sums[1] = torch.where(mine, logits.gather(1, local[:, None])[:, 0], 0.0)
-    top = logits.amax(dim=1)
+    """Logsumexp over the group's vocabulary and logit of the label, [c] each."""
+    top, total, target = _statistics(logits, labels, first_row, valid)
     if tp_group is not None:
+        own = top.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=tp_group)
-    torch.sum(logits.sub_(top[:, None]).exp_(), dim=1, out=sums[0])
-    if tp_group is not None:
+        sums = torch.stack([total * (own - top).exp(), target])
         dist.all_reduce(sums, group=tp_group)
-    return top + sums[0].log(), sums[1]
+        total, target = sums
+    return top + total.log(), target
 
 
-def _gradients(errors: Tensor, grad: Tensor, hidden: Tensor, head: Tensor, grad_weight: Tensor) -> Tensor:
-    """Gradient of ``hidden`` [c, h] from ``errors`` (probability - target, [c, V]) and ``grad`` [c]; adds ``grad_weight``.
+def _errors(
+    logits: Tensor, log_z: Tensor, labels: Tensor, grad: Tensor, first_row: int, valid: int, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the logits [c, V]: (softmax - one-hot) * grad, 0 in padding, rounded to ``dtype``."""
+    if takes_triton(logits):
+        from m1_kernels.gpu.cross_entropy import errors
 
-    bf16 operands: ``d = errors * grad`` is split into ``high = bf16(d)`` and ``low = bf16(high - d)``, ``d ~= high - low``.
-    Both parts are written as they are computed, so no fp32 copy of ``d`` is ever read back, and are two halves of one
-    tensor, so that each gradient is one product and the sum for the head passes over ``grad_weight`` once.
-    """
-    tokens, rows = errors.shape
-    if head.dtype != torch.bfloat16:
-        errors *= grad[:, None]
-        grad_weight.addmm_(errors.T, hidden)
-        return errors @ head
-    parts = torch.empty(2, tokens, rows, dtype=head.dtype, device=head.device)
-    torch.mul(errors, grad[:, None], out=parts[0])
-    torch.addcmul(parts[0], errors, grad[:, None], value=-1, out=parts[1])
-    both = parts.view(2 * tokens, rows)
-    _add_product_fp32(grad_weight, both.T, torch.cat([hidden, -hidden]))
-    high, low = _product_fp32(both, head).split(tokens)
-    return high.sub_(low)
+        return errors(logits, log_z, labels, grad, first_row, valid, dtype)
+    local = labels - first_row
+    mine = (local >= 0) & (local < valid)
+    out = logits.sub_(log_z[:, None]).exp_()
+    out[:, max(valid, 0) :] = 0.0
+    out.scatter_add_(1, local.clamp(0, out.shape[1] - 1)[:, None], -mine.to(out.dtype)[:, None])
+    return out.mul_(grad[:, None]).to(dtype)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -154,15 +155,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         head = weight.to(_product_dtype(hidden, weight))
         first_row = head.shape[0] * (dist.get_rank(tp_group) if tp_group is not None else 0)
+        valid = min(head.shape[0], valid_vocab - first_row)
         log_z, losses = [], []
         for h, y in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
-            logits = _logits(h.to(head.dtype), head, first_row, valid_vocab)
-            z, target = _log_z_and_target(logits, y, first_row, tp_group)
+            logits = _logits(h.to(head.dtype), head)
+            z, target = _log_z_and_target(logits, y, first_row, valid, tp_group)
+            del logits  # or it would stand beside the next chunk's
             known = (y >= 0) & (y < valid_vocab)
             log_z.append(z)
             losses.append(torch.where(known, z - target, float("nan")))
         ctx.save_for_backward(hidden, weight, labels, torch.cat(log_z))
-        ctx.settings = (valid_vocab, chunk_tokens, first_row)
+        ctx.settings = (chunk_tokens, first_row, valid)
         return torch.cat(losses)
 
     @staticmethod
@@ -170,16 +173,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_z = ctx.saved_tensors
-        valid_vocab, chunk_tokens, first_row = ctx.settings
+        chunk_tokens, first_row, valid = ctx.settings
         head = weight.to(_product_dtype(hidden, weight))
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(head, dtype=log_z.dtype)
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            h = hidden[part].to(head.dtype)
-            errors = _logits(h, head, first_row, valid_vocab).sub_(log_z[part, None]).exp_()
-            local, mine = _local_labels(labels[part], first_row, head.shape[0])
-            errors.scatter_add_(1, local[:, None], -mine.to(errors.dtype)[:, None])
-            grad_hidden[part] = _gradients(errors, grads[0][part], h, head, grad_weight)
-            del errors  # or it would stand beside the next chunk's logits and parts
+            h, y, grad = hidden[part].to(head.dtype), labels[part], grads[0][part].contiguous()
+            logits = _logits(h, head)
+            errors = _errors(logits, log_z[part], y, grad, first_row, valid, head.dtype)
+            del logits
+            grad_hidden[part] = errors @ head
+            if head.dtype == torch.bfloat16:
+                _add_product_fp32(grad_weight, errors.T, h)
+            else:
+                grad_weight.addmm_(errors.T, h)
+            del errors
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None

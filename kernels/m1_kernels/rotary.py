@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from m1_kernels.fused import takes_triton
+
 
 def apply_rotary(x: Tensor, positions: Tensor, *, base: float, rotary_dim: int) -> Tensor:
     """Rotate pairs (i, i + rotary_dim/2) of the first ``rotary_dim`` channels by ``position * base^(-2i/rotary_dim)``.
@@ -27,7 +29,15 @@ def apply_rotary(x: Tensor, positions: Tensor, *, base: float, rotary_dim: int) 
         raise ValueError(f"positions is {tuple(positions.shape)}, not [{x.shape[-3]}]")
     half = rotary_dim // 2
     exponents = torch.arange(0, rotary_dim, 2, device=x.device, dtype=torch.float32) / rotary_dim
-    angles = positions.to(torch.float32)[:, None] * (1.0 / base**exponents)
+    frequencies = 1.0 / base**exponents
+    if takes_triton(x):
+        from m1_kernels.gpu.rotary import apply_rotary_triton
+
+        rows = x.reshape(-1, *x.shape[-2:])
+        return apply_rotary_triton(rows, positions.repeat(rows.shape[0] // positions.shape[0]), frequencies).view(
+            x.shape
+        )
+    angles = positions.to(torch.float32)[:, None] * frequencies
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     first, second, rest = x.float().split([half, half, x.shape[-1] - rotary_dim], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
-from m1_data.errors import EnvironmentProblem
+from m1_data.errors import ConfigError, EnvironmentProblem
 from m1_stages.config import Resolved
 from m1_stages.configload import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.engine.events import Sink
+from m1_stages.engine.watchdog import RankLost, Watchdog
 from m1cli.display import TrainingDisplay
-from m1cli.launch import adopt_slurm, is_worker, num_processes, run_ranks
+from m1cli.errors import show
+from m1cli.launch import LAUNCHER, adopt_slurm, die_with_launcher, is_worker, num_processes, run_ranks
+
+_LAUNCHER_ENDS_US_S = 3.0
 
 
-def pretrain_command(config: Path, overrides: list[str], stage: str, *, fresh: bool) -> None:
+def pretrain_command(config: Path, overrides: list[str], stage: str, *, gpus: int | None, fresh: bool) -> None:
     """Train one stage or all."""
-    resolved = load_config(config, overrides)
+    resolved = load_config(config, [*overrides, *_processes(gpus)])
     stages = stages_of(stage)
 
     def train(sinks: list[Sink]) -> None:
@@ -31,9 +37,9 @@ def pretrain_command(config: Path, overrides: list[str], stage: str, *, fresh: b
     _start(resolved, train)
 
 
-def sft_command(config: Path, overrides: list[str], *, fresh: bool) -> None:
+def sft_command(config: Path, overrides: list[str], *, gpus: int | None, fresh: bool) -> None:
     """Fine-tune."""
-    resolved = load_config(config, overrides)
+    resolved = load_config(config, [*overrides, *_processes(gpus)])
 
     def train(sinks: list[Sink]) -> None:
         from m1_stages.engine import sft
@@ -43,18 +49,48 @@ def sft_command(config: Path, overrides: list[str], *, fresh: bool) -> None:
     _start(resolved, train)
 
 
+def _processes(gpus: int | None) -> list[str]:
+    return [] if gpus is None else [f"parallel.processes={gpus}"]
+
+
 def _start(resolved: Resolved, train: Callable[[list[Sink]], None]) -> None:
+    deadline_s = resolved.config.parallel.timeout_s
+    if not deadline_s > 0:
+        raise ConfigError(f"parallel.timeout_s is {deadline_s}", where="[parallel]", fix="give seconds above 0")
     if is_worker():
         adopt_slurm()
+        die_with_launcher()
     elif (world := num_processes(resolved)) > 1:
-        code = run_ranks(sys.argv[1:], world)
+        code = run_ranks(sys.argv[1:], world, resolved.run_dir)
         raise typer.Exit(code)
     warnings.filterwarnings("ignore", module=r"megatron\..*")  # about Transformer Engine and Apex, which we do without
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # Megatron's old calls
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with TrainingDisplay() as display:
-        sinks: list[Sink] = [display]
-        if resolved.config.run.tensorboard:
-            sinks.append(_tensorboard(resolved))
-        train(sinks)
+
+        def give_up(error: RankLost) -> None:
+            display.__exit__()  # the process is about to leave without unwinding: give the terminal back
+            show(error)
+
+        with Watchdog(resolved.run_dir, rank=rank, world=world, deadline_s=deadline_s, on_expired=give_up) as watchdog:
+            sinks: list[Sink] = [display]
+            if resolved.config.run.tensorboard:
+                sinks.append(_tensorboard(resolved))
+            try:
+                train(sinks)
+            except RuntimeError as error:
+                if world == 1 or not _lost_connection(error):
+                    raise
+                if LAUNCHER in os.environ:  # it knows which process died and with what, and ends this one
+                    time.sleep(_LAUNCHER_ENDS_US_S)
+                raise watchdog.verdict("the connection to another rank broke") from error
+
+
+def _lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another rank (gloo raises bare RuntimeErrors)."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error).lower()
 
 
 def _tensorboard(resolved: Resolved) -> Sink:

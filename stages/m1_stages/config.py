@@ -69,6 +69,9 @@ class ParallelConfig:
     expert: Annotated[int, "expert-parallel size"] = 1
     expert_tensor: Annotated[int, "tensor-parallel size inside experts"] = 1
     processes: Annotated[int, "processes started on this machine; 0: one per GPU, or 1 on a CPU"] = 0
+    timeout_s: Annotated[
+        float, "seconds without a finished micro-batch after which a run is given up; three times that to start or save"
+    ] = 600.0
     distributed_optimizer: Annotated[bool, "shard optimizer state over the data-parallel ranks"] = False
 
 

@@ -148,25 +148,9 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("on_the_cpu")
-def test_two_bf16_parts_carry_17_bits_of_a_logits_gradient() -> None:
-    """Head and hidden are identities, so that both gradients are the parts themselves."""
-    gen = torch.Generator().manual_seed(1)
-    size, eye = 256, torch.eye(256, dtype=torch.bfloat16)
-    errors = torch.randn(size, size, generator=gen) * torch.exp2(torch.randint(-60, 1, (size, size), generator=gen))
-    grad = torch.randn(size, generator=gen) / 32_768
-    want = errors.double() * grad[:, None].double()
-    grad_weight = torch.zeros(size, size)
-    grad_hidden = cross_entropy._gradients(errors, grad, eye, eye, grad_weight)
-    for got in (grad_hidden, grad_weight.T):
-        assert got.dtype == torch.float32
-        worst = float(((got - want) / want).abs().max())
-        assert 2**-19 < worst <= 1.01 * 2**-17  # a single bf16 part: 2**-9 to 2**-8
-
-
-@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("chunk_tokens", [100, 512])
-def test_bf16_products_against_float64(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients as they are before they are rounded to bf16, from mean-reduced, peaked distributions."""
+def test_bf16_products_against_float64(chunk_tokens: int) -> None:
+    """Mean-reduced, peaked distributions: the loss is exact, gradients are as near as their roundings to bf16 allow."""
     tokens, width, rows, valid = 512, 128, 1024, 1000
     gen = torch.Generator().manual_seed(2)
     hidden = torch.randn(tokens, width, generator=gen).bfloat16().requires_grad_()
@@ -174,27 +158,13 @@ def test_bf16_products_against_float64(chunk_tokens: int, monkeypatch: pytest.Mo
     labels = torch.randint(valid, (tokens,), generator=gen)
     labels[:256] = (hidden @ weight.T)[:256, :valid].argmax(1)
     grad = torch.rand(tokens, generator=gen) / tokens
-
-    fp32: dict[str, list[Tensor]] = {"hidden": [], "weight": []}
-    gradients = cross_entropy._gradients
-
-    def spy(errors: Tensor, grad: Tensor, hidden: Tensor, head: Tensor, grad_weight: Tensor) -> Tensor:
-        fp32["weight"] = [grad_weight]
-        fp32["hidden"].append(gradients(errors, grad, hidden, head, grad_weight))
-        return fp32["hidden"][-1]
-
-    monkeypatch.setattr(cross_entropy, "_gradients", spy)
     loss = linear_cross_entropy(hidden, weight, labels, valid_vocab=valid, chunk_tokens=chunk_tokens)
-    rounded = torch.autograd.grad(loss, (hidden, weight), grad)
-
+    got = torch.autograd.grad(loss, (hidden, weight), grad)
     doubles = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = F.cross_entropy((doubles[0] @ doubles[1].T)[:, :valid], labels, reduction="none")
     assert float((loss - exact).detach().abs().max()) < 1e-5
-    for name, got, want in zip(fp32, rounded, torch.autograd.grad(exact, doubles, grad.double()), strict=True):
-        assert torch.equal(got, torch.cat(fp32[name]).bfloat16())
-        difference = torch.cat(fp32[name]) - want
-        assert float(difference.norm() / want.norm()) < 5e-6
-        assert float((difference.norm(dim=1) / want.norm(dim=1).clamp(min=1e-12)).max()) < 1e-4
+    for a, b in zip(got, torch.autograd.grad(exact, doubles, grad.double()), strict=True):
+        assert 1e-3 < float((a.double() - b).norm() / b.norm()) < 4e-3
 
 
 def test_chunks_follow_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

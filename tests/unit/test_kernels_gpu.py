@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from m1_kernels import apply_rotary, causal_attention, lightning_attention, linear_cross_entropy
+import m1_kernels.softmax as softmax_module
+from m1_kernels import (
+    apply_rotary,
+    causal_attention,
+    lightning_attention,
+    linear_cross_entropy,
+    mix_experts,
+    recomputed,
+)
 from m1_kernels.softmax import explain_softmax_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -52,11 +60,69 @@ def softmax(xs: list[Tensor], backend: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_varlen_equals_fp32_per_document(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("backend", ["varlen", "cudnn"])
+def test_softmax_kernels_equal_fp32_per_document(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax_module, "CUDNN_TOKENS", 200)
     xs = inputs((8, 2, 2), 64, dtype)
-    assert explain_softmax_backend(xs[0])[0] == "varlen"
+    assert explain_softmax_backend(xs[0], backend)[0] == backend
     want = softmax([x.detach().float().requires_grad_() for x in xs], "per-document")
-    assert max(relative(a, b) for a, b in zip(softmax(xs, "auto"), want, strict=True)) < 1e-2
+    assert max(relative(a, b) for a, b in zip(softmax(xs, backend), want, strict=True)) < 1e-2
+
+
+@pytest.mark.parametrize("attend", ["_varlen", "_cudnn"])
+@pytest.mark.parametrize(("lengths", "before"), [((300,), 700), ((5, 400, 9), 1000), ((128, 1), 128)])
+def test_keys_before_the_first_query(attend: str, lengths: tuple[int, ...], before: int) -> None:
+    """What a context-parallel rank computes: the last tokens of a document whose first are elsewhere."""
+    gen = torch.Generator("cuda").manual_seed(0)
+    tokens = sum(lengths)
+    shapes = (tokens, 8, 64), (tokens + before, 2, 64), (tokens + before, 2, 64)
+    xs = [torch.randn(s, generator=gen, device="cuda").bfloat16().requires_grad_() for s in shapes]
+    wide = [x.detach().float().requires_grad_() for x in xs]
+    results = []
+    for inputs, name in ((xs, attend), (wide, "_per_document")):
+        out = getattr(softmax_module, name)(*inputs, lengths, before)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+    assert max(relative(a, b) for a, b in zip(*results, strict=True)) < 1e-2
+
+
+@pytest.mark.parametrize("tile", [1000, 4096])
+def test_grouped_experts_in_bf16(tile: int) -> None:
+    tokens, hidden, inner, count = 2500, 256, 384, 8
+    gen = torch.Generator("cuda").manual_seed(0)
+    shapes = (tokens, hidden), (count, 2, inner, hidden), (count, hidden, inner)
+    xs = [torch.randn(s, generator=gen, device="cuda").bfloat16() for s in shapes]
+    weights = torch.rand(tokens, 2, generator=gen, device="cuda")
+    index = torch.stack([torch.randperm(count - 1, generator=gen, device="cuda")[:2] for _ in range(tokens)])
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for keep in (False, True):
+            inputs = [*(x.to(dtype).requires_grad_() for x in xs), weights.clone().requires_grad_()]
+            out = mix_experts(*inputs, index, keep=keep, tile_tokens=tile)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert max(relative(a, b) for a, b in zip(results[0], results[2], strict=True)) < 1e-2
+
+
+def test_recomputation_keeps_softmax_on_the_gpu() -> None:
+    xs = inputs((8, 2, 2), 64, torch.bfloat16)
+
+    def layer(q: Tensor) -> Tensor:
+        return causal_attention(q, *xs[1:], cu_seqlens=edges(), doc_lengths=LENGTHS).sin()
+
+    def kernels(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        with torch.profiler.profile() as profile:
+            grad = torch.autograd.grad(run(xs[0]).sum(), xs[0])[0]
+            torch.cuda.synchronize()
+        names = [e.name.lower() for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return grad, sum(("flash_fwd" in n or "fprop" in n) for n in names)
+
+    plain, once = kernels(layer)
+    kept, same = kernels(lambda q: recomputed(layer, q, keep_softmax=True))
+    again, twice = kernels(lambda q: recomputed(layer, q, keep_softmax=False))
+    assert once > 0
+    assert (same, twice) == (once, 2 * once)
+    assert relative(kept, plain) < 1e-2
+    assert relative(again, plain) < 1e-2
 
 
 def both_texts(attend: Attend, backend: str, dim: int = 64) -> tuple[list[Tensor], list[Tensor], Tensor]:

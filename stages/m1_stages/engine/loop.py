@@ -20,6 +20,7 @@ from m1_stages.engine.parallel import Topology, agree_max
 from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
 from m1_stages.engine.step import StepResult, train_step
+from m1_stages.engine.watchdog import beat
 
 if TYPE_CHECKING:
     from m1_stages.model import HybridModel
@@ -61,8 +62,10 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Non
     """
     began, last_loss = time.perf_counter(), float("nan")
     run.model.set_rope_base(plan.rope_base)
+    beats = run.model.register_forward_pre_hook(lambda *_: beat("train", state.global_step))  # every micro-batch
     while state.stage_step < plan.num_steps:
         step_began = time.perf_counter()
+        beat("data", state.global_step)
         row_ids = _row_ids(run, plan, state.stage_step)
         cp = run.topology.cp_rank, run.topology.cp_size
         batches = [rows.batch(ids).zigzag(*cp).to(run.device.torch_device) for ids in row_ids]
@@ -91,6 +94,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Non
                 _save(run, state, stage_final=False)
             except CheckpointError as error:
                 run.emit(SaveFailed(step=state.global_step, reason=str(error)))
+    beats.remove()
     path = _save(run, state, stage_final=True)
     run.emit(
         StageFinished(
@@ -143,6 +147,7 @@ def _refuse_non_finite(
 
 def _save(run: Run, state: TrainState, *, stage_final: bool) -> str:
     began = time.perf_counter()
+    beat("save", state.global_step)
     path = run.save(state, stage_final)
     run.emit(
         CheckpointSaved(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from m1_stages.config import OptimConfig
 
 
@@ -13,7 +15,6 @@ def build_optimizer(chunks: list[Any], optim: OptimConfig, *, bf16: bool, distri
 
     The learning rate is set before every step (``set_learning_rate``), so no scheduler state exists.
     """
-    import torch
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = OptimizerConfig(
@@ -29,7 +30,24 @@ def build_optimizer(chunks: list[Any], optim: OptimConfig, *, bf16: bool, distri
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
+    _fuse(optimizer)
+    return optimizer
+
+
+def _fuse(optimizer: Any) -> None:
+    """On a GPU let torch's AdamW update all parameters in one kernel; Megatron does not ask for it.
+
+    Its step counters are then on the device, where loaded ones have to be brought.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for group in part.optimizer.param_groups if part.optimizer is not None else ():
+            on_gpu = all(param.is_cuda for param in group["params"])
+            group["fused"] = True if on_gpu else None
+            for param in group["params"] if on_gpu else ():
+                state = part.optimizer.state.get(param)
+                if state and "step" in state:
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
@@ -69,8 +87,6 @@ def make_loadable(optimizer: Any) -> None:
     loaded tensors that its own checkpoint keeps elsewhere (``distrib_optimizer.py``, ``state_dict`` and
     ``_set_main_param_and_optimizer_states``).
     """
-    import torch
-
     for part in _distributed_parts(optimizer):
         inner = part.optimizer
         for group in inner.param_groups:
@@ -89,6 +105,7 @@ def finish_loading(optimizer: Any) -> None:
     for part in _distributed_parts(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
+    _fuse(optimizer)
 
 
 class _SetWithStep:

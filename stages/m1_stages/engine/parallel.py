@@ -12,6 +12,7 @@ import torch.distributed as dist
 from m1_data.errors import ConfigError
 from m1_stages.config import ParallelConfig
 from m1_stages.engine.device import Device
+from m1_stages.engine.watchdog import PATIENCE, beat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +43,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
-def start(parallel: ParallelConfig, *, device: Device, seed: int, timeout_s: float = 600.0) -> Topology:
+def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
     """Initialise ``torch.distributed`` (from RANK/WORLD_SIZE, or alone) and Megatron-Core's groups.
 
     Raises:
@@ -69,12 +70,15 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int, timeout_s: flo
             where="[parallel]",
             fix="on a CPU set one of the two to 1",
         )
-    timeout = datetime.timedelta(seconds=timeout_s)
+    # The watchdog knows more about a hang than the collective that times out, so it comes first.
+    timeout = datetime.timedelta(seconds=PATIENCE * parallel.timeout_s + 60.0)
+    beat("join")
     if world == 1:
         store = dist.HashStore()
         dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(device.backend, rank=rank, world_size=world, timeout=timeout)
+    beat("build")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

@@ -63,12 +63,12 @@ class HybridModel(GPTModel):
     """
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig, *, precision: str, recompute: bool, on_cpu: bool):
-        config = transformer_config(model, parallel, bf16=precision == "bf16", recompute=recompute, on_cpu=on_cpu)
+        config = transformer_config(model, parallel, bf16=precision == "bf16", on_cpu=on_cpu)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(model, config),
+            transformer_layer_spec=block_spec(model, config, recompute=recompute),
             vocab_size=model.padded_vocab_size,
             max_sequence_length=2**31 - 1,
             pre_process=first,
@@ -95,7 +95,9 @@ class HybridModel(GPTModel):
                 layer.self_attention.rope_base = base
 
     def forward(self, batch: PackedBatch, *, logits: bool = False) -> Tensor:
-        """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32; hidden states on all but the last pipeline stage.
+        """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32.
+
+        On all but the last pipeline stage: hidden states.
 
         Logits of all tokens exist only when asked for: meant for verification, not for training.
         """

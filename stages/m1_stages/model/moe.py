@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import Router as MegatronRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from m1_kernels import grouped_experts, mix_experts, recomputing
 
 
 class Router(MegatronRouter):
@@ -35,27 +38,32 @@ class Router(MegatronRouter):
         self.aux_loss: Tensor | None = None
         self.micro_batches = 0
 
-    def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens, E] fp32 logits to probabilities and boolean map, both [tokens, E]."""
-        probs = torch.softmax(logits, dim=-1)
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] to combine weights [tokens, k] fp32 and their experts [tokens, k] int64."""
+        probs = torch.softmax(_Fp32Product.apply(hidden, self.weight), dim=-1)
         top, index = probs.topk(self.top_k, dim=-1)
-        weights = torch.zeros_like(probs).scatter(1, index, top / top.sum(-1, keepdim=True))
-        chosen = torch.zeros_like(probs, dtype=torch.bool).scatter(1, index, True)
+        weights = top / top.sum(-1, keepdim=True)
         if torch.is_grad_enabled() and self.training:
-            weights = MoEAuxLossAutoScaler.apply(weights, self._balance_loss(probs, chosen))
-        return weights, chosen
+            weights = MoEAuxLossAutoScaler.apply(weights, self._balance_loss(probs, index))
+        return weights, index
+
+    def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Megatron's hook; ``forward`` does not use it."""
+        raise NotImplementedError
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[tokens, 1, hidden] to combine weights and routing map [tokens, E]."""
-        logits = input.float() @ self.weight.float().T
-        return self.routing(logits.view(-1, self.num_experts))
+        """[tokens, 1, hidden] to combine weights and boolean routing map, [tokens, E], as Megatron's dispatchers take them."""
+        weights, index = self.choose(input.view(-1, input.shape[-1]))
+        nowhere = weights.new_zeros(weights.shape[0], self.num_experts)
+        return nowhere.scatter(1, index, weights), nowhere.bool().scatter(1, index, True)
 
-    def _balance_loss(self, probs: Tensor, chosen: Tensor) -> Tensor:
+    def _balance_loss(self, probs: Tensor, index: Tensor) -> Tensor:
         group = self.tp_dp_cp_group
+        chosen = torch.zeros_like(probs).scatter_(1, index, 1.0)
         local = torch.cat(
             [
-                chosen.sum(0).double(),
-                probs.detach().double().sum(0),
+                chosen.sum(0, dtype=torch.float64),
+                probs.detach().sum(0, dtype=torch.float64),
                 probs.new_tensor([probs.shape[0], self.trained_tokens / self.tp_group.size()], dtype=torch.float64),
             ]
         )
@@ -63,7 +71,8 @@ class Router(MegatronRouter):
             torch.distributed.all_reduce(local, group=group)
         slots, prob_sums, (tokens, trained) = local.split([self.num_experts, self.num_experts, 2])
         scale = self.config.moe_aux_loss_coeff * self.num_experts
-        self._record(slots, scale * (slots * prob_sums).sum() / tokens**2)
+        if not recomputing():
+            self._record(slots, scale * (slots * prob_sums).sum() / tokens**2)
         share = (slots / tokens).float() @ probs.sum(0) / tokens.float()
         loss: Tensor = scale * share * trained.float()
         return loss
@@ -82,6 +91,39 @@ class Router(MegatronRouter):
         return stats
 
 
+class MixtureOfExperts(MoELayer):
+    """Megatron's MoE layer; where every expert is on this rank, tokens are not dispatched at all."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        parts = MoESubmodules(router=Router, experts=GroupedExperts)
+        super().__init__(config, parts, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[tokens, 1, hidden] to the same."""
+        if self.ep_group.size() > 1 or self.config.expert_tensor_parallel_size > 1:
+            return super().forward(hidden_states, *args, **kwargs)[0], None
+        x, e = hidden_states.view(-1, hidden_states.shape[-1]), self.experts
+        out = mix_experts(x, e.w13, e.w2, *self.router.choose(x), keep=e.keep)
+        return out.view(hidden_states.shape), None
+
+
+class _Fp32Product(torch.autograd.Function):
+    """``x @ w.T`` in fp32, [T, h] and [E, h]; keeps x as it is, not an fp32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        if x.is_cuda and x.dtype == w.dtype == torch.bfloat16:
+            return torch.mm(x, w.T, out_dtype=torch.float32)  # products of bf16 numbers are exact in fp32
+        return x.float() @ w.float().T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return (grads[0] @ w.float()).to(x.dtype), (grads[0].T @ x.float()).to(w.dtype)
+
+
 class GroupedExperts(nn.Module):
     """This rank's SwiGLU experts: ``w2(silu(w1 x) * w3 x)`` for tokens sorted by expert.
 
@@ -90,10 +132,15 @@ class GroupedExperts(nn.Module):
     """
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
         assert pg_collection is not None
+        self.keep = True
+        """Whether gate and up are kept for the backward; off when the layer is recomputed."""
         self.config, self.num_local_experts, self.pg = config, num_local_experts, pg_collection
         inner = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         dtype, device = config.params_dtype, _device(config)
@@ -109,19 +156,7 @@ class GroupedExperts(nn.Module):
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """tokens [M, hidden] sorted by local expert, counts [experts], combine weights [M]; returns [M, hidden]."""
-        if tokens.device.type == "cuda" and tokens.dtype == torch.bfloat16:
-            ends = tokens_per_expert.cumsum(0).to(device=tokens.device, dtype=torch.int32)
-            gate_up = F.grouped_mm(tokens, self.w13.flatten(1, 2).transpose(1, 2), offs=ends)
-            gate, up = gate_up.chunk(2, dim=-1)
-            inner = F.silu(gate) * up * probs[:, None].to(tokens.dtype)
-            return F.grouped_mm(inner, self.w2.transpose(1, 2), offs=ends), None
-        parts = tokens.split(tokens_per_expert.tolist())
-        weights = probs.split(tokens_per_expert.tolist())
-        out = [
-            F.linear(F.silu(F.linear(x, w13[0])) * F.linear(x, w13[1]) * p[:, None].to(x.dtype), w2)
-            for x, p, w13, w2 in zip(parts, weights, self.w13, self.w2, strict=True)
-        ]
-        return torch.cat(out), None
+        return grouped_experts(tokens, tokens_per_expert, probs, self.w13, self.w2, keep=self.keep), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -1,4 +1,4 @@
-"""RMSNorm for sequence-parallel and for head-sharded activations, and the post-norm residual."""
+"""RMSNorm for sequence-parallel and for head-sharded activations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
+
+from m1_kernels import add_rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -27,9 +29,11 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * y).to(x.dtype)
+        return add_rms_norm(x, None, self.weight, eps=self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
+        """Of ``alpha x + beta y``, which is not rounded before."""
+        return add_rms_norm(x, y, self.weight, eps=self.eps, alpha=alpha, beta=beta)
 
 
 class HeadShardedRMSNorm(nn.Module):
@@ -62,18 +66,3 @@ class HeadShardedRMSNorm(nn.Module):
             self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
         )
         return state
-
-
-class ScaledResidual:
-    """``alpha * residual + beta * output``; the residual is what the norm returned (DeepNorm, post-norm)."""
-
-    def __init__(self, alpha: float, beta: float) -> None:
-        self.alpha, self.beta = alpha, beta
-
-    def __call__(self, training: bool, fused: bool) -> Any:
-        """The function Megatron's layer calls with (output, bias), residual and dropout."""
-
-        def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-            return self.alpha * residual + self.beta * output_with_bias[0]
-
-        return add

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,16 +17,15 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from m1_kernels import recomputed
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
-from m1_stages.model.moe import GroupedExperts, Router
-from m1_stages.model.norms import RMSNorm, ScaledResidual
+from m1_stages.model.moe import MixtureOfExperts
+from m1_stages.model.norms import RMSNorm
 from m1_stages.model.packing import Packing
 
 
-def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, bf16: bool, recompute: bool, on_cpu: bool
-) -> TransformerConfig:
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bool, on_cpu: bool) -> TransformerConfig:
     """Megatron's configuration of the model; everything that would need Transformer Engine is off."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
@@ -68,51 +66,56 @@ def transformer_config(
         sequence_parallel=parallel.tensor > 1,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=not on_cpu,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
     )
 
 
 class HybridLayer(TransformerLayer):
-    """Post-norm residual: the residual is taken after the norm, ``h = alpha * norm(h) + beta * sublayer(norm(h))``.
+    """Post-norm residual: ``x = norm(h)``, ``y = norm(alpha x + beta attention(x))``, ``h' = alpha y + beta experts(y)``.
 
-    Megatron's layer takes the residual before its norm slots, so ours run before them and those stay empty.
+    The residual is what the norm returned (DeepNorm, post-norm; transformers ``modeling_minimax.py``,
+    ``MiniMaxDecoderLayer``), so Megatron's own norm and residual slots stay empty.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *,
+        alpha: float,
+        beta: float,
+        recompute: bool,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(config, submodules, **kwargs)
+        self.alpha, self.beta, self.recompute = alpha, beta, recompute
+        self.mlp.experts.keep = not recompute
         self.attn_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def _forward_attention(self, hidden_states: Tensor, *args: Any, packed_seq_params: Packing, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *_: Any, packed_seq_params: Packing, **__: Any) -> tuple[Tensor, None]:
+        """[this rank's tokens, 1, hidden] to the same, and no context."""
         self.mlp.router.trained_tokens = packed_seq_params.trained_tokens
-        normed = self.attn_norm(hidden_states)
-        return super()._forward_attention(normed, *args, packed_seq_params=packed_seq_params, **kwargs)
+        layer = partial(self._layer, packing=packed_seq_params)
+        if not (self.recompute and self.training and torch.is_grad_enabled()):
+            return layer(hidden_states), None
+        return recomputed(layer, hidden_states, keep_softmax=isinstance(self.self_attention, SoftmaxAttention)), None
 
-    def _forward_mlp(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super()._forward_mlp(self.mlp_norm(hidden_states), *args, **kwargs)
+    def _layer(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+        x = self.attn_norm(hidden_states)
+        y = self.mlp_norm.of_sum(x, self.self_attention(x, packed_seq_params=packing)[0], self.alpha, self.beta)
+        return torch.add(self.beta * self.mlp(y)[0] if self.beta != 1.0 else self.mlp(y)[0], y, alpha=self.alpha)
 
 
-def block_spec(model: ModelConfig, config: TransformerConfig) -> TransformerBlockSubmodules:
+def block_spec(model: ModelConfig, config: TransformerConfig, *, recompute: bool) -> TransformerBlockSubmodules:
     """Specifications of this pipeline stage's layers, each by its global index."""
     first = get_transformer_layer_offset(config)
-    residual = ModuleSpec(module=ScaledResidual, params={"alpha": model.residual_alpha, "beta": model.beta})
-    moe = ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=ModuleSpec(GroupedExperts)))
+    residual = {"alpha": model.residual_alpha, "beta": model.beta, "recompute": recompute}
 
     def layer(index: int) -> ModuleSpec:
         kind = SoftmaxAttention if model.is_softmax(index) else LightningAttention
-        return ModuleSpec(
-            module=HybridLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=IdentityOp,
-                self_attention=ModuleSpec(module=kind, params={"model": model}),
-                self_attn_bda=residual,
-                pre_mlp_layernorm=IdentityOp,
-                mlp=moe,
-                mlp_bda=residual,
-            ),
-        )
+        attention = ModuleSpec(module=kind, params={"model": model})
+        submodules = TransformerLayerSubmodules(self_attention=attention, mlp=MixtureOfExperts)
+        return ModuleSpec(module=HybridLayer, params=residual, submodules=submodules)
 
     count = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(

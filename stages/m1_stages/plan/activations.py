@@ -1,0 +1,97 @@
+"""Bytes that one layer keeps for the backward pass, and that its backward uses.
+
+t are the tokens of a context rank, s = t / tensor those of a rank under sequence parallelism; ``size`` is bytes a number.
+"""
+
+from __future__ import annotations
+
+from m1_stages.config import ModelConfig
+from m1_stages.plan.hardware import CALIBRATION, Trainer
+from m1_stages.plan.layout import Layout
+
+
+class LayerBytes:
+    """Bytes of one layer of a kind: kept for the backward when nothing is recomputed, and used by the backward itself.
+
+    The layer is ``x = norm(h)``, ``y = norm(alpha x + beta attention(x))``, ``alpha y + beta experts(y)``; both norms keep
+    their inputs (``m1_kernels.gpu.norm``), so h, x, the attention's result and y are there.
+    """
+
+    def __init__(
+        self,
+        m: ModelConfig,
+        layout: Layout,
+        kind: str,
+        t: float,
+        tokens: int,
+        size: int,
+        trainer: Trainer,
+        *,
+        keep: bool,
+    ) -> None:
+        """``keep``: gate and up of the experts are kept, which recomputation switches off."""
+        width = m.num_heads * m.head_dim / layout.tensor
+        hidden = t / layout.tensor * m.hidden_size * size  # one [tokens, hidden] of this rank
+        heads = t * width * size
+        self.attention_output = heads + 4 * t * width / m.head_dim  # and log-sum-exp
+        self.communication = 0.0
+        if kind == "lightning":
+            # q, k, v, gate before SiLU; result before and after norm and gate (m1_kernels.gpu.layer: save_for_backward).
+            attention = 6 * heads
+            # Gradient of the result after and before norm and gate, of q, k, v, gate; SiLU of q, k, v, their gradients.
+            busy = (1 + 1 + 4 + 3 + 3) * heads
+            # Entering states are kept, those of the gradient join them in the backward.
+            programs = min(_MOST_STATES, m.num_heads / layout.tensor * t / _FEWEST_TOKENS)
+            self.states = 2 * programs * m.head_dim**2 * 4
+            if layout.context > 1:
+                self.communication = 2 * layout.context * width * m.head_dim * 4
+        else:
+            keys = 2 * m.num_kv_heads * m.head_dim / layout.tensor
+            held_keys = (tokens if layout.context > 1 else t) * (2 * width if trainer.expands_keys else keys) * size
+            # Rotated queries, keys and values, result by heads and by tokens.
+            attention = heads + held_keys + heads + self.attention_output
+            # Gradients of result and queries, before and after rotation, of keys and values, of the projection.
+            busy = 4 * heads + held_keys + t * keys * size
+            self.states = 0.0
+            if layout.context > 1:
+                self.communication = 2 * tokens * keys * size
+        gathered = t * m.hidden_size * size if layout.tensor > 1 else 0.0
+        kept, experts_busy, sent = _experts(m, layout, t / layout.tensor, size, trainer, keep)
+        self.communication = max(self.communication, sent)
+        self.input = hidden
+        self.inside = 3 * hidden + attention + kept
+        """Besides the layer's input."""
+        # The experts' backward is first: gradients of the layer's output, of y by the residual and by the experts.
+        first = self.inside + 3 * hidden + experts_busy
+        # Then attention's: x and the gradient by its residual stay; the output projection has let go of its input.
+        then = 2 * hidden + attention - heads + busy + gathered
+        self.backward = max(first, then) - self.inside
+        """Besides the input and what is inside."""
+
+
+_MOST_STATES, _FEWEST_TOKENS = 8 * 132, 512
+"""The lightning kernel keeps one state per segment and head: at most eight waves of programs on the 132 processors of an
+H100, none shorter than 512 tokens (``m1_kernels.gpu.plan``)."""
+
+
+def _experts(
+    m: ModelConfig, layout: Layout, s: float, size: int, trainer: Trainer, keep: bool
+) -> tuple[float, float, float]:
+    """Bytes kept for the backward besides y, used by it, and received from other ranks."""
+    h, k, f = m.hidden_size, m.experts_per_token, m.expert_hidden_size / layout.expert_tensor
+    chosen = s * (2 * 4 * m.num_experts + k * (4 + 8))  # logits and probabilities; weight and index of each slot
+    moved = layout.expert > 1 or layout.expert_tensor > 1
+    weights = 3 * h * f * m.num_experts / layout.expert * size  # gradients of the experts in the weights' dtype
+    router = s * h * (4 + 4)  # fp32 copies of y and of its gradient
+    if moved:
+        # Megatron's dispatcher: every slot's row is here at once.
+        rows = s * k * layout.expert_tensor * (CALIBRATION.expert_imbalance if layout.expert > 1 else 1.0)
+        kept = chosen + rows * size * h + keep * rows * size * 2 * f
+    else:
+        rows = min(s, trainer.tile_tokens) * k
+        kept = chosen + keep * s * k * 2 * f * size
+        if s > trainer.tile_tokens:
+            weights *= 1 + 4 / size  # sums over tiles are fp32
+    # Rows and their gradients; gate and up (again), activation, and their gradients (m1_kernels.experts).
+    inside = rows * size * (2 * h + 6 * f)
+    return kept, max(inside + weights, router), 2 * rows * h * size if moved else 0.0

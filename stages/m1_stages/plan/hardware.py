@@ -1,0 +1,160 @@
+"""GPUs by name, and every measured constant of the time and memory model. Calibrate here and nowhere else.
+
+Sizes: FLOP/s and bytes/s in plain units, memory in GiB, shares between 0 and 1, bandwidths per direction and GPU.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from m1_data.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One GPU and the links of its machine, as the vendor states them."""
+
+    name: str
+    bf16_flops: float
+    """Dense bf16 products, FLOP/s."""
+    fp32_flops: float
+    """fp32 without TF32: what ``run.precision = fp32`` multiplies with."""
+    memory_gib: float
+    """What the driver reports, GiB."""
+    memory_bandwidth: float
+    """bytes/s."""
+    link_bandwidth: float
+    """To the GPUs of the same machine, bytes/s in each direction."""
+    network_bandwidth: float
+    """To other machines, bytes/s in each direction: one network card for each GPU."""
+    flash_attention: float
+    """Share of peak FLOP/s of softmax attention through flash (``torch.nn.attention.varlen``), causal half counted."""
+    cudnn: bool
+    """Softmax attention of whole documents goes through cuDNN (``m1_kernels.softmax``: compute capability 9.0 and up)."""
+    per_node: int = 8
+
+
+# Vendors' data sheets: A100/A800 80GB SXM, H100/H800/H200/H20 SXM, HGX B200, GeForce RTX 4090 (fp16 with fp32 sums, no
+# NVLink: PCIe 4.0 x16). Memory as nvidia-smi shows it. Networks are the usual ones: 200 Gbit/s a GPU beside an A100, 400
+# beside newer ones, 100 Gbit/s for a whole machine of 4090s. Flash shares: measured on one H200 (300-350 TFLOP/s), where the
+# kernel does not use the newer tensor-core instructions; elsewhere estimates: 190 TFLOP/s on an A100, H20 and 4090 at the
+# same share, a B200 as fast as an H200.
+_GPUS = (
+    Gpu(name="a100", bf16_flops=312e12, fp32_flops=19.5e12, memory_gib=79.2, memory_bandwidth=2.04e12,
+        link_bandwidth=300e9, network_bandwidth=25e9, flash_attention=0.6, cudnn=False),
+    Gpu(name="a800", bf16_flops=312e12, fp32_flops=19.5e12, memory_gib=79.2, memory_bandwidth=2.04e12,
+        link_bandwidth=200e9, network_bandwidth=25e9, flash_attention=0.6, cudnn=False),
+    Gpu(name="h20", bf16_flops=148e12, fp32_flops=44e12, memory_gib=95.6, memory_bandwidth=4.0e12,
+        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.6, cudnn=True),
+    Gpu(name="h100", bf16_flops=989e12, fp32_flops=67e12, memory_gib=79.2, memory_bandwidth=3.35e12,
+        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True),
+    Gpu(name="h800", bf16_flops=989e12, fp32_flops=67e12, memory_gib=79.2, memory_bandwidth=3.35e12,
+        link_bandwidth=200e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True),
+    Gpu(name="h200", bf16_flops=989e12, fp32_flops=67e12, memory_gib=139.8, memory_bandwidth=4.8e12,
+        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True),
+    Gpu(name="b200", bf16_flops=2250e12, fp32_flops=75e12, memory_gib=178.3, memory_bandwidth=7.7e12,
+        link_bandwidth=900e9, network_bandwidth=50e9, flash_attention=0.15, cudnn=True),
+    Gpu(name="rtx4090", bf16_flops=165e12, fp32_flops=83e12, memory_gib=24.0, memory_bandwidth=1.01e12,
+        link_bandwidth=25e9, network_bandwidth=1.6e9, flash_attention=0.6, cudnn=False),
+)  # fmt: skip
+GPUS = {gpu.name: gpu for gpu in _GPUS}
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU called ``name``, in any case.
+
+    Raises:
+        ConfigError: no such GPU; known ones are listed.
+    """
+    if (gpu := GPUS.get(name.lower())) is not None:
+        return gpu
+    hint = difflib.get_close_matches(name.lower(), GPUS, n=1)
+    known = ", ".join(GPUS)
+    raise ConfigError(
+        f"there is no GPU {name!r} here; known are {known}",
+        where="--gpu",
+        fix=f"did you mean {hint[0]}?" if hint else "choose the nearest of them",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """Measured behaviour, as shares of the vendor's numbers so that it carries over to other GPUs.
+
+    Sources: [log] ``docs/LOG.md``, entries of 2026-11-24, one H200; [step] profile of a baseline's training step (700m
+    shape, 131,072 tokens, fla kernels, cuDNN attention, full recomputation, one H200, 2026-11-23): 278 ms softmax
+    attention, 218 matrix products, 194 element-wise, 61 lightning, 59 copies, 38 MoE index work; [guess] not measured.
+    """
+
+    matrix: float = 0.72
+    """Share of peak FLOP/s of projections. [step] 155 TFLOP in 218 ms = 710 TFLOP/s."""
+    experts: float = 0.72
+    """The same for the grouped products of the experts. [step] part of the same 218 ms."""
+    head: float = 0.44
+    """The same for the head's bf16 -> fp32 products. [log] fit of the 32,768-token rows of the linear cross-entropy."""
+    head_bytes_per_logit: float = 18.0
+    """Memory traffic of softmax and its gradient, forward and backward together. Counted: fp32 written and read twice,
+    bf16 written once."""
+    cudnn_attention: float = 0.56
+    """Share of peak FLOP/s of softmax attention through cuDNN, causal half counted. [step] 510-590 TFLOP/s forward and
+    with backward; 569 in the profile."""
+    softmax_backward: float = 2.5
+    """Backward over forward FLOPs: five products instead of two (scores are computed again)."""
+    bandwidth: float = 0.88
+    """Share of the memory bandwidth that a copy reaches. [log] 4.24 of 4.8 TB/s."""
+    lightning_forward: float = 1.0
+    """Share of copy bandwidth of the fused layer over 14 tensors. [log] 6.8 ms; the scan alone reaches 0.79."""
+    lightning_backward: float = 0.57
+    """The same, backward over 27 tensors. [log] 30.8 - 6.8 ms; the scan alone reaches 0.55 with its forward."""
+    element_wise: float = 0.9
+    """Share of copy bandwidth of norms, residuals, activations, permutations. [guess]"""
+    moe_index_s_per_slot: float = 6.0e-9
+    """Sorting and index arithmetic, seconds per (token, expert) slot and pass at the H200's bandwidth.
+    [step] 38 ms / (131,072 x 2 slots x 8 layers x 3 passes)."""
+    host_s_per_layer_pass: float = 3.0e-3
+    """Python, kernel launches and waits of one layer in one pass; counts where the GPU would be faster. [guess] The layers
+    before 2026-11-24 took at most 5.7 ms: 700m at 16,384 tokens a micro-batch, 0.138 s for 8 layers x 3 passes [log]."""
+    expert_imbalance: float = 1.15
+    """Tokens of the busiest expert-parallel rank over the mean. [guess]"""
+    optimizer_bytes_per_parameter: float = 102.0
+    """Norm, clipping, AdamW of torch (one pass over memory per operation), copy to bf16. Counted from its operations."""
+    link: float = 0.80
+    """Share of the links a collective reaches within a machine. [guess]"""
+    network: float = 0.85
+    """The same between machines. [guess]"""
+    latency_s: float = 20e-6
+    """Of one collective within a machine. [guess]"""
+    hop_s: float = 5e-6
+    """More for each rank beyond this machine. [guess]"""
+    reserve_gib: float = 1.6
+    """CUDA context, NCCL, cuBLAS: on the device, but not allocated by torch. [guess]"""
+    fragmentation: float = 0.03
+    """Of what torch allocates: freed blocks that fit nothing. [guess]"""
+    headroom: float = 0.03
+    """Of a GPU's memory that a layout must leave free to be proposed. [guess]"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainer:
+    """Sizes and habits of the trainer's layers that time and memory depend on; each names the code that decides it."""
+
+    tile_tokens: int = 65_536
+    """Tokens whose experts' inner values exist together (``m1_kernels.experts.TILE_TOKENS``); only where every expert is on
+    the rank."""
+    recompute_keeps_softmax: bool = True
+    """Recomputation keeps the output of softmax attention (``m1_stages.model.spec``)."""
+    expands_keys: bool = True
+    """Keys and values are repeated for every query head (``m1_kernels.softmax``, torch 2.11)."""
+    logits_at_once: int = 2**27
+    """``m1_kernels.cross_entropy.LOGITS_AT_ONCE``."""
+    fewest_tokens: int = 1024
+    """``m1_kernels.cross_entropy.FEWEST_TOKENS``."""
+    optimizer_copies: float = 1.0
+    """fp32 copies of the largest group of parameters that the update makes (torch's AdamW, all tensors at once)."""
+
+
+CALIBRATION = Calibration()
+TRAINER = Trainer()

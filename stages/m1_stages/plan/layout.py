@@ -1,0 +1,134 @@
+"""Parallel layouts: which the trainer accepts for a model, a micro-batch and a number of GPUs.
+
+The rules are those of ``configcheck`` (divisors), ``engine.parallel.start`` (processes), ``m1_data.loader`` (rows of a
+step, zig-zag shards) and Megatron's sequence parallelism (tokens of a rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from m1_stages.config import ModelConfig, ParallelConfig
+from m1_stages.plan.work import Work
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Sizes of all axes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+    data: int = 1
+    """Ranks that see different rows."""
+    distributed_optimizer: bool = False
+
+    @property
+    def gpus(self) -> int:
+        """All ranks."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def dense_replicas(self) -> int:
+        """Ranks that hold the same attention, embedding and head."""
+        return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.gpus // (self.expert * self.expert_tensor * self.pipeline)
+
+    def settings(self) -> dict[str, int | bool]:
+        """Keys of ``[parallel]`` and their values."""
+        names = ("tensor", "pipeline", "context", "expert", "expert_tensor", "distributed_optimizer")
+        return {name: getattr(self, name) for name in names}
+
+    def arguments(self, base: ParallelConfig | None = None) -> str:
+        """The ``--set`` arguments that choose this layout; those that ``base`` has already are left out."""
+        return " ".join(
+            f"--set parallel.{name}={str(value).lower()}"
+            for name, value in self.settings().items()
+            if base is None or getattr(base, name) != value
+        )
+
+
+def of_config(parallel: ParallelConfig, gpus: int) -> Layout | None:
+    """The configured layout on ``gpus`` GPUs; None when the sizes do not divide them."""
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    if gpus % model_ranks or gpus % expert_ranks:
+        return None
+    return Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
+        data=gpus // model_ranks,
+        distributed_optimizer=parallel.distributed_optimizer,
+    )
+
+
+def divisors(n: int, most: int) -> list[int]:
+    """Divisors of ``n`` up to ``most``, ascending."""
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
+
+
+def accepts(m: ModelConfig, layout: Layout, work: Work) -> bool:
+    """Whether the trainer runs ``layout`` on the rows of ``work``."""
+    micro_tokens = work.seq_len * work.micro_rows_of(layout.data)
+    if not micro_tokens:
+        return False
+    expert_ranks = layout.expert * layout.expert_tensor * layout.pipeline
+    divides = (
+        (m.num_kv_heads, layout.tensor),
+        (m.num_layers, layout.pipeline),
+        (m.num_experts, layout.expert),
+        (m.expert_hidden_size, layout.expert_tensor),
+        (layout.gpus, expert_ranks),
+        # Two zig-zag shards for each context rank; sequence parallelism cuts what a context rank holds once more.
+        (micro_tokens, 2 * layout.context * layout.tensor if layout.context > 1 else layout.tensor),
+    )
+    return all(n % d == 0 for n, d in divides)
+
+
+FEWEST_TOKENS_PER_RANK = 1024
+"""The search leaves out layouts that leave a context rank fewer tokens: their products are too small to be fast."""
+
+
+def candidates(
+    m: ModelConfig, work: Work, *, gpus: int, per_node: int, distributed_optimizer: bool
+) -> Iterator[Layout]:
+    """Layouts of exactly ``gpus`` GPUs that the trainer accepts; tensor parallelism stays within a machine."""
+    most_context = max(1, work.seq_len * work.micro_rows // FEWEST_TOKENS_PER_RANK)
+    for tensor in divisors(m.num_kv_heads, min(gpus, per_node)):
+        for pipeline in divisors(m.num_layers, gpus // tensor):
+            if gpus % (tensor * pipeline):
+                continue
+            for context in divisors(gpus // (tensor * pipeline), most_context):
+                data = gpus // (tensor * pipeline * context)
+                if work.rows % data:
+                    continue
+                for expert, expert_tensor in _expert_sizes(m, gpus // pipeline, tensor):
+                    layout = Layout(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        context=context,
+                        expert=expert,
+                        expert_tensor=expert_tensor,
+                        data=data,
+                        distributed_optimizer=distributed_optimizer,
+                    )
+                    if accepts(m, layout, work):
+                        yield layout
+
+
+def _expert_sizes(m: ModelConfig, ranks: int, tensor: int) -> Iterator[tuple[int, int]]:
+    """Expert-parallel size, and experts cut as the attention is or not at all."""
+    for expert in divisors(m.num_experts, ranks):
+        for expert_tensor in sorted({1, tensor}):
+            if ranks % (expert * expert_tensor) == 0 and m.expert_hidden_size % expert_tensor == 0:
+                yield expert, expert_tensor

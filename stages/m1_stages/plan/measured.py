@@ -1,0 +1,82 @@
+"""What a run measured, from its ``metrics.jsonl``, to stand beside the estimate."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from m1_stages.config import METRICS
+from m1_stages.plan.layout import Layout
+
+WARM_UP_STEPS = 3
+"""Left out: kernels are compiled and memory is claimed in them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """One stage of a run on GPUs."""
+
+    stage: str
+    steps: int
+    seq_len: int
+    rows: int
+    layout: Layout
+    """The distributed optimizer is not in the events: the configured one is assumed."""
+    step_s: float
+    """Median."""
+    peak_gib: float
+
+
+def read_measured(run_dir: Path, *, distributed_optimizer: bool) -> dict[str, Measured]:
+    """By stage, the last configuration that ran on GPUs; empty without a run. Unreadable lines are left out."""
+    path = run_dir / METRICS
+    if not path.is_file():
+        return {}
+    start: dict[str, Any] = {}
+    stage: dict[str, Any] = {}
+    found: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {}
+    for line in path.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        kind = record.get("event")
+        if kind == "RunStarted":
+            start = record
+        elif kind == "StageStarted":
+            stage = record
+            found[stage["stage"]] = (start, stage, [])
+        elif kind == "StepDone" and record["stage"] in found:
+            found[record["stage"]][2].append(record)
+    return {
+        name: _summary(start, begun, steps, distributed_optimizer)
+        for name, (start, begun, steps) in found.items()
+        if len(steps) > WARM_UP_STEPS and start.get("device") == "cuda"
+    }
+
+
+def _summary(
+    start: dict[str, Any], begun: dict[str, Any], steps: list[dict[str, Any]], distributed_optimizer: bool
+) -> Measured:
+    sizes = start["topology"]
+    layout = Layout(
+        tensor=sizes["tp"],
+        pipeline=sizes["pp"],
+        context=sizes["cp"],
+        expert=sizes["ep"],
+        expert_tensor=sizes["etp"],
+        data=sizes["dp"],
+        distributed_optimizer=distributed_optimizer,
+    )
+    return Measured(
+        stage=begun["stage"],
+        steps=len(steps),
+        seq_len=begun["seq_len"],
+        rows=begun["global_batch_rows"],
+        layout=layout,
+        step_s=median(step["step_s"] for step in steps[WARM_UP_STEPS:]),
+        peak_gib=max(step["peak_gib"] for step in steps),
+    )

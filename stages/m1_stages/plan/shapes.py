@@ -1,0 +1,106 @@
+"""Parameters per part of the model, and how many of them one rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from m1_stages.config import ModelConfig
+from m1_stages.plan.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Numbers of parameters, all layers together; padding rows of the vocabulary not counted."""
+
+    embedding: int
+    lightning: int
+    """Attention sublayers with decay: q, k, v, gate, norm, output."""
+    softmax: int
+    experts: int
+    routers: int
+    norms: int
+    """Two of each layer and the last one."""
+    head: int
+    experts_active: int
+    """Of the experts, what one token uses."""
+
+    @property
+    def total(self) -> int:
+        """Everything."""
+        return self.embedding + self._shared + self.experts + self.head
+
+    @property
+    def active(self) -> int:
+        """Used by one token, embedding and head left out (how the released 45.9B is counted)."""
+        return self._shared + self.experts_active
+
+    @property
+    def _shared(self) -> int:
+        return self.lightning + self.softmax + self.routers + self.norms
+
+    def as_dict(self) -> dict[str, int]:
+        """All parts, ``total`` and ``active``."""
+        return {**asdict(self), "total": self.total, "active": self.active}
+
+
+def lightning_sublayer(m: ModelConfig) -> int:
+    """One lightning attention: q, k, v and gate, output, norm over all heads."""
+    width = m.num_heads * m.head_dim
+    return m.hidden_size * 4 * width + width * m.hidden_size + width
+
+
+def softmax_sublayer(m: ModelConfig) -> int:
+    """One grouped-query attention: q, k, v, output."""
+    width = m.num_heads * m.head_dim
+    return m.hidden_size * (width + 2 * m.num_kv_heads * m.head_dim) + width * m.hidden_size
+
+
+def expert(m: ModelConfig) -> int:
+    """One SwiGLU expert."""
+    return 3 * m.hidden_size * m.expert_hidden_size
+
+
+def count(m: ModelConfig) -> Parameters:
+    """Parameters of the whole model."""
+    num_softmax = m.num_layers // m.softmax_every
+    return Parameters(
+        embedding=m.vocab_size * m.hidden_size,
+        lightning=(m.num_layers - num_softmax) * lightning_sublayer(m),
+        softmax=num_softmax * softmax_sublayer(m),
+        experts=m.num_layers * m.num_experts * expert(m),
+        routers=m.num_layers * m.num_experts * m.hidden_size,
+        norms=(2 * m.num_layers + 1) * m.hidden_size,
+        head=m.vocab_size * m.hidden_size,
+        experts_active=m.num_layers * m.experts_per_token * expert(m),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParameters:
+    """What one rank holds: ``dense`` parameters are alike on its data- and context-parallel ranks, ``experts`` on fewer."""
+
+    dense: int
+    experts: int
+
+
+def layers_of_stage(m: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
+    """(lightning, softmax) layers of pipeline stage ``stage``."""
+    share = m.num_layers // layout.pipeline
+    first, end = stage * share, (stage + 1) * share
+    softmax = end // m.softmax_every - first // m.softmax_every
+    return share - softmax, softmax
+
+
+def local(m: ModelConfig, layout: Layout, stage: int) -> LocalParameters:
+    """Parameters of a rank in pipeline stage ``stage``: matrices are cut, routers and norms of the hidden size are not."""
+    lightning, softmax = layers_of_stage(m, layout, stage)
+    layers = lightning + softmax
+    dense = (lightning * lightning_sublayer(m) + softmax * softmax_sublayer(m)) // layout.tensor
+    dense += layers * (m.num_experts + 2) * m.hidden_size
+    table = m.padded_vocab_size * m.hidden_size // layout.tensor
+    if stage == 0:
+        dense += table
+    if stage == layout.pipeline - 1:
+        dense += table + m.hidden_size
+    experts = layers * m.num_experts * expert(m) // (layout.expert * layout.expert_tensor)
+    return LocalParameters(dense, experts)

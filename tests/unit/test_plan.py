@@ -1,0 +1,362 @@
+"""``m1 plan``: counts against hand and published numbers, layouts against the trainer's own checks, what a person sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from m1_data.errors import ConfigError
+from m1_stages.config import PRESETS, STAGE_NAMES, ModelConfig, Resolved
+from m1_stages.configload import load_config
+from m1_stages.model.count import count_parameters
+from m1_stages.plan.comm import Group
+from m1_stages.plan.estimate import make_plan
+from m1_stages.plan.flops import forward, generation, training
+from m1_stages.plan.hardware import GPUS, gpu_named
+from m1_stages.plan.layout import Layout, accepts
+from m1_stages.plan.memory import Memory, memory
+from m1_stages.plan.shapes import count, local
+from m1_stages.plan.timing import StepModel, StepTime
+from m1_stages.plan.work import Work, model_of, works
+
+TINY = ModelConfig(
+    hidden_size=8, num_layers=4, num_heads=2, head_dim=4, num_kv_heads=1, rotary_dim=4, num_experts=4,
+    expert_hidden_size=16, vocab_size=128, softmax_every=4,
+)  # fmt: skip
+
+
+def resolved(folder: Path, preset: str, *overrides: str) -> Resolved:
+    (folder / "m1.toml").write_text(f'preset = "{preset}"\n')
+    return load_config(folder / "m1.toml", overrides)
+
+
+def m1_plan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "m1cli", "plan", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_parameters_are_those_of_the_model(preset: str, tmp_path: Path) -> None:
+    m = model_of(resolved(tmp_path, preset).config)
+    ours, theirs = count(m), count_parameters(m)
+    assert (ours.total, ours.active) == (theirs.total, theirs.active)
+    whole = local(m, Layout(), 0)
+    padding = 2 * (m.padded_vocab_size - m.vocab_size) * m.hidden_size
+    assert whole.dense + whole.experts == ours.total + padding
+
+
+def test_released_size_is_the_published_one(tmp_path: Path) -> None:
+    p = count(model_of(resolved(tmp_path, "m1-456b").config))
+    assert p.total == pytest.approx(456e9, rel=0.01)
+    assert p.active == pytest.approx(45.9e9, rel=0.01)
+
+
+def test_ranks_hold_the_whole_model_together(tmp_path: Path) -> None:
+    m = model_of(resolved(tmp_path, "m1-456b").config)
+    layout = Layout(tensor=8, pipeline=16, expert=32, data=4, context=1)
+    held = [local(m, layout, stage) for stage in range(16)]
+    assert sum(x.experts for x in held) * 32 == count(m).experts
+    copied = 80 * (32 + 2) * 6144 + 6144  # routers and norms are on every tensor rank
+    assert sum(x.dense for x in held) * 8 - 7 * copied == count(m).total - count(m).experts
+
+
+def test_flops_of_a_model_counted_by_hand() -> None:
+    f = forward(TINY, pairs=10)
+    # Three lightning layers: 8 x (4 x 8) + 8 x 8 weights; one softmax: 8 x (8 + 2 x 4) + 8 x 8; routers 4 x (4 x 8).
+    assert f.projections == 2 * (3 * (256 + 64) + (128 + 64) + 128)
+    assert f.experts == 2 * 4 * 2 * (3 * 8 * 16)
+    assert f.head == 2 * 128 * 8
+    assert f.softmax == 2 * 2 * 2 * 4 * 10  # scores and values, 2 heads of 4 channels, 10 tokens
+    assert f.lightning == 3 * 2 * 2 * 2 * 4 * 4  # state and read-out, 3 layers, 2 heads, 4 x 4
+    assert f.total == f.dense + f.softmax + f.lightning
+    assert training(TINY, 10).total == 3 * f.total
+
+
+def test_flops_of_the_benchmark_shape(tmp_path: Path) -> None:
+    """A baseline's 151,000 tokens/s at 131,072 tokens were 26.0 % of 989 TFLOP/s, counted by another program."""
+    m = model_of(resolved(tmp_path, "700m").config)
+    assert training(m, 131_072 / 2).total * 151_000 == pytest.approx(0.260 * 989e12, rel=0.01)
+
+
+def test_generation_beside_the_published_claims(tmp_path: Path) -> None:
+    m = model_of(resolved(tmp_path, "m1-456b").config)
+    short, long = (generation(m, n, published=True) for n in (65_536, 102_400))
+    assert short.ratio < 0.5
+    assert long.ratio_absorbed < 0.25 < long.ratio, "the published 25 % lies between the two ways to count"
+    # By hand, 64K: 2 x 45.94e9 + 70 x 64 x 4 x 128^2 + 10 x 64 x 128 x 4 x 32768 over 2 x 37e9 + 61 x 128 x 640 x 32768
+    assert short.ratio == pytest.approx((91.89e9 + 0.294e9 + 10.74e9) / (74e9 + 163.7e9), rel=1e-3)
+
+
+def test_documents_of_the_mix_are_no_longer_than_the_row(tmp_path: Path) -> None:
+    by_stage = {work.stage: work for work in works(resolved(tmp_path, "m1-456b").config)}
+    for work in by_stage.values():
+        assert 0 < work.mix_pairs <= work.row_pairs
+    assert by_stage["32k"].mix_pairs == 32_768 / 4
+    assert by_stage["128k"].mix_pairs == pytest.approx((0.3 * 16_384 + 0.7 * 81_920) / 2)
+
+
+def test_sft_is_planned_when_configured(tmp_path: Path) -> None:
+    assert [w.stage for w in works(resolved(tmp_path, "700m").config)] == list(STAGE_NAMES)
+    config = resolved(tmp_path, "700m", 'sft.data=["chat.jsonl"]').config
+    assert [w.stage for w in works(config)] == [*STAGE_NAMES, "sft"]
+
+
+def test_memory_adds_up() -> None:
+    numbers = {f.name: float(i + 1) for i, f in enumerate(fields(Memory))}
+    x = Memory(**numbers)
+    static = x.weights + x.gradients + x.optimizer + x.workspace
+    assert x.peak == static + max(x.activations + x.states + max(x.layer + x.communication, x.head), x.update)
+    assert x.needed == x.peak + x.reserve
+
+
+def test_memory_of_the_measured_run(tmp_path: Path) -> None:
+    """700m, 16,384 tokens a micro-batch on one H200: 14.7 GiB (docs/LOG.md, 2026-11-24)."""
+    m = model_of(resolved(tmp_path, "700m").config)
+    x = memory(m, Layout(), tokens=16_384, micro_batches=4, bf16=True, recompute=True)
+    assert x.weights + x.gradients + x.optimizer == pytest.approx(count(m).total * 18 / 2**30, rel=1e-3)
+    assert x.peak == pytest.approx(14.7, rel=0.15)
+
+
+def test_memory_moves_the_right_way(tmp_path: Path) -> None:
+    m = model_of(resolved(tmp_path, "7b-a1b").config)
+
+    def peak(tokens: int = 131_072, recompute: bool = True, sharded: bool = True, **sizes: int) -> float:
+        layout = Layout(distributed_optimizer=sharded, **sizes)
+        return memory(m, layout, tokens=tokens, micro_batches=8, bf16=True, recompute=recompute).peak
+
+    one = peak(data=8)
+    assert peak(data=8, recompute=False) > one
+    assert peak(data=8, tokens=262_144) > one
+    assert peak(data=8, sharded=False) > one
+    assert peak(data=8, expert=8) < one
+    assert peak(context=8) < one
+    assert peak(tensor=2, data=4) < one
+    assert peak(pipeline=8) < one
+
+
+def test_time_adds_up_and_moves_the_right_way(tmp_path: Path) -> None:
+    m, gpu = model_of(resolved(tmp_path, "7b-a1b").config), GPUS["h100"]
+
+    def step(layout: Layout, recompute: bool = True, pairs: float = 65_536, micro_batches: int = 8) -> StepTime:
+        model = StepModel(m, layout, gpu, tokens=131_072, pairs=pairs, bf16=True, recompute=recompute)
+        return model.of(micro_batches)
+
+    one = step(Layout())
+    assert one.total == pytest.approx(sum(v for k, v in one.as_dict().items() if k != "total"))
+    assert one.tensor == one.expert == one.context == one.pipeline == one.bubble == one.data == 0
+    assert step(Layout(), recompute=False).total < one.total
+    assert step(Layout(), pairs=1000).total < one.total
+    busy = step(Layout(pipeline=4)).bubble / step(Layout(pipeline=4), micro_batches=80).bubble
+    assert busy == pytest.approx(1.0), "the bubble does not depend on the number of micro-batches"
+    spread = step(Layout(tensor=2, pipeline=2, context=2, expert=2, data=2))
+    assert min(spread.tensor, spread.pipeline, spread.context, spread.expert, spread.bubble, spread.data) > 0
+
+
+def test_rings_go_by_the_slowest_link() -> None:
+    gpu = GPUS["h100"]
+    inside, across, alone = Group(8, 1, gpu), Group(16, 1, gpu), Group(2, 8, gpu)
+    assert (inside.here, across.here, alone.here) == (8, 8, 1)
+    assert Group(1, 1, gpu).ring(1e9) == 0
+    rate = [g.ring(1e12) / ((g.size - 1) / g.size) for g in (inside, across, alone)]
+    assert rate[0] <= rate[1] < rate[2], "one network card a machine is slower than eight"
+    assert Group(32, 1, gpu).exchange(1e9) > Group(8, 1, gpu).exchange(1e9)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fine"),
+    [
+        ({"context": 4}, True),
+        ({"context": 8}, False),  # 24 tokens are no 16 shards
+        ({"context": 2, "tensor": 2}, True),
+        ({"context": 4, "tensor": 2}, False),  # 6 tokens of a context rank, but 3 of a shard
+        ({"tensor": 4}, False),  # two key heads
+        ({"pipeline": 4}, True),
+        ({"pipeline": 8}, False),
+        ({"expert": 4, "data": 4}, True),
+        ({"expert": 4, "data": 2}, False),  # four expert ranks in two
+        ({"expert": 8, "data": 8}, False),  # four experts
+        ({"data": 3}, True),
+        ({"data": 5}, False),  # twelve rows a step
+    ],
+)
+def test_layouts_that_do_not_divide_are_refused(sizes: dict[str, int], fine: bool) -> None:
+    m = replace(TINY, num_kv_heads=2)
+    work = Work(stage="32k", seq_len=24, rows=12, micro_rows=1, steps=1, mix_pairs=6.0)
+    assert accepts(m, Layout(**sizes), work) is fine
+
+
+def test_rows_of_a_pass_are_those_of_the_training_loop() -> None:
+    work = Work(stage="32k", seq_len=24, rows=12, micro_rows=4, steps=1, mix_pairs=6.0)
+    assert [work.micro_rows_of(data) for data in (1, 2, 3, 4, 5, 6)] == [4, 3, 4, 3, 0, 2]
+
+
+CASES = [("700m", 1, "h200"), ("700m", 2, "h100"), ("7b-a1b", 8, "h100"), ("m1-456b", 512, "h800")]
+
+
+@pytest.mark.parametrize(("preset", "gpus", "gpu"), CASES)
+def test_layouts_pass_the_trainers_own_checks(
+    preset: str, gpus: int, gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from m1_data.loader import batch_rows
+    from m1_stages.engine import parallel
+    from m1_stages.engine.device import Device
+
+    class Reached(Exception):
+        """Past all checks."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Reached
+
+    monkeypatch.setattr(dist, "init_process_group", stop)
+    monkeypatch.setattr(dist, "HashStore", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", str(gpus))
+    monkeypatch.setenv("RANK", "0")
+    device = Device(name="cuda", torch_device=torch.device("cuda"), backend="nccl", why="")
+    base = resolved(tmp_path, preset)
+    plan = make_plan(base, gpu_named(gpu), gpus)
+    assert plan.change is None
+    for stage in plan.stages:
+        assert 1 <= len(stage.layouts) <= 3
+        assert len({x.layout for x in stage.layouts}) == len(stage.layouts)
+        assert [x.time.total for x in stage.layouts] == sorted(x.time.total for x in stage.layouts)
+        for x in stage.layouts:
+            assert x.fits
+            assert x.memory.needed < gpu_named(gpu).memory_gib
+            assert x.layout.gpus == gpus
+            sets = x.layout.arguments(base.config.parallel).replace("--set ", "").split()
+            config = resolved(tmp_path, preset, *sets).config  # configcheck
+            assert {name: getattr(config.parallel, name) for name in x.layout.settings()} == x.layout.settings()
+            with pytest.raises(Reached):
+                parallel.start(config.parallel, device=device, seed=0)
+            rows = batch_rows(
+                0, global_batch=stage.work.rows, dp_rank=0, dp_size=x.layout.data, micro_batch=x.micro_rows
+            )
+            assert len(rows) == x.micro_batches
+            tokens = x.micro_rows * stage.work.seq_len
+            assert tokens % (2 * x.layout.context if x.layout.context > 1 else 1) == 0
+            assert tokens // x.layout.context % x.layout.tensor == 0
+            assert x.layout.tensor <= gpu_named(gpu).per_node
+
+
+def test_nothing_fits_and_one_sentence_says_what_would(tmp_path: Path) -> None:
+    done = m1_plan("--preset", "m1-456b", "--gpus", "8", "--gpu", "h100", cwd=tmp_path)
+    assert done.returncode == 3
+    error, where, fix = done.stderr.strip().splitlines()
+    assert error.startswith("error: m1-456b does not fit on 8 h100: ")
+    assert "GiB of each GPU, which has 79" in error
+    assert where.strip() == "where: stages 32k, 128k, 256k, 512k, 1m"
+    assert "take 256 h100 instead of 8" in fix
+    assert "Traceback" not in done.stderr
+    assert "456.1B parameters" in done.stdout, "what is known is shown all the same"
+
+
+def test_the_smallest_change_comes_first(tmp_path: Path) -> None:
+    plan = make_plan(resolved(tmp_path, "7b-a1b", "run.recompute=false"), gpu_named("h100"), 8)
+    assert plan.change is not None
+    assert plan.change.fix == "recompute activations: --set run.recompute=true"
+    assert make_plan(resolved(tmp_path, "7b-a1b"), gpu_named("h100"), 8).change is None
+    plan = make_plan(resolved(tmp_path, "700m", "stages.1m.micro_batch_rows=4"), gpu_named("h200"), 1)
+    assert plan.change is None, "a step of one row is one row at a time"
+    big = ["stages.1m.micro_batch_rows=4", "stages.1m.global_batch_tokens=4194304"]
+    plan = make_plan(resolved(tmp_path, "700m", *big), gpu_named("h200"), 1)
+    assert plan.change is not None
+    assert plan.change.fix == "take one row at a time: --set stages.1m.micro_batch_rows=1"
+    plan = make_plan(resolved(tmp_path, "700m"), gpu_named("h200"), 3)
+    assert plan.change is not None
+    assert "take 2 or 4 h200" in plan.change.fix
+
+
+def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="h100, h800, h200"):
+        gpu_named("h300")
+    done = m1_plan("--preset", "700", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 700m?" in done.stderr
+
+
+def test_json_has_everything_and_only_numbers(tmp_path: Path) -> None:
+    done = m1_plan("--preset", "7b-a1b", "--gpus", "8", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert set(plan) == {
+        "preset", "gpu", "gpus", "gpu_memory_gib", "precision", "recompute", "fits", "change", "parameters", "generation",
+        "stages",
+    }  # fmt: skip
+    assert (plan["gpu"], plan["gpus"], plan["fits"], plan["change"]) == ("h100", 8, True, None)
+    assert [stage["stage"] for stage in plan["stages"]] == list(STAGE_NAMES)
+    for stage in plan["stages"]:
+        assert set(stage) == {
+            "stage", "seq_len", "rows_per_step", "tokens_per_step", "steps", "flops_per_token", "flops_per_token_mix",
+            "flops_per_step", "layouts", "configured", "measured",
+        }  # fmt: skip
+        for layout in stage["layouts"]:
+            assert set(layout) == {
+                "parallel", "data", "arguments", "micro_rows", "micro_batches", "fits", "memory_gib", "step_s",
+                "step_s_mix", "tokens_per_s_per_gpu", "mfu", "gpu_hours", "gpu_hours_mix",
+            }  # fmt: skip
+            assert 0 < layout["mfu"] < 1
+            hours = stage["steps"] * layout["step_s"]["total"] * 8 / 3600
+            assert layout["gpu_hours"] == pytest.approx(hours)
+            assert layout["step_s_mix"]["total"] <= layout["step_s"]["total"]
+
+
+def test_measured_steps_stand_beside_the_estimate(tmp_path: Path) -> None:
+    stage = resolved(tmp_path, "700m").config
+    begun = {
+        "event": "StageStarted",
+        "stage": "32k",
+        "seq_len": 32_768,
+        "global_batch_rows": stage.global_batch_rows("32k"),
+    }
+    sizes = {"world": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
+    events = [
+        {"event": "RunStarted", "device": "cuda", "topology": sizes},
+        begun,
+        *({"event": "StepDone", "stage": "32k", "step_s": 100.0 if i < 3 else 4.0, "peak_gib": 15.0} for i in range(8)),
+    ]
+    (tmp_path / "run").mkdir()
+    text = "\n".join(json.dumps(event) for event in events) + '\n{"torn'
+    (tmp_path / "run" / "metrics.jsonl").write_text(text)
+    plan = make_plan(resolved(tmp_path, "700m"), gpu_named("h200"))
+    first, *others = (stage.compared for stage in plan.stages)
+    assert others == [None] * 4
+    assert first is not None
+    assert (first.measured.steps, first.measured.step_s, first.measured.peak_gib) == (8, 4.0, 15.0)
+    assert first.time_deviation == pytest.approx(plan.stages[0].layouts[0].time.total / 4.0 - 1)
+    done = m1_plan("--gpu", "h200", cwd=tmp_path)
+    assert "Measured in this run" in done.stdout, done.stderr
+    assert f"{first.memory_deviation:+.0%}" in done.stdout
+
+
+def test_the_command_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from m1cli.app import app\n"
+        "try: app(['plan', '--preset', 'm1-456b', '--gpus', '512', '--gpu', 'h800'])\n"
+        "except SystemExit as e: assert e.code in (0, None), e.code\n"
+        "print('LOADED', [m for m in ('torch', 'megatron', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "100"}
+    )
+    seconds = time.perf_counter() - began
+    assert done.stdout.strip().endswith("LOADED []"), done.stdout[-500:] + done.stderr[-500:]
+    assert seconds < 2.0
+    for stage in STAGE_NAMES:
+        assert f"{stage} #1" in done.stdout
+    wide = [line for line in done.stdout.splitlines() if len(line) > 100 and "--set" not in line]
+    assert not wide, wide
+    assert "…" not in done.stdout, "a column is cut off at 100 columns"
