@@ -162,11 +162,24 @@ class _Checker:
             "correct the weights",
         )
         rows = self.config.seq_len(name)
+        self.cut(rows, f"stage {name}")
         self.require(
             rows >= 16,
             "curriculum.length_scale",
             f"stage {name} would have rows of {rows} tokens",
             "raise curriculum.length_scale",
+        )
+
+    def cut(self, seq_len: int, where: str) -> None:
+        """Context-parallel ranks take two equal parts each; sequence parallelism cuts these by the tensor-parallel size."""
+        p = self.config.parallel
+        parts = (2 * p.context if p.context > 1 else 1) * p.tensor
+        self.require(
+            seq_len % parts == 0,
+            "parallel.context" if p.context > 1 else "parallel.tensor",
+            f"{where} has rows of {seq_len} tokens, which do not divide into {parts} equal parts "
+            f"(tensor = {p.tensor}, context = {p.context}: two for each context-parallel rank)",
+            "choose sizes by which 2 * parallel.context * parallel.tensor divides every context length",
         )
 
     def rest(self) -> None:
@@ -179,6 +192,7 @@ class _Checker:
         for key in ("beta1", "beta2"):
             self.require(0 <= getattr(o, key) < 1, f"optim.{key}", f"{key} is outside [0, 1)", "for example 0.9")
         self.positive("sft", "context_tokens", "epochs", "global_batch_tokens", "micro_batch_rows", "lr_peak")
+        self.cut(self.config.sft_seq_len, "sft")
         self.require(
             x.base_stage in STAGE_NAMES,
             "sft.base_stage",

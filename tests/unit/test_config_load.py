@@ -59,7 +59,7 @@ def test_origins_name_file_line_preset_flag_and_default(tmp_path: Path) -> None:
         ('preset = "tiny"\n[stages.32k]\nlr_peak = inf', "stages.32k.lr_peak is inf; it must be finite", 3, ""),
         ('preset = "tiny"\n[stages.1m]\nshort = 0.9', "short + medium + long = 1.6", 3, "make them sum to 1"),
         ('preset = "tiny"\n[curriculum]\ndecay = "relaxed"', "curriculum.decay is 'relaxed'", 3, 'did you mean "relax"?'),
-        ('preset = "tiny"\n[parallel]\ncontext = 2', "context parallelism (2) is not available", 3, "set parallel.context"),
+        ('preset = "tiny"\n[parallel]\ncontext = 3', "do not divide into 6 equal parts", 3, "2 * parallel.context"),
         ('preset = "tiny"\nrun = 3', "run must be a table, not 3", 2, ""),
         ('preset = "tiny"\n[[data.sources]]\nname = "a"\ndomain = "code"\nformat = "jsonl"\npth = "x"', "pth", 6, "path"),
         ('preset = "tinny"', "preset is 'tinny'", 1, 'set preset = "tiny"'),

@@ -61,7 +61,9 @@ def softmax(xs: list[Tensor], backend: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", ["varlen", "cudnn"])
-def test_softmax_kernels_equal_fp32_per_document(dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_softmax_kernels_equal_fp32_per_document(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(softmax_module, "CUDNN_TOKENS", 200)
     xs = inputs((8, 2, 2), 64, dtype)
     assert explain_softmax_backend(xs[0], backend)[0] == backend

@@ -1,0 +1,456 @@
+"""Whole training steps on one device: ours, the best quick baseline, and transformers, one micro-batch a step.
+
+    python benchmarks/train_step.py [--tokens 32768,131072] [--rows both] [--profile 131072] [--json OUT] [--budget-s 400]
+    CUDA_VISIBLE_DEVICES= python benchmarks/train_step.py --preset tiny --device cpu --tokens 256   # tests itself
+
+A step is forward, backward, gradient norm, clipping and AdamW on fp32 master weights. ``ours`` is what ``m1 pretrain`` runs;
+``baseline`` is in ``train_step_baseline.py``; ``transformers`` is MiniMaxForCausalLM up to 32,768 tokens, one document.
+Ours and the baseline start every case from the same weights. Checked, else the exit code is 1: equal numbers of parameters,
+losses of every token of a small batch, loss (1 %) and gradient norm (5 %) of the first step of every case.
+
+Rows: ``one-document``: random tokens. ``packed``: rows of ``--data`` as the trainer draws them, else random tokens in
+documents of log-normal length. Every step has a row of its own, the same for all peers (``--same-row``: one for all steps),
+so kernels that are planned anew for every new document length pay for it, as in training.
+
+Times: CUDA events around a step; 2 steps of warm-up and 5 timed, from 524,288 tokens on 1 and 2 (``--steps``); median and
+range. Peak: ``max_memory_allocated`` of warm-up and timed steps.
+
+MFU = model FLOP / time / 989 TFLOP/s (dense bf16, H100 and H200), recomputation not counted. FLOP of a step, with T tokens,
+H heads of width D, V rows of the head, backward = twice forward:
+    6 T * (matrix parameters that a token meets: attention and router, k of E experts, head; not the embedding)
+    + 6 H D sum(n^2) per softmax layer over documents of n tokens: QK' and PV are 2 n^2 H D each, of which causality halves
+    + 12 T H D^2 per lightning layer: the recurrent form, state update and readout at 2 D^2 each per token and head
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import math
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from m1_data.loader import PackedBatch, PackedDataset, Segment, collate
+from m1_data.manifest import load_manifest
+from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
+from m1_stages.configload import load_config
+from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.engine import device as devices
+from m1_stages.engine import parallel
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
+LONG = 524_288
+SIGMA, SEED = 2.0, 1234
+SHARES = {"ours": 4, "baseline": 5, "transformers": 1}
+TRANSFORMERS_TOKENS = 32_768
+LOSS_BOUND, NORM_BOUND, PROBE_BOUND = 0.01, 0.05, 0.2
+HEAD = (
+    "| peer | rows | tokens | documents | ms: median (range) | tokens/s | MFU | peak GiB | first loss | gradient norm |"
+    " ours / this |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
+Case = dict[str, Any]
+
+
+def flops(model: ModelConfig, lengths: Sequence[int]) -> float:
+    """Of one training step, as the docstring of this file derives them."""
+    h, d, tokens = model.hidden_size, model.head_dim, sum(lengths)
+    width, softmax = model.num_heads * d, sum(model.is_softmax(n) for n in range(model.num_layers))
+    linear = model.num_layers - softmax
+    matrices = linear * 5 * h * width + softmax * 2 * h * (width + model.num_kv_heads * d) + model.vocab_size * h
+    matrices += model.num_layers * h * (model.num_experts + model.experts_per_token * 3 * model.expert_hidden_size)
+    squares = sum(float(n) ** 2 for n in lengths)
+    return 6.0 * tokens * matrices + softmax * 6.0 * width * squares + linear * 12.0 * tokens * width * d
+
+
+def median_length(tokens: int) -> int:
+    return max(1, min(2048, tokens // 8))
+
+
+def random_row(kind: str, tokens: int, vocab: int, number: int) -> PackedBatch:
+    """Row ``number``, the same for every peer and machine."""
+    rng = np.random.default_rng((SEED, tokens, number))
+    lengths = [tokens]
+    if kind == "packed":
+        drawn = (median_length(tokens) * np.exp(SIGMA * rng.standard_normal(tokens))).clip(16, tokens).astype(int)
+        ends = drawn.cumsum()
+        lengths = drawn[: np.searchsorted(ends, tokens)].tolist()
+        lengths.append(tokens - sum(lengths))
+    return collate([[_random_segment(rng, n, vocab) for n in lengths]], [number], seq_len=tokens, pad_id=0)
+
+
+def _random_segment(rng: np.random.Generator, length: int, vocab: int) -> Segment:
+    ids = rng.integers(0, vocab, length + 1)
+    trained = np.ones(length, dtype=bool)
+    trained[-1] = False
+    return Segment(ids[:-1], np.where(trained, ids[1:], 0), trained)
+
+
+def row_source(args: argparse.Namespace, resolved: Resolved, kind: str, tokens: int) -> Callable[[int], PackedBatch]:
+    """Row by number."""
+    vocab = resolved.config.model.vocab_size
+    if kind == "one-document" or args.data is None:
+        return lambda number: random_row(kind, tokens, vocab, number)
+    plan, config = plan_for(resolved, tokens, args.stage), resolved.config
+    mixes = [
+        dataclasses.replace(config.mix(stage), seq_len_tokens=tokens) if stage else None
+        for stage in (plan.stage, plan.starts_from)
+    ]
+    assert mixes[0] is not None
+    rows = PackedDataset(Path(args.data), mixes[0], mixes[1], seed=config.run.seed, seq_len=tokens, num_rows=16)
+    return lambda number: rows.batch([number % len(rows)])
+
+
+def plan_for(resolved: Resolved, tokens: int, stage: str | None) -> StagePlan:
+    """Of ``stage``, or of the one whose rows are nearest in length: decay rates and RoPE base."""
+    nearest = min(STAGE_NAMES, key=lambda s: abs(math.log(resolved.config.seq_len(s) / tokens)))
+    return plan_stage(resolved, stage or nearest)
+
+
+def clean() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def timed(step: Callable[[], Any], on_cuda: bool) -> tuple[Any, float]:
+    """Result and milliseconds."""
+    if not on_cuda:
+        began = time.perf_counter()
+        return step(), (time.perf_counter() - began) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    result = step()
+    end.record()
+    end.synchronize()
+    return result, start.elapsed_time(end)
+
+
+def measure(peer: Any, case: Case, row: Callable[[int], PackedBatch], plan: StagePlan, bench: Bench) -> None:
+    """Fill in ``case``: warm up, then time."""
+    args, tokens, on_cuda = bench.args, case["tokens"], bench.setting.device.type == "cuda"
+    warm_up, steps = (1, args.steps or 2) if tokens >= LONG else (2, args.steps or 5)
+    clean()
+    peer.restart(plan, tokens)
+    case |= {"stage": plan.stage, "rope_base": plan.rope_base, "ms": [], "flops": [], "documents": [], "losses": []}
+    for number in range(warm_up + steps):
+        if number >= warm_up and time.perf_counter() > bench.deadline:
+            case["status"] = f"stopped by the budget after {len(case['ms'])} of {steps} timed steps"
+            break
+        batch = row(0 if args.same_row else number)
+        on_device = batch.to(bench.setting.device)
+        (loss, norm), ms = timed(lambda b=on_device: peer.step(b), on_cuda)
+        case["losses"].append(loss)
+        if number == 0:
+            case |= {
+                "first_loss": loss,
+                "first_grad_norm": norm,
+                "first_step_ms": ms,
+                "longest": max(batch.doc_lengths),
+            }
+        if number >= warm_up:
+            case["ms"].append(ms)
+            case["flops"].append(flops(bench.resolved.config.model, batch.doc_lengths))
+            case["documents"].append(len(batch.doc_lengths))
+    if case["ms"]:
+        middle = median(case["ms"])
+        rate = median(f / ms * 1e3 for f, ms in zip(case["flops"], case["ms"], strict=True))
+        case |= {"median_ms": middle, "tokens_per_s": tokens / middle * 1e3, "model_tflop_per_s": rate / 1e12}
+        case["mfu"] = rate / bench.peak_flops if bench.peak_flops else None
+    case["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
+    if tokens in bench.profiles and on_cuda and case["rows"] == bench.kinds[0] and time.perf_counter() < bench.deadline:
+        from train_step_profile import print_profile, profile_step
+
+        batch = row(0).to(bench.setting.device)
+        case["profile"] = profile_step(lambda: peer.step(batch))
+        title = f"{case['peer']}, {case['rows']}, {tokens:,} tokens"
+        print_profile(title, case["profile"], top=25 if case["peer"] == "ours" else 0)
+        print(HEAD, flush=True)
+
+
+class Bench:
+    """The run: its settings, its results, and what did not hold."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.sizes = [int(n) for n in args.tokens.split(",")]
+        self.kinds = ["one-document", "packed"] if args.rows == "both" else [args.rows]
+        self.profiles = [int(n) for n in args.profile.split(",")] if args.profile else []
+        self.peers = [p for p in SHARES if p in args.peers.split(",")]
+        self.began = time.perf_counter()
+        self.deadline = self.began + args.budget_s
+        self.resolved = configuration(args)
+        device = devices.use(args.device)
+        parallel.start(self.resolved.config.parallel, device=device, seed=self.resolved.config.run.seed)
+        from train_step_peers import Setting
+
+        run = self.resolved.config.run
+        self.setting = Setting(
+            config=self.resolved.config,
+            device=device.torch_device,
+            bf16=(args.precision or run.precision) == "bf16",
+            recompute=run.recompute if args.recompute is None else _maybe_bool(args.recompute),
+            tiled_from=args.tiled_from,
+        )
+        name = torch.cuda.get_device_name() if device.name == "cuda" else "CPU"
+        self.peak_flops = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+        self.cases: list[Case] = []
+        self.broken: list[str] = []
+        self.probed: Tensor | None = None
+        self.results: dict[str, Any] = {
+            "command": " ".join(sys.argv),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "device": name,
+            "versions": versions(),
+            "preset": args.preset,
+            "precision": "bf16" if self.setting.bf16 else "fp32",
+            "recompute": self.setting.recompute,
+            "model": dataclasses.asdict(self.resolved.config.model),
+            "peers": {},
+            "cases": self.cases,
+            "broken": self.broken,
+        }
+
+    def save(self) -> None:
+        if self.args.json:
+            Path(self.args.json).write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+
+    def expect(self, holds: bool, what: str) -> None:
+        print(f"{'holds' if holds else 'BROKEN'}: {what}", flush=True)
+        if not holds:
+            self.broken.append(what)
+
+    def run(self) -> None:
+        from train_step_peers import BaselinePeer, Ours, TransformersPeer, build_chunks
+
+        print_head(self)
+        chunks, weights = build_chunks(self.setting, rope_base=1e4)
+        makers: dict[str, Callable[[], Any]] = {
+            "ours": lambda: Ours(self.setting, chunks, weights),
+            "baseline": lambda: BaselinePeer(self.setting, weights),
+            "transformers": lambda: TransformersPeer(self.setting),
+        }
+        for number, name in enumerate(self.peers):
+            left = self.began + self.args.budget_s - time.perf_counter()
+            share = SHARES[name] / sum(SHARES[p] for p in self.peers[number:])
+            self.deadline = time.perf_counter() + max(0.0, left) * share
+            peer = self._make(name, makers[name])
+            if name == "ours" or "ours" not in self.peers:
+                chunks.clear()  # the peer holds the model now, or nobody
+            if peer is not None:
+                self._run_peer(name, peer)
+            del peer
+            clean()
+        print_summary(self)
+
+    def _make(self, name: str, make: Callable[[], Any]) -> Any:
+        print(f"\n## {name}\n", flush=True)
+        try:
+            peer = make()
+        except ImportError as error:
+            print(f"SKIPPED: {name} cannot run here: {error}", flush=True)
+            self.results["peers"][name] = {"skipped": str(error)}
+            return None
+        self.results["peers"][name] = {"notes": peer.notes, "parameters": peer.parameters()}
+        print(f"{peer.parameters():,} parameters; {peer.notes}", flush=True)
+        return peer
+
+    def _run_peer(self, name: str, peer: Any) -> None:
+        if name != "transformers":
+            self._probe(name, peer)
+        print(f"\n{HEAD}", flush=True)
+        for tokens in self.sizes:
+            plan = plan_for(self.resolved, tokens, self.args.stage)
+            for kind in self.kinds:
+                if name == "transformers" and (tokens > TRANSFORMERS_TOKENS or kind == "packed"):
+                    continue
+                case: Case = {"peer": name, "rows": kind, "tokens": tokens, "status": "ok"}
+                self.cases.append(case)
+                if time.perf_counter() > self.deadline:
+                    case["status"] = "SKIPPED: the time budget is spent"
+                else:
+                    self._attempt(peer, case, plan)
+                print(table_row(case, self._of("ours", case)), flush=True)
+                self.save()
+        for case in self.cases:
+            ours = self._of("ours", case)
+            if name == "baseline" == case["peer"] and ours and "first_loss" in case and "first_loss" in ours:
+                self._compare(case, ours)
+        self.save()
+
+    def _attempt(self, peer: Any, case: Case, plan: StagePlan) -> None:
+        try:
+            measure(peer, case, row_source(self.args, self.resolved, case["rows"], case["tokens"]), plan, self)
+        except Exception as error:
+            if "out of memory" in str(error).lower():
+                case["status"] = "out of memory"
+            else:
+                case["status"] = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                self.broken.append(f"{case['peer']}, {case['rows']}, {case['tokens']:,}: {case['status']}")
+                traceback.print_exc()
+        clean()
+
+    def _of(self, peer: str, case: Case) -> Case | None:
+        same = (c for c in self.cases if all(c[k] == case[k] for k in ("rows", "tokens")) and c["peer"] == peer)
+        return next(same, None)
+
+    def _probe(self, name: str, peer: Any) -> None:
+        """The losses of every token of a small packed batch, and the numbers of parameters, against ours."""
+        tokens = min(4096, *self.sizes)
+        batch = random_row("packed", tokens, self.resolved.config.model.vocab_size, 99).to(self.setting.device)
+        peer.restart(plan_for(self.resolved, tokens, self.args.stage), tokens)
+        losses = peer.losses(batch).float().cpu()
+        if name == "ours":
+            self.probed = losses
+        if self.probed is None or name == "ours":
+            return
+        away = float((losses - self.probed).norm() / (self.probed - self.probed.mean()).norm())
+        what = f"{name}'s losses of {tokens} tokens lie within {PROBE_BOUND} of ours, of their spread: {away:.1e}"
+        self.expect(away <= PROBE_BOUND, what)
+        counts = [self.results["peers"][p]["parameters"] for p in ("ours", name)]
+        self.expect(
+            counts[0] == counts[1], f"ours and {name} have equally many parameters: {counts[0]:,}, {counts[1]:,}"
+        )
+
+    def _compare(self, case: Case, ours: Case) -> None:
+        for key, bound in (("first_loss", LOSS_BOUND), ("first_grad_norm", NORM_BOUND)):
+            away = abs(case[key] / ours[key] - 1)
+            what = f"{case['rows']}, {case['tokens']:,}: {key} {case[key]:.5f}, ours {ours[key]:.5f}: {away:.1e}"
+            self.expect(away <= bound, f"{what}, bound {bound}")
+
+
+def _maybe_bool(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def configuration(args: argparse.Namespace) -> Resolved:
+    """The bare preset with ``--set``; the vocabulary is the data's, or the preset's tokenizer's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m1.toml"
+        path.write_text(f'preset = "{args.preset}"\n', encoding="utf-8")
+        resolved = load_config(path, args.set)
+    config = resolved.config
+    vocab = config.model.vocab_size or config.tokenizer.vocab_size
+    if args.data:
+        vocab = max(config.model.vocab_size, load_manifest(Path(args.data)).vocab_size)
+    model = dataclasses.replace(config.model, vocab_size=vocab)
+    return dataclasses.replace(resolved, config=dataclasses.replace(config, model=model))
+
+
+def versions() -> dict[str, str]:
+    found = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    for name in ("torch", "triton", "megatron-core", "fla-core", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def print_head(bench: Bench) -> None:
+    r, args = bench.results, bench.args
+    print(f"# Training steps, {args.preset}, {r['precision']}, {r['device']}\n\n{r['date']}, `{r['command']}`")
+    print(", ".join(f"{k} {v}" for k, v in r["versions"].items()))
+    print(f"recompute = {r['recompute']!r} (ours; the baseline recomputes every layer)")
+    print("rows: " + ("one row for all steps" if args.same_row else "a row of its own for every step"))
+    if "packed" in bench.kinds:
+        source = f"prepared data of {args.data}" if args.data else None
+        lengths = ", ".join(f"{median_length(n):,}" for n in bench.sizes)
+        drawn = f"log-normal, medians {lengths}, sigma {SIGMA}, from 16 tokens to the row's, seed {SEED}"
+        print(f"packed: {source or f'random tokens; document lengths: {drawn}'}", flush=True)
+    if bench.profiles and bench.setting.device.type != "cuda":
+        print("NO PROFILE: it needs a CUDA device", flush=True)
+
+
+def table_row(case: Case, ours: Case | None) -> str:
+    start = f"| {case['peer']} | {case['rows']} | {case['tokens']:,} |"
+    if not case.get("ms"):
+        return f"{start} | **{case['status']}** | | | | | | |"
+    documents = sorted(case["documents"])
+    ratio = f"{ours['tokens_per_s'] and case['median_ms'] / ours['median_ms']:.2f}" if ours and ours.get("ms") else ""
+    cells = [
+        f"{documents[0]}" if documents[0] == documents[-1] else f"{documents[0]}-{documents[-1]}",
+        f"{case['median_ms']:,.1f} ({min(case['ms']):,.1f}-{max(case['ms']):,.1f})",
+        f"{case['tokens_per_s']:,.0f}",
+        f"{case['mfu']:.1%}" if case["mfu"] else "",
+        f"{case['peak_gib']:.1f}" if case["peak_gib"] else "",
+        f"{case['first_loss']:.4f}",
+        f"{case['first_grad_norm']:.4f}",
+        ratio,
+    ]
+    note = "" if case["status"] == "ok" else f" {case['status']}"
+    return f"{start} {' | '.join(cells)} |{note}"
+
+
+def print_summary(bench: Bench) -> None:
+    print(
+        f"\n## Summary\n\n| rows | tokens | {' | '.join(f'{p}: tokens/s, MFU, GiB' for p in bench.peers)} | ours / baseline |"
+    )
+    print("|---|---:|" + "---:|" * (len(bench.peers) + 1))
+    for kind in bench.kinds:
+        for tokens in bench.sizes:
+            here = {c["peer"]: c for c in bench.cases if c["rows"] == kind and c["tokens"] == tokens}
+            cells = [_short(here.get(peer)) for peer in bench.peers]
+            speeds = [here.get(p, {}).get("tokens_per_s") for p in ("ours", "baseline")]
+            ratio = f"{speeds[0] / speeds[1]:.2f}" if all(speeds) else ""
+            print(f"| {kind} | {tokens:,} | {' | '.join(cells)} | {ratio} |")
+    print(f"\n{time.perf_counter() - bench.began:.0f} s in all; {len(bench.broken)} broken")
+    for what in bench.broken:
+        print(f"BROKEN: {what}")
+    sys.stdout.flush()
+
+
+def _short(case: Case | None) -> str:
+    if case is None:
+        return "-"
+    if not case.get("ms"):
+        return str(case["status"])
+    mfu = f", {case['mfu']:.1%}" if case["mfu"] else ""
+    return f"{case['tokens_per_s']:,.0f}{mfu}" + (f", {case['peak_gib']:.1f}" if case["peak_gib"] else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="32768,131072,262144,524288,1048576", help="a row's, several with commas")
+    parser.add_argument("--rows", choices=("one-document", "packed", "both"), default="both")
+    parser.add_argument("--data", help="folder of m1 prepare-data for the packed rows")
+    parser.add_argument("--stage", choices=STAGE_NAMES, help="decay rates, RoPE base, data mix; default: by the tokens")
+    parser.add_argument("--peers", default="ours,baseline,transformers")
+    parser.add_argument("--profile", nargs="?", const="131072", help="profile a step at these tokens; default 131072")
+    parser.add_argument("--json", help="write everything here")
+    parser.add_argument("--preset", default="700m")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the preset's")
+    parser.add_argument("--recompute", help="run.recompute of ours; default: the preset's")
+    parser.add_argument("--steps", type=int, help="timed; default 5, from 524288 tokens on 2")
+    parser.add_argument("--same-row", action="store_true", help="train on one row again and again")
+    parser.add_argument("--tiled-from", type=int, default=LONG, help="tokens from which the baseline tiles its experts")
+    parser.add_argument("--budget-s", type=float, default=400.0, help="seconds after which no case is started")
+    args = parser.parse_args()
+    bench = Bench(args)
+    try:
+        bench.run()
+    finally:
+        bench.save()
+        parallel.stop()
+    sys.exit(1 if bench.broken else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What ``train_step.py`` compares: each peer is a whole trainer, from weights to the updated master weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from train_step_baseline import Baseline, Weights, from_ours, lightning, softmax_backends
+
+from m1_data.loader import PackedBatch
+from m1_stages.config import Config, OptimConfig
+from m1_stages.curriculum import StagePlan
+
+LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all peers share."""
+
+    config: Config
+    device: torch.device
+    bf16: bool
+    recompute: Any
+    tiled_from: int
+    """Tokens from which the baseline's experts run in tiles."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+class Peer(Protocol):
+    """``restart`` with the initial weights for a case, then ``step`` as often as wanted."""
+
+    notes: str
+
+    def parameters(self) -> int: ...
+    def restart(self, plan: StagePlan, tokens: int) -> None: ...
+    def losses(self, batch: PackedBatch) -> Tensor: ...
+    def step(self, batch: PackedBatch) -> tuple[float, float]: ...
+
+
+def build_chunks(setting: Setting, rope_base: float) -> tuple[list[Any], Weights]:
+    """Our model and a copy of its initial weights on the host, by our names."""
+    from m1_stages.convert.names import our_shapes
+    from m1_stages.model import build_model
+
+    chunks = build_model(
+        setting.config.model,
+        parallel=setting.config.parallel,
+        precision="bf16" if setting.bf16 else "fp32",
+        rope_base=rope_base,
+        recompute=setting.recompute,
+        device=setting.device.type,
+        seed=setting.config.run.seed,
+    )
+    state, shapes = chunks[0].state_dict(), our_shapes(setting.config.model)
+    return list(chunks), {name: state[name].detach().cpu().clone().view(shape) for name, shape in shapes.items()}
+
+
+class Ours:
+    """The product's path: Megatron's DDP and optimizer, ``train_step``, ``apply``, as ``engine/loop.py`` runs them."""
+
+    def __init__(self, setting: Setting, chunks: list[Any], weights: Weights) -> None:
+        from m1_stages.engine.optimizer import build_optimizer
+        from m1_stages.engine.step import wrap_ddp
+
+        parallel = setting.config.parallel
+        self.notes = f"recompute = {setting.recompute!r}"
+        self.model, self.weights = chunks[0], weights
+        self.chunks = wrap_ddp(chunks, distributed_optimizer=parallel.distributed_optimizer)
+        self.optimizer = build_optimizer(
+            self.chunks, setting.config.optim, bf16=setting.bf16, distributed=parallel.distributed_optimizer
+        )
+        self.plan: StagePlan | None = None
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @torch.no_grad()
+    def restart(self, plan: StagePlan, tokens: int) -> None:
+        self.plan = plan
+        self.model.set_rope_base(plan.rope_base)
+        self.model.set_slopes(plan.slopes_at(1.0))
+        state = self.model.state_dict()
+        for name, tensor in self.weights.items():
+            state[name].copy_(tensor.view(state[name].shape))
+        self.optimizer.reload_model_params()
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            forget(part.optimizer)
+
+    @torch.no_grad()
+    def losses(self, batch: PackedBatch) -> Tensor:
+        out: Tensor = self.model(batch)
+        return out[0]
+
+    def step(self, batch: PackedBatch) -> tuple[float, float]:
+        from m1_stages.engine.optimizer import set_learning_rate
+        from m1_stages.engine.step import train_step
+
+        assert self.plan is not None
+        self.model.set_slopes(self.plan.slopes_at(1.0))
+        set_learning_rate(self.optimizer, LR)
+        result = train_step(self.chunks, self.optimizer, [batch])
+        if not result.gradients.finite:
+            raise RuntimeError(f"loss {result.loss}, gradient norm {result.gradients.norm}")
+        result.gradients.apply()
+        self.model.routing_stats()  # the trainer reads them every step
+        return result.loss, result.gradients.norm
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Zero moments and step counters."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
+class MasterAdamW:
+    """fp32 copies of the parameters, torch's fused AdamW on them, clipping; matrices only have weight decay."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], optim: OptimConfig) -> None:
+        self.params, self.clip = list(parameters), optim.grad_clip
+        self.master = [p.detach().float().clone().requires_grad_() for p in self.params]
+        groups = [
+            {"params": [m for m in self.master if m.dim() > 1], "weight_decay": optim.weight_decay},
+            {"params": [m for m in self.master if m.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.adam = torch.optim.AdamW(groups, lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+    def step(self) -> float:
+        """Update from the gradients at the parameters, which it frees; the gradient norm."""
+        for param, master in zip(self.params, self.master, strict=True):
+            master.grad = None if param.grad is None else param.grad.float()
+            param.grad = None
+        norm = nn.utils.clip_grad_norm_(self.master, self.clip, foreach=True)
+        self.adam.step()
+        self.adam.zero_grad()
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, self.master)
+        return float(norm)
+
+    @torch.no_grad()
+    def reload(self) -> None:
+        """Start anew from the parameters."""
+        torch._foreach_copy_(self.master, self.params)
+        self.adam.zero_grad()
+        for param in self.params:
+            param.grad = None
+        forget(self.adam)
+
+
+class BaselinePeer:
+    def __init__(self, setting: Setting, weights: Weights) -> None:
+        model = setting.config.model
+        attend, attend_name = lightning(setting.device.type)
+        backends, softmax_name = softmax_backends(setting.device.type, setting.dtype, model)
+        self.notes = (
+            f"lightning: {attend_name}; softmax: {softmax_name}; experts in tiles from {setting.tiled_from:,} tokens"
+        )
+        with torch.device(setting.device):
+            self.model = Baseline(model, attend, backends).to(setting.dtype)
+        self.weights, self.tiled_from = from_ours(weights, model), setting.tiled_from
+        self.model.load_state_dict(self.weights)
+        self.optimizer = MasterAdamW(self.model.parameters(), setting.config.optim)
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def restart(self, plan: StagePlan, tokens: int) -> None:
+        self.model.prepare(plan.slopes_at(1.0), plan.rope_base, tiled=tokens >= self.tiled_from)
+        self.model.load_state_dict(self.weights)
+        self.optimizer.reload()
+
+    @torch.no_grad()
+    def losses(self, batch: PackedBatch) -> Tensor:
+        loss: Tensor = self.model(batch)[0]
+        return loss
+
+    def step(self, batch: PackedBatch) -> tuple[float, float]:
+        losses, aux = self.model(batch)
+        loss = (losses * batch.loss_mask[0]).sum() / batch.trained_tokens
+        (loss + aux).backward()
+        return float(loss.detach()), self.optimizer.step()
+
+
+class TransformersPeer:
+    """``MiniMaxForCausalLM`` with its own random weights: same shape, other numbers, so no losses are compared."""
+
+    def __init__(self, setting: Setting) -> None:
+        from transformers import MiniMaxConfig, MiniMaxForCausalLM, __version__
+
+        c = setting.config.model
+        alpha = c.residual_alpha
+        config = MiniMaxConfig(
+            vocab_size=c.padded_vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads, head_dim=c.head_dim,
+            intermediate_size=c.expert_hidden_size, num_local_experts=c.num_experts,
+            num_experts_per_tok=c.experts_per_token, rms_norm_eps=c.norm_eps, block_size=256, use_cache=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            layer_types=["full_attention" if c.is_softmax(n) else "linear_attention" for n in range(c.num_layers)],
+            full_attn_alpha_factor=alpha, linear_attn_alpha_factor=alpha, mlp_alpha_factor=alpha,
+            tie_word_embeddings=False, attn_implementation="sdpa", pad_token_id=None,
+        )  # fmt: skip
+        with torch.device(setting.device):
+            self.model = MiniMaxForCausalLM(config).to(setting.dtype).train()
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.optimizer = MasterAdamW(self.model.parameters(), setting.config.optim)
+        experts = getattr(self.model.config, "_experts_implementation", "unknown")
+        self.notes = f"transformers {__version__}, sdpa, gradient checkpointing, experts: {experts}, no balance loss"
+
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def restart(self, plan: StagePlan, tokens: int) -> None:
+        self.optimizer.reload()
+
+    def losses(self, batch: PackedBatch) -> Tensor:
+        raise NotImplementedError
+
+    def step(self, batch: PackedBatch) -> tuple[float, float]:
+        loss = self.model(input_ids=batch.tokens, labels=batch.tokens).loss
+        loss.backward()
+        return float(loss.detach()), self.optimizer.step()
