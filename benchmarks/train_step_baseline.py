@@ -183,7 +183,7 @@ class Baseline(nn.Module):
         self.config, self.rope_base = c, 0.0
         self.embed = nn.Parameter(torch.empty(c.padded_vocab_size, c.hidden_size))
         kinds = [c.is_softmax(n) for n in range(c.num_layers)]
-        self.layers = nn.ModuleList(Layer(c, Softmax(c, backends) if s else Lightning(c, attend)) for s in kinds)
+        self.layers: Any = nn.ModuleList(Layer(c, Softmax(c, backends) if s else Lightning(c, attend)) for s in kinds)
         self.norm = nn.Parameter(torch.ones(c.hidden_size))
         self.head = nn.Parameter(torch.empty(c.padded_vocab_size, c.hidden_size))
 

@@ -1,20 +1,81 @@
-"""What ``train_step.py`` compares: each peer is a whole trainer, from weights to the updated master weights."""
+"""What ``train_step.py`` compares, and on what: whole trainers, from weights to updated master weights, and rows of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from train_step_baseline import Baseline, Weights, from_ours, lightning, softmax_backends
 
-from m1_data.loader import PackedBatch
-from m1_stages.config import Config, OptimConfig
-from m1_stages.curriculum import StagePlan
+from m1_data.loader import PackedBatch, PackedDataset, Segment, collate
+from m1_stages.config import STAGE_NAMES, Config, ModelConfig, OptimConfig, Resolved
+from m1_stages.curriculum import StagePlan, plan_stage
 
 LR = 1e-4
+SIGMA, SEED = 2.0, 1234
+
+
+def flops(model: ModelConfig, lengths: Sequence[int]) -> float:
+    """Of one training step, as the docstring of ``train_step.py`` derives them."""
+    h, d, tokens = model.hidden_size, model.head_dim, sum(lengths)
+    width, softmax = model.num_heads * d, sum(model.is_softmax(n) for n in range(model.num_layers))
+    linear = model.num_layers - softmax
+    matrices = linear * 5 * h * width + softmax * 2 * h * (width + model.num_kv_heads * d) + model.vocab_size * h
+    matrices += model.num_layers * h * (model.num_experts + model.experts_per_token * 3 * model.expert_hidden_size)
+    squares = sum(float(n) ** 2 for n in lengths)
+    return 6.0 * tokens * matrices + softmax * 6.0 * width * squares + linear * 12.0 * tokens * width * d
+
+
+def median_length(tokens: int) -> int:
+    return max(1, min(2048, tokens // 8))
+
+
+def random_row(kind: str, tokens: int, vocab: int, number: int) -> PackedBatch:
+    """Row ``number``, the same for every peer and machine."""
+    rng = np.random.default_rng((SEED, tokens, number))
+    lengths = [tokens]
+    if kind == "packed":
+        drawn = (median_length(tokens) * np.exp(SIGMA * rng.standard_normal(tokens))).clip(16, tokens).astype(int)
+        ends = drawn.cumsum()
+        lengths = drawn[: np.searchsorted(ends, tokens)].tolist()
+        lengths.append(tokens - sum(lengths))
+    return collate([[_random_segment(rng, n, vocab) for n in lengths]], [number], seq_len=tokens, pad_id=0)
+
+
+def _random_segment(rng: np.random.Generator, length: int, vocab: int) -> Segment:
+    ids = rng.integers(0, vocab, length + 1)
+    trained = np.ones(length, dtype=bool)
+    trained[-1] = False
+    return Segment(ids[:-1], np.where(trained, ids[1:], 0), trained)
+
+
+def row_source(
+    data: str | None, resolved: Resolved, plan: StagePlan, kind: str, tokens: int, count: int
+) -> Callable[[int], PackedBatch]:
+    """Row by number, ``count`` of them."""
+    config = resolved.config
+    if kind == "one-document" or data is None:
+        return lambda number: random_row(kind, tokens, config.model.vocab_size, number)
+    now, before = (
+        dataclasses.replace(config.mix(stage), seq_len_tokens=tokens) if stage else None
+        for stage in (plan.stage, plan.starts_from)
+    )
+    assert now is not None
+    rows = PackedDataset(Path(data), now, before, seed=config.run.seed, seq_len=tokens, num_rows=count)
+    return lambda number: rows.batch([number])
+
+
+def plan_for(resolved: Resolved, tokens: int, stage: str | None) -> StagePlan:
+    """Of ``stage``, or of the one whose rows are nearest in length: decay rates and RoPE base."""
+    nearest = min(STAGE_NAMES, key=lambda s: abs(math.log(resolved.config.seq_len(s) / tokens)))
+    return plan_stage(resolved, stage or nearest)
 
 
 @dataclass(frozen=True)
@@ -60,6 +121,19 @@ def build_chunks(setting: Setting, rope_base: float) -> tuple[list[Any], Weights
     )
     state, shapes = chunks[0].state_dict(), our_shapes(setting.config.model)
     return list(chunks), {name: state[name].detach().cpu().clone().view(shape) for name, shape in shapes.items()}
+
+
+@torch.no_grad()
+def strengthen(module: nn.Module, c: ModelConfig) -> None:
+    """Matrices times the power of two that gives a product's outputs the size of its inputs, as in a trained model.
+
+    From the first weights the residual stream is hardly more than the embedding, whatever the layers compute. ``restart``
+    restores them.
+    """
+    factor = 2.0 ** round(math.log2(1.28 / (c.init_std * c.hidden_size**0.5)))
+    for param in module.parameters():
+        if param.dim() > 1:
+            param.mul_(factor)
 
 
 class Ours:
@@ -125,8 +199,9 @@ class MasterAdamW:
     """fp32 copies of the parameters, torch's fused AdamW on them, clipping; matrices only have weight decay."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], optim: OptimConfig) -> None:
-        self.params, self.clip = list(parameters), optim.grad_clip
-        self.master = [p.detach().float().clone().requires_grad_() for p in self.params]
+        self.params: list[Tensor] = list(parameters)
+        self.clip = optim.grad_clip
+        self.master: list[Tensor] = [p.detach().float().clone().requires_grad_() for p in self.params]
         groups = [
             {"params": [m for m in self.master if m.dim() > 1], "weight_decay": optim.weight_decay},
             {"params": [m for m in self.master if m.dim() <= 1], "weight_decay": 0.0},

@@ -1,9 +1,10 @@
-"""Where the time of one training step goes: its GPU kernels in groups, by name."""
+"""What ``train_step.py`` prints: its tables, and where the time of one step goes, the GPU's kernels in groups, by name."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from train_step_peers import SEED, SIGMA, median_length
 
 COPIES = "copies, casts, memset"
 GROUPS: tuple[tuple[str, str], ...] = (
@@ -36,6 +38,10 @@ GROUPS: tuple[tuple[str, str], ...] = (
     ),
 )
 OTHER = "other"
+HEAD = (
+    "| peer | rows | tokens | documents | ms: median (range) | tokens/s | MFU | peak GiB | first loss | gradient norm |"
+    " ours / this |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+)
 
 
 class Kernel(NamedTuple):
@@ -125,3 +131,67 @@ def print_profile(title: str, found: dict[str, Any], *, top: int) -> None:
 def shortened(name: str, length: int = 100) -> str:
     name = name.replace("|", "/").replace("at::native::", "").removeprefix("void ")
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def print_head(bench: Any) -> None:
+    r, args = bench.results, bench.args
+    print(f"# Training steps, {args.preset}, {r['precision']}, {r['device']}\n\n{r['date']}, `{r['command']}`")
+    print(", ".join(f"{k} {v}" for k, v in r["versions"].items()))
+    print(f"recompute = {r['recompute']!r} (ours; the baseline recomputes every layer)")
+    print("rows: " + ("one row for all steps" if args.same_row else "a row of its own for every step"))
+    if "packed" in bench.kinds:
+        source = f"prepared data of {args.data}" if args.data else None
+        lengths = ", ".join(f"{median_length(n):,}" for n in bench.sizes)
+        drawn = f"log-normal, medians {lengths}, sigma {SIGMA}, from 16 tokens to the row's, seed {SEED}"
+        print(f"packed: {source or f'random tokens; document lengths: {drawn}'}")
+    for tokens in bench.profiles:
+        if bench.setting.device.type != "cuda" or tokens not in bench.sizes:
+            print(f"NO PROFILE of {tokens:,} tokens: it needs a CUDA device, and --tokens to name them")
+    sys.stdout.flush()
+
+
+def table_row(case: dict[str, Any], ours: dict[str, Any] | None) -> str:
+    start = f"| {case['peer']} | {case['rows']} | {case['tokens']:,} |"
+    if not case.get("ms"):
+        return f"{start} | **{case['status']}** | | | | | | |"
+    documents = sorted(case["documents"])
+    ratio = f"{case['median_ms'] / ours['median_ms']:.2f}" if ours and ours.get("ms") else ""
+    cells = [
+        f"{documents[0]}" if documents[0] == documents[-1] else f"{documents[0]}-{documents[-1]}",
+        f"{case['median_ms']:,.1f} ({min(case['ms']):,.1f}-{max(case['ms']):,.1f})",
+        f"{case['tokens_per_s']:,.0f}",
+        f"{case['mfu']:.1%}" if case["mfu"] else "",
+        f"{case['peak_gib']:.1f}" if case["peak_gib"] else "",
+        f"{case['first_loss']:.4f}",
+        f"{case['first_grad_norm']:.4f}",
+        ratio,
+    ]
+    note = "" if case["status"] == "ok" else f" {case['status']}"
+    return f"{start} {' | '.join(cells)} |{note}"
+
+
+def print_summary(bench: Any) -> None:
+    print(
+        f"\n## Summary\n\n| rows | tokens | {' | '.join(f'{p}: tokens/s, MFU, GiB' for p in bench.peers)} | ours / baseline |"
+    )
+    print("|---|---:|" + "---:|" * (len(bench.peers) + 1))
+    for kind in bench.kinds:
+        for tokens in bench.sizes:
+            here = {c["peer"]: c for c in bench.cases if c["rows"] == kind and c["tokens"] == tokens}
+            cells = [_short(here.get(peer)) for peer in bench.peers]
+            speeds = [here.get(p, {}).get("tokens_per_s") for p in ("ours", "baseline")]
+            ratio = f"{speeds[0] / speeds[1]:.2f}" if all(speeds) else ""
+            print(f"| {kind} | {tokens:,} | {' | '.join(cells)} | {ratio} |")
+    print(f"\n{time.perf_counter() - bench.began:.0f} s in all; {len(bench.broken)} broken")
+    for what in bench.broken:
+        print(f"BROKEN: {what}")
+    sys.stdout.flush()
+
+
+def _short(case: dict[str, Any] | None) -> str:
+    if case is None:
+        return "-"
+    if not case.get("ms"):
+        return str(case["status"])
+    mfu = f", {case['mfu']:.1%}" if case["mfu"] else ""
+    return f"{case['tokens_per_s']:,.0f}{mfu}" + (f", {case['peak_gib']:.1f}" if case["peak_gib"] else "")

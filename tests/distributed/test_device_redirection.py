@@ -13,24 +13,23 @@ TRAIN = {
     "torch.cuda.get_rng_state",
     "random._set_cuda_rng_state",
     "torch.cuda.Stream",
-    "torch.cuda.current_stream",
-    "torch.cuda.stream",
     "torch.cuda.current_device",
     'device="cuda"',
     "Tensor.type",
-    "token_dispatcher.maybe_move_tensor_to_cpu",
 }
-RECOMPUTE = {"random._get_cuda_rng_state"}
+DISPATCH = {"torch.cuda.current_stream", "torch.cuda.stream", "token_dispatcher.maybe_move_tensor_to_cpu"}
+"""Only with expert parallelism are tokens dispatched."""
 SAVE = {"torch.cuda.synchronize"}
 
 
 @pytest.mark.parametrize(
     ("world", "job", "expected"),
     [
-        (1, {"recompute": True}, TRAIN | RECOMPUTE | SAVE),
+        (1, {"recompute": True}, TRAIN | SAVE),
         (2, {"parallel": {"pipeline": 2}}, TRAIN | SAVE),
+        (2, {"parallel": {"expert": 2}}, TRAIN | DISPATCH | SAVE),
     ],
-    ids=["one process, recomputation", "two pipeline stages"],
+    ids=["one process, recomputation", "two pipeline stages", "two expert ranks"],
 )
 def test_redirected_calls_of_two_steps_and_a_save(world: int, job: dict, expected: set[str], tmp_path: Path) -> None:
     record = run(world, json.dumps({"parallel": {}, "steps": 2, "save": str(tmp_path), **job}))
