@@ -10,8 +10,8 @@ losses of every token of a small packed batch (with larger weights, so that ever
 first step of every case; in bf16 within 25 % of the losses' spread, 1 % and 5 %, in fp32 far closer.
 
 Rows: ``one-document``: random tokens. ``packed``: rows of ``--data`` as the trainer draws them, else random tokens in
-documents of log-normal length. Every step has a row of its own, the same for all peers (``--same-row``: one for all steps),
-so kernels that are planned anew for every new document length pay for it, as in training.
+documents of log-normal length (printed). Every step has a row of its own, the same for all peers (``--same-row``: one for
+all steps), so kernels that are planned anew for every new document length pay for it, as in training.
 
 Times: CUDA events around a step; 2 steps of warm-up and 5 timed, from 524,288 tokens on 1 and 2 (``--steps``); median and
 range. Peak: ``max_memory_allocated`` of warm-up and timed steps.

@@ -19,7 +19,7 @@ from m1_stages.config import STAGE_NAMES, Config, ModelConfig, OptimConfig, Reso
 from m1_stages.curriculum import StagePlan, plan_stage
 
 LR = 1e-4
-SIGMA, SEED = 2.0, 1234
+SIGMA, SEED = 1.4, 1234
 
 
 def flops(model: ModelConfig, lengths: Sequence[int]) -> float:
@@ -42,7 +42,7 @@ def random_row(kind: str, tokens: int, vocab: int, number: int) -> PackedBatch:
     rng = np.random.default_rng((SEED, tokens, number))
     lengths = [tokens]
     if kind == "packed":
-        drawn = (median_length(tokens) * np.exp(SIGMA * rng.standard_normal(tokens))).clip(16, tokens).astype(int)
+        drawn = (median_length(tokens) * np.exp(SIGMA * rng.standard_normal(tokens))).clip(16, tokens // 2).astype(int)
         ends = drawn.cumsum()
         lengths = drawn[: np.searchsorted(ends, tokens)].tolist()
         lengths.append(tokens - sum(lengths))

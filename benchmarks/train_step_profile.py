@@ -142,7 +142,7 @@ def print_head(bench: Any) -> None:
     if "packed" in bench.kinds:
         source = f"prepared data of {args.data}" if args.data else None
         lengths = ", ".join(f"{median_length(n):,}" for n in bench.sizes)
-        drawn = f"log-normal, medians {lengths}, sigma {SIGMA}, from 16 tokens to the row's, seed {SEED}"
+        drawn = f"log-normal, medians {lengths}, sigma {SIGMA}, from 16 tokens to half a row, seed {SEED}"
         print(f"packed: {source or f'random tokens; document lengths: {drawn}'}")
     for tokens in bench.profiles:
         if bench.setting.device.type != "cuda" or tokens not in bench.sizes:
