@@ -1,10 +1,9 @@
-"""Runs ``distributed/parity_worker.py`` on several gloo processes."""
+"""Runs ``distributed/parity_worker.py`` on several gloo processes: fresh ones, or the pool's."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -12,18 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rank_pool import POOL, free_port
+
 WORKER = Path(__file__).parent / "distributed" / "parity_worker.py"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @cache
 def run(world: int, job: str) -> dict[str, Any]:
-    """Run the worker on ``world`` gloo processes and return what the last rank recorded."""
+    """Run the worker on ``world`` fresh gloo processes and return what the last rank recorded."""
     with TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world),
@@ -41,3 +36,9 @@ def run(world: int, job: str) -> dict[str, Any]:
         assert [rank.returncode for rank in ranks] == [0] * world, errors[-1][-3000:]
         record: dict[str, Any] = json.loads(out.read_text())
         return record
+
+
+@cache
+def run_pooled(world: int, job: str) -> list[dict[str, Any]]:
+    """Run the job on processes that ran others before; what each rank recorded."""
+    return POOL.run(world, "parity_worker:train", json.loads(job))

@@ -1,6 +1,6 @@
-"""One rank of a parity run: trains the tiny hybrid for some steps and writes what it saw.
+"""One rank of a parity run: trains the tiny hybrid for some steps and says what it saw.
 
-Usage: python parity_worker.py OUT.json '{"parallel": {...}, "steps": 20, "mutation": ""}' with RANK and WORLD_SIZE set.
+Usage: python parity_worker.py OUT.json '{"parallel": {...}, "steps": 20}' with RANK and WORLD_SIZE set, or ``train`` in a pool.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,15 @@ MODEL = ModelConfig(
     expert_hidden_size=48, vocab_size=VOCAB, init_std=0.12, aux_loss_coef=0.02,
 )  # fmt: skip
 DOCS = ((64,), (1, 20, 43), (31, 33), (10, 5, 49))
+Span = tuple[int, int, int]
+"""Row, first token, end."""
 
 
-def packed(row_ids: list[int]) -> PackedBatch:
-    """Rows of several documents each, the same four for every step: the model memorises them."""
+def packed(row_ids: list[int], untrained: Sequence[Span] = ()) -> PackedBatch:
+    """Rows of several documents each, the same four for every step: the model memorises them.
+
+    ``untrained``: tokens that carry no loss, besides the last one of each document.
+    """
     tokens, masks, lengths = [], [], []
     for row in row_ids:
         generator = torch.Generator().manual_seed(row % ROWS)
@@ -35,6 +42,9 @@ def packed(row_ids: list[int]) -> PackedBatch:
         mask = torch.ones(SEQ_LEN)
         lengths += DOCS[row % ROWS]
         mask[torch.tensor(DOCS[row % ROWS]).cumsum(0) - 1] = 0.0
+        for of, start, end in untrained:
+            if of == row % ROWS:
+                mask[start:end] = 0.0
         masks.append(mask)
     flat = torch.cat(tokens)
     loss_mask = torch.cat(masks)
@@ -51,24 +61,62 @@ def packed(row_ids: list[int]) -> PackedBatch:
 
 
 def main(out: str, job: dict[str, Any]) -> None:
+    record = train(job)
+    if record["topology"]["rank"] == record["topology"]["world"] - 1:
+        with open(out, "w") as file:
+            json.dump(record, file)
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """``parallel``, ``steps``, and if need be ``micro_batch`` rows, ``recompute``, ``save``, ``mutation``, ``untrained``."""
     torch.set_num_threads(1)
     dev = device.use("cpu")
+    from mutations import Mutation
+
+    mutation = Mutation(job.get("mutation", ""))
     sizes = ParallelConfig(**job["parallel"])
     topology = parallel.start(sizes, device=dev, seed=1)
-    from m1_stages.engine.optimizer import build_optimizer, set_learning_rate
-    from m1_stages.engine.step import train_step, wrap_ddp
+    try:
+        with mutation.applied():
+            record = _train(job, sizes, topology, mutation)
+    finally:
+        parallel.stop()
+    return record | {"mutated": mutation.calls}
+
+
+def build(
+    sizes: ParallelConfig, *, seed: int, recompute: bool = False, mutation: Any = None
+) -> tuple[Any, list[Any], Any]:
+    """Model, wrapped chunks and optimizer of this rank."""
+    from m1_stages.engine.optimizer import build_optimizer
+    from m1_stages.engine.step import wrap_ddp
     from m1_stages.model import build_model
 
-    model = build_model(MODEL, parallel=sizes, rope_base=1e4, seed=5, recompute=job.get("recompute", False))[0]
-    slopes = released_slopes(MODEL.num_layers, MODEL.num_heads)
-    _mutate_before(job.get("mutation", ""), model)
+    model = build_model(MODEL, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute)[0]
+    if mutation:
+        mutation.spoil(model)
     chunks = wrap_ddp([model], distributed_optimizer=sizes.distributed_optimizer)
     optim = dataclasses.replace(OptimConfig(), eps=1e-8)
-    optimizer = build_optimizer(chunks, optim, bf16=False, distributed=sizes.distributed_optimizer)
-    record: dict[str, Any] = {"losses": [], "grad_norms": [], "aux": [], "layer_norms": [], "load": []}
+    return model, chunks, build_optimizer(chunks, optim, bf16=False, distributed=sizes.distributed_optimizer)
+
+
+def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch]) -> Any:
+    """One step at a fixed rate, applied."""
+    from m1_stages.engine.optimizer import set_learning_rate
+    from m1_stages.engine.step import train_step
+
+    chunks[0].module.set_slopes(released_slopes(MODEL.num_layers, MODEL.num_heads))
+    set_learning_rate(optimizer, 3e-3)
+    result = train_step(chunks, optimizer, batches)
+    result.gradients.apply()
+    return result
+
+
+def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topology, mutation: Any) -> dict[str, Any]:
+    model, chunks, optimizer = build(sizes, seed=5, recompute=job.get("recompute", False), mutation=mutation)
+    keys = "losses", "grad_norms", "aux", "layer_norms", "load", "trained_tokens", "own_trained_tokens"
+    record: dict[str, Any] = {key: [] for key in keys}
     for step in range(job["steps"]):
-        model.set_slopes(_mutated_slopes(job.get("mutation", ""), slopes, topology.rank))
-        set_learning_rate(optimizer, 3e-3)
         rows = batch_rows(
             step,
             global_batch=ROWS,
@@ -76,14 +124,17 @@ def main(out: str, job: dict[str, Any]) -> None:
             dp_size=topology.dp_size,
             micro_batch=job.get("micro_batch", ROWS // topology.dp_size),
         )
-        result = train_step(chunks, optimizer, [packed(ids).zigzag(topology.cp_rank, topology.cp_size) for ids in rows])
-        result.gradients.apply()
+        whole = [packed(ids, job.get("untrained", ())) for ids in rows]
+        batches = [batch.zigzag(topology.cp_rank, topology.cp_size) for batch in whole]
+        result = step_of(chunks, optimizer, batches)
         stats = model.routing_stats()
         record["losses"].append(result.loss)
         record["grad_norms"].append(result.gradients.norm)
         record["aux"].append(stats.aux_loss)
         record["layer_norms"].append(result.layer_grad_norms)
         record["load"].append(stats.expert_load)
+        record["trained_tokens"].append(result.trained_tokens)
+        record["own_trained_tokens"].append([batch.trained_tokens for batch in batches])
     if "save" in job:
         from m1_stages.checkpoint.write import save_in_process
 
@@ -91,51 +142,19 @@ def main(out: str, job: dict[str, Any]) -> None:
         state = model.sharded_state_dict(metadata=metadata)
         save_in_process({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, Path(job["save"]))
     record["local_parameters"] = sum(p.numel() for p in model.parameters())
-    record["topology"] = topology.sizes()
+    record["longest_crossing"] = _longest_crossing(whole[0], topology.cp_size)
+    record["topology"] = topology.sizes() | {"rank": topology.rank}
     record["hits"] = device.hits()
-    if topology.rank == topology.world_size - 1:
-        with open(out, "w") as file:
-            json.dump(record, file)
-    parallel.stop()
+    return record
 
 
-def _mutated_slopes(mutation: str, slopes: list[list[float]], rank: int) -> list[list[float]]:
-    if mutation == "rank 1 takes rank 0's heads" and rank == 1:
-        return [row[2:] + row[:2] for row in slopes]
-    if mutation == "slopes of the neighbour layer" and rank == 1:
-        return slopes[1:] + slopes[:1]
-    return slopes
-
-
-def _mutate_before(mutation: str, model: torch.nn.Module) -> None:
-    from m1_stages.model import norms
-
-    if mutation == "no reduction in the sharded norm, forward":
-        norms.reduce_from_tensor_model_parallel_region = lambda x, group: x
-    elif mutation == "no reduction in the sharded norm, backward":
-        norms.copy_to_tensor_model_parallel_region = lambda x, group: x
-    elif mutation == "norm weight not sequence parallel":
-        for name, param in model.named_parameters():
-            if "attn_norm" in name:
-                param.sequence_parallel = False
-    elif mutation == "router weight not sequence parallel":
-        for name, param in model.named_parameters():
-            if "router" in name:
-                param.sequence_parallel = False
-    elif mutation == "expert gradients in the dense groups":
-        for name, param in model.named_parameters():
-            if ".experts." in name:
-                param.allreduce = True
-    elif mutation == "sharded weights not marked":
-        for param in model.parameters():
-            if getattr(param, "partition_dim", -1) >= 0:
-                param.tensor_model_parallel = False
-    elif mutation == "experts missing from the gradient norm":
-        for name, param in model.named_parameters():
-            if ".experts." in name:
-                param.tensor_model_parallel = False
-    elif mutation and "slopes" not in mutation and "heads" not in mutation:
-        raise ValueError(mutation)
+def _longest_crossing(batch: PackedBatch, ranks: int) -> int:
+    """Edges between context-parallel shards that lie inside one document, of the document with the most."""
+    if ranks == 1:
+        return 0
+    shard = batch.tokens.shape[1] // (2 * ranks)
+    edges = batch.cu_seqlens.tolist()
+    return max((end - 1) // shard - start // shard for start, end in pairwise(edges))
 
 
 if __name__ == "__main__":

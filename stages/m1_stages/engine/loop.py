@@ -121,7 +121,8 @@ def _leave_if_asked(run: Run, state: TrainState, saved_as: str) -> None:
 def _row_ids(run: Run, plan: StagePlan, step: int) -> list[list[int]]:
     """Rows of this data-parallel rank's micro-batches; a pure function of the step."""
     local_rows = plan.global_batch_rows // run.topology.dp_size
-    micro = max(m for m in range(1, min(plan.micro_batch_rows, local_rows) + 1) if local_rows % m == 0)
+    candidates = (m for m in range(1, min(plan.micro_batch_rows, local_rows) + 1) if local_rows % m == 0)
+    micro = max(candidates, default=1)  # with more ranks than rows, ``batch_rows`` says what is wrong
     return batch_rows(
         step,
         global_batch=plan.global_batch_rows,

@@ -41,8 +41,9 @@ class Session:
 
     def sharded_state(self, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
         """Model, optimizer and position as ``dist_checkpointing`` takes them."""
-        model = self.run.model.sharded_state_dict(metadata=_SHARDING)
-        optimizer = self.run.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_SHARDING)
+        metadata: dict[str, Any] = {**_SHARDING}  # Megatron adds the data-parallel group, which ends with the session
+        model = self.run.model.sharded_state_dict(metadata=metadata)
+        optimizer = self.run.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "train_state": state.as_dict()}
 
     def save(self, state: TrainState, stage_final: bool) -> str:

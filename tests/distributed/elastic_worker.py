@@ -1,0 +1,70 @@
+"""One rank of ``m1 pretrain`` runs that are stopped and continued with other numbers of processes.
+
+Usage: elastic_worker.py PLAN.jsonl. Every step leaves a line of what was really given to the model, not of what was planned:
+rows by sample id with a hash of their tokens, labels, mask and positions, and the decay rates of every layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rank_pool import my_jobs
+
+from m1_data.errors import Preempted
+from m1_data.loader import PackedBatch
+from m1_stages.configload import load_config
+from m1_stages.curriculum import stages_of
+from m1_stages.engine import device, loop, pretrain
+from m1_stages.engine.events import Event, StepDone
+from m1_stages.engine.step import train_step
+
+
+def work(job: dict[str, Any], folder: Path) -> None:
+    """Train the job's stages; SIGTERM to rank 0 alone ends it after ``stop_at``."""
+    seen = folder / f"{job['name']}-{job['part']}-{os.environ['RANK']}.jsonl"
+
+    def recorded(chunks: list[Any], optimizer: Any, batches: list[PackedBatch]) -> Any:
+        layers = chunks[0].module.decoder.layers
+        decay = [getattr(layer.self_attention, "log_decay", None) for layer in layers]
+        line = {
+            "rows": [rows(batch) for batch in batches],
+            "decay": [values if values is None else (-values).tolist() for values in decay],
+        }
+        with seen.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return train_step(chunks, optimizer, batches)
+
+    def sink(event: Event) -> None:
+        if isinstance(event, StepDone) and event.global_step == job["stop_at"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.train_step = recorded
+    overrides = [*job["set"], f"run.dir={folder / job['name']}"]
+    stages = [stage for name in job["stages"] for stage in stages_of(name)]
+    with suppress(Preempted):
+        pretrain.run(load_config(folder / "m1.toml", overrides), stages, [sink])
+
+
+def rows(batch: PackedBatch) -> dict[int, str]:
+    """SHA-256 of each row of a micro-batch by sample id."""
+    parts = [batch.tokens, batch.labels, batch.loss_mask, batch.position_ids]
+    cut = [part.view(len(batch.sample_ids), -1) for part in parts]
+    return {
+        sample: hashlib.sha256(b"".join(part[index].numpy().tobytes() for part in cut)).hexdigest()
+        for index, sample in enumerate(batch.sample_ids)
+    }
+
+
+if __name__ == "__main__":
+    device.use("cpu")
+    torch.set_num_threads(1)
+    for each in my_jobs(Path(sys.argv[1])):
+        work(each, Path(sys.argv[1]).parent)

@@ -1,0 +1,125 @@
+"""One rank that trains, saves and loads the tiny model in one layout after another. Usage: reshard_worker.py PLAN.jsonl"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from parity_worker import ROWS, packed
+from rank_pool import my_jobs
+
+from m1_data.loader import batch_rows
+from m1_stages.checkpoint import CheckpointStore
+from m1_stages.configload import load_config
+from m1_stages.decay import released_slopes
+from m1_stages.engine import device
+from m1_stages.engine.session import Session, open_session
+from m1_stages.engine.state import TrainState
+
+LEARNING_RATE, FACTOR = 3e-3, 1.1
+
+
+def work(job: dict[str, Any], folder: Path) -> None:
+    """Load (or train three steps), save, and only then train on, so that the checkpoint is what the load gave."""
+    home = folder / job["name"]
+    overrides = [*job["set"], f"run.dir={home}", f"run.seed={job['seed']}"]
+    with open_session(load_config(folder / "m1.toml", overrides), [], rope_base=1e4, fresh=False) as session:
+        run = session.run
+        before = {name: param.detach().clone() for name, param in run.model.named_parameters()}
+        state = restored(session, folder / job["load"]) if job["load"] else begun(session)
+        same = [name for name, param in run.model.named_parameters() if torch.equal(param, before[name])]
+        mutate(job.get("mutation", ""), session)
+        session.save(state, stage_final=False)
+        record = {
+            "unchanged": same,
+            "losses": [train(session, state), train(session, state)],
+            "decay": {layer.layer_number: rates(layer) for layer in run.model.decoder.layers},
+            "adam_steps": sorted({float(s["step"]) for s in adam(run.optimizer)}),
+            "weights": sum(p.numel() for p in run.model.parameters()),
+            "moments": sum(s["exp_avg"].numel() for s in adam(run.optimizer)),
+        }
+        if run.topology.rank == run.topology.world_size - 1:
+            (home / "record.json").write_text(json.dumps(record))
+
+
+def restored(session: Session, other: Path) -> TrainState:
+    found = session.restore(CheckpointStore(other / "checkpoints").committed())
+    assert found is not None
+    return found[1]
+
+
+def begun(session: Session) -> TrainState:
+    """Three steps with decay rates that no policy gives, so that they can only come from the checkpoint."""
+    model = session.resolved.config.model
+    slopes = [[rate * FACTOR for rate in row] for row in released_slopes(model.num_layers, model.num_heads)]
+    state = TrainState(stage="32k", slopes=slopes)
+    state.first_loss = train(session, state)
+    for _ in range(2):
+        train(session, state)
+    return state
+
+
+def train(session: Session, state: TrainState) -> float:
+    from m1_stages.engine.optimizer import set_learning_rate
+    from m1_stages.engine.step import train_step
+
+    run, place = session.run, session.run.topology
+    run.model.set_slopes(state.slopes)
+    set_learning_rate(run.optimizer, LEARNING_RATE)
+    rows = batch_rows(
+        state.global_step,
+        global_batch=ROWS,
+        dp_rank=place.dp_rank,
+        dp_size=place.dp_size,
+        micro_batch=ROWS // place.dp_size,
+    )
+    result = train_step(run.chunks, run.optimizer, [packed(ids).zigzag(place.cp_rank, place.cp_size) for ids in rows])
+    result.gradients.apply()
+    state.stage_step += 1
+    state.global_step += 1
+    return result.loss
+
+
+def rates(layer: Any) -> list[float]:
+    """Decay rates that a layer's heads on this rank used; none in a softmax layer."""
+    log_decay = getattr(layer.self_attention, "log_decay", None)
+    return [] if log_decay is None else (-log_decay).tolist()
+
+
+def adam(optimizer: Any) -> list[dict[str, Any]]:
+    """State of every parameter, or shard of one, that this rank's optimizer updates."""
+    return [s for part in getattr(optimizer, "chained_optimizers", [optimizer]) for s in part.optimizer.state.values()]
+
+
+@torch.no_grad()
+def mutate(mutation: str, session: Session) -> None:
+    """Spoil something between load and save, as a wrong load would."""
+    if mutation == "weight":
+        _next_float(session.run.model.decoder.layers[3].mlp.router.weight)
+    elif mutation == "moment":
+        _next_float(adam(session.run.optimizer)[0]["exp_avg_sq"])
+    elif mutation == "shared step":
+        step = adam(session.run.optimizer)[0]["step"]
+        for state in adam(session.run.optimizer):
+            state["step"] = step
+    elif mutation == "moments forgotten":
+        for state in adam(session.run.optimizer):
+            state["exp_avg"].zero_()
+    elif mutation:
+        raise ValueError(mutation)
+
+
+def _next_float(values: torch.Tensor) -> None:
+    """Raise the largest element to the next fp32 number."""
+    flat = values.view(-1)
+    flat[flat.argmax()] = torch.nextafter(flat.max(), torch.tensor(torch.inf))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    device.use("cpu")
+    for each in my_jobs(Path(sys.argv[1])):
+        work(each, Path(sys.argv[1]).parent)

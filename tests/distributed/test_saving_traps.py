@@ -1,0 +1,41 @@
+"""Megatron-Core's traps in saving and loading, sprung on purpose: docs/traps.md names them."""
+
+from __future__ import annotations
+
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+from rank_pool import POOL
+
+
+def resumed(folder: Path, mutation: str = "") -> dict[str, Any]:
+    (result,) = POOL.run(1, "saving_worker:resume", {"folder": str(folder), "mutation": mutation})
+    return dict(result)
+
+
+def test_every_parameter_counts_its_own_steps_after_a_load(tmp_path: Path) -> None:
+    found = resumed(tmp_path)
+    assert found["came_back"] == found["went_on"]
+    assert found["counters"] == [7.0]
+
+
+def test_one_step_counter_for_all_parameters_is_found(tmp_path: Path) -> None:
+    """The first loss after the load is right: it takes a second step to see it."""
+    found = resumed(tmp_path, "one step counter for all parameters")
+    assert found["mutated"] == 1
+    assert found["came_back"][0] == found["went_on"][0]
+    assert max(abs(a - b) for a, b in zip(found["came_back"], found["went_on"], strict=True)) > 1e-3
+    assert found["counters"] != [7.0]
+
+
+def test_saving_without_psutil_fails_and_does_not_hang(tmp_path: Path) -> None:
+    """Megatron's own writers are processes that die of it, and the save waits for them for ever; ours says it."""
+    (answer,) = POOL.run(1, "saving_worker:save_without_psutil", {"folder": str(tmp_path)})
+    assert "psutil is not installed" in answer
+
+
+def test_psutil_is_declared() -> None:
+    """megatron-core needs it and does not say so."""
+    assert any(line.startswith("psutil") and "extra" not in line for line in requires("m1cli") or ())
+    assert not any(line.startswith("psutil") for line in requires("megatron-core") or ()), "ours may go now"
