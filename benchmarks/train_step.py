@@ -157,7 +157,8 @@ class Bench:
             config=self.resolved.config,
             device=device.torch_device,
             bf16=(args.precision or run.precision) == "bf16",
-            recompute=run.recompute if args.recompute is None else _maybe_bool(args.recompute),
+            recompute=run.recompute if args.recompute is None else args.recompute == "true",
+            kept_to=args.kept_to,
             tiled_from=args.tiled_from,
         )
         name = torch.cuda.get_device_name() if device.name == "cuda" else "CPU"
@@ -298,10 +299,6 @@ class Bench:
             self.expect(away <= bound, f"{what}, bound {bound}")
 
 
-def _maybe_bool(text: str) -> bool | str:
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
 def configuration(args: argparse.Namespace) -> Resolved:
     """The bare preset with ``--set``; the vocabulary is the data's, or the preset's tokenizer's."""
     with tempfile.TemporaryDirectory() as folder:
@@ -339,7 +336,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the preset's")
-    parser.add_argument("--recompute", help="run.recompute of ours; default: the preset's")
+    parser.add_argument("--kept-to", type=int, default=0, help="tokens up to which ours keeps activations all the same")
+    parser.add_argument("--recompute", choices=("true", "false"), help="run.recompute of ours; default: the preset's")
     parser.add_argument("--steps", type=int, help="timed; default 5, from 524288 tokens on 2")
     parser.add_argument("--same-row", action="store_true", help="train on one row again and again")
     parser.add_argument("--tiled-from", type=int, default=LONG, help="tokens from which the baseline tiles its experts")

@@ -85,7 +85,9 @@ class Setting:
     config: Config
     device: torch.device
     bf16: bool
-    recompute: Any
+    recompute: bool
+    kept_to: int
+    """Tokens up to which ours keeps its activations all the same."""
     tiled_from: int
     """Tokens from which the baseline's experts run in tiles."""
 
@@ -144,7 +146,8 @@ class Ours:
         from m1_stages.engine.step import wrap_ddp
 
         parallel = setting.config.parallel
-        self.notes = f"recompute = {setting.recompute!r}"
+        self.setting = setting
+        self.notes = f"recompute = {setting.recompute!r}, kept up to {setting.kept_to:,} tokens"
         self.model, self.weights = chunks[0], weights
         self.chunks = wrap_ddp(chunks, distributed_optimizer=parallel.distributed_optimizer)
         self.optimizer = build_optimizer(
@@ -160,6 +163,7 @@ class Ours:
         self.plan = plan
         self.model.set_rope_base(plan.rope_base)
         self.model.set_slopes(plan.slopes_at(1.0))
+        self.model.set_recompute(self.setting.recompute and tokens > self.setting.kept_to)
         state = self.model.state_dict()
         for name, tensor in self.weights.items():
             state[name].copy_(tensor.view(state[name].shape))

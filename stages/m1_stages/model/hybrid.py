@@ -94,6 +94,11 @@ class HybridModel(GPTModel):
             if isinstance(layer.self_attention, SoftmaxAttention):
                 layer.self_attention.rope_base = base
 
+    def set_recompute(self, recompute: bool) -> None:
+        """Recompute the activations of every layer in the backward pass, or keep them."""
+        for layer in self.decoder.layers:
+            layer.set_recompute(recompute)
+
     def forward(self, batch: PackedBatch, *, logits: bool = False) -> Tensor:
         """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32.
 

@@ -87,10 +87,15 @@ class HybridLayer(TransformerLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, **kwargs)
-        self.alpha, self.beta, self.recompute = alpha, beta, recompute
-        self.mlp.experts.keep = not recompute
+        self.alpha, self.beta = alpha, beta
+        self.set_recompute(recompute)
         self.attn_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Recompute this layer's activations in the backward pass, or keep them."""
+        self.recompute = recompute
+        self.mlp.experts.keep = not recompute
 
     def forward(self, hidden_states: Tensor, *_: Any, packed_seq_params: Packing, **__: Any) -> tuple[Tensor, None]:
         """[this rank's tokens, 1, hidden] to the same, and no context."""
