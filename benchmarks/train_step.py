@@ -10,11 +10,12 @@ losses of every token of a small packed batch (with larger weights, so that ever
 first step of every case; in bf16 within 25 % of the losses' spread, 1 % and 5 %, in fp32 far closer.
 
 Rows: ``one-document``: random tokens. ``packed``: rows of ``--data`` as the trainer draws them, else random tokens in
-documents of log-normal length (printed). Every step has a row of its own, the same for all peers (``--same-row``: one for
-all steps), so kernels that are planned anew for every new document length pay for it, as in training.
+documents of log-normal length (printed). All peers get the same rows.
 
-Times: CUDA events around a step; 2 steps of warm-up and 5 timed, from 524,288 tokens on 1 and 2 (``--steps``); median and
-range. Peak: ``max_memory_allocated`` of warm-up and timed steps.
+Times: CUDA events around a step. Every peer meets 5 rows, from 524,288 tokens on 2 (``--steps``), and then the same again:
+the second pass is timed, its median and range are given. The first pass is the warm-up; its median stands in a column of
+its own, because kernels that are planned for every new document length show there what they cost in training. Peak:
+``max_memory_allocated`` of both passes.
 
 MFU = model FLOP / time / 989 TFLOP/s (dense bf16, H100 and H200), recomputation not counted. FLOP of a step, with T tokens,
 H heads of width D, V rows of the head, backward = twice forward:
@@ -100,28 +101,25 @@ def timed(step: Callable[[], Any], on_cuda: bool) -> tuple[Any, float]:
 def measure(peer: Any, case: Case, plan: StagePlan, bench: Bench) -> None:
     """Fill in ``case``: warm up, then time."""
     args, tokens, on_cuda = bench.args, case["tokens"], bench.setting.device.type == "cuda"
-    warm_up, steps = (1, args.steps or 2) if tokens >= LONG else (2, args.steps or 5)
-    row = row_source(args.data, bench.resolved, plan, case["rows"], tokens, warm_up + steps)
+    steps = args.steps or (2 if tokens >= LONG else 5)
+    row = row_source(args.data, bench.resolved, plan, case["rows"], tokens, steps)
     clean()
     peer.restart(plan, tokens)
-    case |= {"stage": plan.stage, "rope_base": plan.rope_base, "ms": [], "flops": [], "documents": [], "losses": []}
-    for number in range(warm_up + steps):
-        if number >= warm_up and time.perf_counter() > bench.deadline:
+    case |= {"stage": plan.stage, "rope_base": plan.rope_base, "first_pass_ms": [], "ms": [], "flops": []}
+    case |= {"documents": [], "losses": []}
+    for number in range(2 * steps):
+        again = number >= steps
+        if again and time.perf_counter() > bench.deadline:
             case["status"] = f"stopped by the budget after {len(case['ms'])} of {steps} timed steps"
             break
-        batch = row(0 if args.same_row else number)
+        batch = row(number % steps)
         on_device = batch.to(bench.setting.device)
         (loss, norm), ms = timed(partial(peer.step, on_device), on_cuda)
         case["losses"].append(loss)
+        case["ms" if again else "first_pass_ms"].append(ms)
         if number == 0:
-            case |= {
-                "first_loss": loss,
-                "first_grad_norm": norm,
-                "first_step_ms": ms,
-                "longest": max(batch.doc_lengths),
-            }
-        if number >= warm_up:
-            case["ms"].append(ms)
+            case |= {"first_loss": loss, "first_grad_norm": norm, "longest": max(batch.doc_lengths)}
+        if again:
             case["flops"].append(flops(bench.resolved.config.model, batch.doc_lengths))
             case["documents"].append(len(batch.doc_lengths))
     if case["ms"]:
@@ -130,7 +128,12 @@ def measure(peer: Any, case: Case, plan: StagePlan, bench: Bench) -> None:
         case |= {"median_ms": middle, "tokens_per_s": tokens / middle * 1e3, "model_tflop_per_s": rate / 1e12}
         case["mfu"] = rate / bench.peak_flops if bench.peak_flops else None
     case["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else None
-    if tokens in bench.profiles and on_cuda and case["rows"] == bench.kinds[0] and time.perf_counter() < bench.deadline:
+    if (
+        tokens in bench.profiles
+        and on_cuda
+        and case["rows"] == bench.kinds[-1]
+        and time.perf_counter() < bench.deadline
+    ):
         batch = row(0).to(bench.setting.device)
         case["profile"] = profile_step(lambda: peer.step(batch))
         title = f"{case['peer']}, {case['rows']}, {tokens:,} tokens"
@@ -145,6 +148,7 @@ class Bench:
         self.args = args
         self.sizes = [int(n) for n in args.tokens.split(",")]
         self.kinds = ["one-document", "packed"] if args.rows == "both" else [args.rows]
+        self.one_document = [int(n) for n in args.one_document.split(",")] if args.one_document else []
         self.profiles = [int(n) for n in args.profile.split(",")] if args.profile else []
         self.peers = [p for p in SHARES if p in args.peers.split(",")]
         self.began = time.perf_counter()
@@ -238,6 +242,8 @@ class Bench:
         for tokens in self.sizes:
             plan = plan_for(self.resolved, tokens, self.args.stage)
             for kind in self.kinds:
+                if kind == "one-document" and self.one_document and tokens not in self.one_document:
+                    continue
                 if name == "transformers" and (tokens > TRANSFORMERS_TOKENS or kind == "packed"):
                     continue
                 case: Case = {"peer": name, "rows": kind, "tokens": tokens, "status": "ok"}
@@ -338,8 +344,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the preset's")
     parser.add_argument("--kept-to", type=int, default=0, help="tokens up to which ours keeps activations all the same")
     parser.add_argument("--recompute", choices=("true", "false"), help="run.recompute of ours; default: the preset's")
-    parser.add_argument("--steps", type=int, help="timed; default 5, from 524288 tokens on 2")
-    parser.add_argument("--same-row", action="store_true", help="train on one row again and again")
+    parser.add_argument("--steps", type=int, help="rows of a case; default 5, from 524288 tokens on 2")
+    parser.add_argument("--one-document", help="only these of --tokens also as one document; default: all")
     parser.add_argument("--tiled-from", type=int, default=LONG, help="tokens from which the baseline tiles its experts")
     parser.add_argument("--budget-s", type=float, default=400.0, help="seconds after which no case is started")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ GROUPS: tuple[tuple[str, str], ...] = (
 )
 OTHER = "other"
 HEAD = (
-    "| peer | rows | tokens | documents | ms: median (range) | tokens/s | MFU | peak GiB | first loss | gradient norm |"
-    " ours / this |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    "| peer | rows | tokens | documents | ms: median (range) | ms, first pass | tokens/s | MFU | peak GiB | first loss |"
+    " gradient norm | ours / this |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
 )
 
 
@@ -138,7 +139,6 @@ def print_head(bench: Any) -> None:
     print(f"# Training steps, {args.preset}, {r['precision']}, {r['device']}\n\n{r['date']}, `{r['command']}`")
     print(", ".join(f"{k} {v}" for k, v in r["versions"].items()))
     print(f"recompute = {r['recompute']!r} (ours; the baseline recomputes every layer)")
-    print("rows: " + ("one row for all steps" if args.same_row else "a row of its own for every step"))
     if "packed" in bench.kinds:
         source = f"prepared data of {args.data}" if args.data else None
         lengths = ", ".join(f"{median_length(n):,}" for n in bench.sizes)
@@ -153,12 +153,13 @@ def print_head(bench: Any) -> None:
 def table_row(case: dict[str, Any], ours: dict[str, Any] | None) -> str:
     start = f"| {case['peer']} | {case['rows']} | {case['tokens']:,} |"
     if not case.get("ms"):
-        return f"{start} | **{case['status']}** | | | | | | |"
+        return f"{start} | **{case['status']}** | | | | | | | |"
     documents = sorted(case["documents"])
     ratio = f"{case['median_ms'] / ours['median_ms']:.2f}" if ours and ours.get("ms") else ""
     cells = [
         f"{documents[0]}" if documents[0] == documents[-1] else f"{documents[0]}-{documents[-1]}",
         f"{case['median_ms']:,.1f} ({min(case['ms']):,.1f}-{max(case['ms']):,.1f})",
+        f"{median(case['first_pass_ms']):,.1f}",
         f"{case['tokens_per_s']:,.0f}",
         f"{case['mfu']:.1%}" if case["mfu"] else "",
         f"{case['peak_gib']:.1f}" if case["peak_gib"] else "",

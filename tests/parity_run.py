@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rank_pool import POOL, free_port
+from resident_ranks import POOL, free_port
 
 WORKER = Path(__file__).parent / "distributed" / "parity_worker.py"
 

@@ -19,8 +19,10 @@ from m1_kernels.shards import ContextShards, gather_sequence
 
 BACKENDS = ("auto", "cudnn", "varlen", "per-document")
 QUERIES_AT_ONCE = 256
-CUDNN_TOKENS = 2048
+CUDNN_TOKENS = 4096
 """Documents of as many tokens get a cuDNN call of their own; shorter neighbours share one varlen call."""
+CUDNN_LENGTHS_PER_OCTAVE = 16
+"""cuDNN plans its kernels anew for every length it meets, in tens of milliseconds, so documents are padded to few lengths."""
 
 
 def explain_softmax_backend(q: Tensor, backend: str = "auto") -> tuple[str, str]:
@@ -144,12 +146,21 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: in
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
+def padded_length(tokens: int) -> int:
+    """The next of ``CUDNN_LENGTHS_PER_OCTAVE`` lengths between powers of two: at most 1/16 more tokens."""
+    step = max(1, (1 << (tokens.bit_length() - 1)) // CUDNN_LENGTHS_PER_OCTAVE)
+    return -(-tokens // step) * step
+
+
 def _cudnn_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    group = q.shape[1] // k.shape[1]
+    """[tokens, H, D] of one document. Causality hides the zeros after its end; they get and give no gradient."""
+    tokens, group = q.shape[0], q.shape[1] // k.shape[1]
+    if more := padded_length(tokens) - tokens:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (q, k, v))
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)[:tokens]
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: int) -> Tensor:

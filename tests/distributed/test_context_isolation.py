@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from rank_pool import POOL
+from resident_ranks import POOL
 
 SHARD = 8
 LOGIT_BOUND = 1e-6

@@ -6,7 +6,7 @@ from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
-from rank_pool import POOL
+from resident_ranks import POOL
 
 
 def resumed(folder: Path, mutation: str = "") -> dict[str, Any]:

@@ -171,3 +171,12 @@ def test_recomputation_repeats_no_softmax_and_no_expert_product(monkeypatch: pyt
         forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         assert seen.names.count(forward) == (1 if keep_softmax else 2)
     assert calls["experts"] == 3 * used
+
+
+def test_padded_lengths_are_few_and_close() -> None:
+    from m1_kernels.softmax import CUDNN_LENGTHS_PER_OCTAVE, padded_length
+
+    lengths = [padded_length(n) for n in range(4096, 8193)]
+    assert all(n <= padded <= n * (1 + 1 / CUDNN_LENGTHS_PER_OCTAVE) for n, padded in enumerate(lengths, 4096))
+    assert len(set(lengths)) == CUDNN_LENGTHS_PER_OCTAVE + 1
+    assert [padded_length(n) for n in (1, 31, 4097, 1_048_576, 1_048_575)] == [1, 31, 4352, 1_048_576, 1_048_576]

@@ -71,6 +71,21 @@ def test_softmax_kernels_equal_fp32_per_document(
     assert max(relative(a, b) for a, b in zip(softmax(xs, backend), want, strict=True)) < 1e-2
 
 
+@pytest.mark.parametrize("tokens", [4096, 4097, 5000, 8191])
+def test_padding_a_document_for_cudnn_changes_nothing(tokens: int) -> None:
+    gen = torch.Generator("cuda").manual_seed(0)
+    xs = [
+        torch.randn(tokens, heads, 64, generator=gen, device="cuda").bfloat16().requires_grad_() for heads in (4, 2, 2)
+    ]
+    wide = [x.detach().float().requires_grad_() for x in xs]
+    upstream = torch.randn(tokens, 4, 64, generator=gen, device="cuda")
+    results = []
+    for inputs, attend in ((xs, softmax_module._cudnn), (wide, softmax_module._per_document)):
+        out = attend(*inputs, (tokens,), 0)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))])
+    assert max(relative(a, b) for a, b in zip(*results, strict=True)) < 1e-2
+
+
 @pytest.mark.parametrize("attend", ["_varlen", "_cudnn"])
 @pytest.mark.parametrize(("lengths", "before"), [((300,), 700), ((5, 400, 9), 1000), ((128, 1), 128)])
 def test_keys_before_the_first_query(attend: str, lengths: tuple[int, ...], before: int) -> None:
