@@ -29,7 +29,10 @@ class LayerBytes:
         *,
         keep: bool,
     ) -> None:
-        """``keep``: gate and up of the experts are kept, which recomputation switches off."""
+        """``keep``: gate and up of the experts are kept, which recomputation switches off.
+
+        ``states`` are those that enter the segments; as many of the gradient join them in a layer's backward.
+        """
         width = m.num_heads * m.head_dim / layout.tensor
         hidden = t / layout.tensor * m.hidden_size * size  # one [tokens, hidden] of this rank
         heads = t * width * size
@@ -40,15 +43,14 @@ class LayerBytes:
             attention = 6 * heads
             # Gradient of the result after and before norm and gate, of q, k, v, gate; SiLU of q, k, v, their gradients.
             busy = (1 + 1 + 4 + 3 + 3) * heads
-            # Entering states are kept, those of the gradient join them in the backward.
             programs = min(_MOST_STATES, m.num_heads / layout.tensor * t / _FEWEST_TOKENS)
-            self.states = 2 * programs * m.head_dim**2 * 4
+            self.states = programs * m.head_dim**2 * 4
             if layout.context > 1:
                 self.communication = 2 * layout.context * width * m.head_dim * 4
         else:
             keys = 2 * m.num_kv_heads * m.head_dim / layout.tensor
             held_keys = (tokens if layout.context > 1 else t) * (2 * width if trainer.expands_keys else keys) * size
-            # Rotated queries, keys and values, result by heads and by tokens.
+            # Rotated queries, keys and values, result by documents and joined (one of them when a row is one document).
             attention = heads + held_keys + heads + self.attention_output
             # Gradients of result and queries, before and after rotation, of keys and values, of the projection.
             busy = 4 * heads + held_keys + t * keys * size
@@ -92,6 +94,6 @@ def _experts(
         kept = chosen + keep * s * k * 2 * f * size
         if s > trainer.tile_tokens:
             weights *= 1 + 4 / size  # sums over tiles are fp32
-    # Rows and their gradients; gate and up (again), activation, and their gradients (m1_kernels.experts).
-    inside = rows * size * (2 * h + 6 * f)
+    # Rows and their gradients; gate and up unless kept, activation, and their gradients (m1_kernels.experts).
+    inside = rows * size * (2 * h + (4 if keep else 6) * f)
     return kept, max(inside + weights, router), 2 * rows * h * size if moved else 0.0

@@ -84,43 +84,45 @@ def gpu_named(name: str) -> Gpu:
 class Calibration:
     """Measured behaviour, as shares of the vendor's numbers so that it carries over to other GPUs.
 
-    Sources: [log] ``docs/LOG.md``, entries of 2026-11-24, one H200; [step] profile of a baseline's training step (700m
-    shape, 131,072 tokens, fla kernels, cuDNN attention, full recomputation, one H200, 2026-11-23): 278 ms softmax
-    attention, 218 matrix products, 194 element-wise, 61 lightning, 59 copies, 38 MoE index work; [guess] not measured.
+    Sources: [step] profiles of training steps of 700m, bf16, one H200, 32,768 (kept), 131,072 (kept) and 1,048,576 tokens
+    (recomputed), ``docs/LOG.md`` of 2026-11-26; [log] other entries there; [guess] not measured.
     """
 
-    matrix: float = 0.72
-    """Share of peak FLOP/s of projections. [step] 155 TFLOP in 218 ms = 710 TFLOP/s."""
-    experts: float = 0.72
-    """The same for the grouped products of the experts. [step] part of the same 218 ms."""
-    head: float = 0.44
-    """The same for the head's bf16 -> fp32 products. [log] fit of the 32,768-token rows of the linear cross-entropy."""
-    head_bytes_per_logit: float = 18.0
-    """Memory traffic of softmax and its gradient, forward and backward together. Counted: fp32 written and read twice,
-    bf16 written once."""
-    cudnn_attention: float = 0.56
-    """Share of peak FLOP/s of softmax attention through cuDNN, causal half counted. [step] 510-590 TFLOP/s forward and
-    with backward; 569 in the profile."""
+    matrix: float = 0.74
+    """Share of peak FLOP/s of projections. [step] 1M tokens: 328 TFLOP in 443 ms."""
+    experts: float = 0.65
+    """The same for the grouped products of the experts. [step] 682 TFLOP/s at 32K, 666 at 128K, 624 at 1M."""
+    head: float = 0.63
+    """The same for the head's bf16 -> fp32 products. [step] 1M tokens: 275 TFLOP in 444 ms."""
+    head_bytes_per_logit: float = 10.0
+    """Memory traffic of softmax and its gradient. fp32 read twice, bf16 written once. [step] 85.5 ms at 1M tokens."""
+    cudnn_attention: float = 0.54
+    """Share of peak FLOP/s of softmax attention through cuDNN, causal half counted. [step] 1M tokens: 506 TFLOP/s forward,
+    538 backward."""
     softmax_backward: float = 2.5
     """Backward over forward FLOPs: five products instead of two (scores are computed again)."""
     bandwidth: float = 0.88
     """Share of the memory bandwidth that a copy reaches. [log] 4.24 of 4.8 TB/s."""
     lightning_forward: float = 1.0
     """Share of copy bandwidth of the fused layer over 14 tensors. [log] 6.8 ms; the scan alone reaches 0.79."""
-    lightning_backward: float = 0.57
-    """The same, backward over 27 tensors. [log] 30.8 - 6.8 ms; the scan alone reaches 0.55 with its forward."""
+    lightning_backward: float = 0.6
+    """The same, backward over 27 tensors. [step] layer between its projections 249 ms at 1M, 7.0 ms at 32K."""
     element_wise: float = 0.9
-    """Share of copy bandwidth of norms, residuals, activations, permutations. [guess]"""
-    moe_index_s_per_slot: float = 6.0e-9
-    """Sorting and index arithmetic, seconds per (token, expert) slot and pass at the H200's bandwidth.
-    [step] 38 ms / (131,072 x 2 slots x 8 layers x 3 passes)."""
-    host_s_per_layer_pass: float = 3.0e-3
-    """Python, kernel launches and waits of one layer in one pass; counts where the GPU would be faster. [guess] The layers
-    before 2026-11-24 took at most 5.7 ms: 700m at 16,384 tokens a micro-batch, 0.138 s for 8 layers x 3 passes [log]."""
+    """Share of copy bandwidth of norms, residuals, activations, router, copies. [step] 500 ms at 1M tokens."""
+    moe_index_s_per_slot: float = 3.5e-9
+    """Sorting, index arithmetic and gathers, seconds per (token, expert) slot and pass at the H200's bandwidth.
+    [step] 136 ms / (1,048,576 x 2 slots x 8 layers x 2 passes) = 4.0e-9, 3.9e-9 at 32K; rows gathered count as
+    element-wise."""
+    host_s_per_layer_pass: float = 5.5e-3
+    """Python and kernel launches of one layer in one pass; counts where the GPU would be faster. [log] 700m at 16,384 tokens
+    a micro-batch, recomputed: 112,500 tokens/s = 0.146 s for 8 layers x 3 passes and a quarter of a step's end."""
+    host_s_per_layer_step: float = 1.0e-3
+    """The same at the end of a step: loss, norms and routing are read while the GPU idles. [step] 32K tokens: 110 ms, of which
+    the GPU is busy for 102; the profiler shows 17 ms, a part of which is its own."""
     expert_imbalance: float = 1.15
     """Tokens of the busiest expert-parallel rank over the mean. [guess]"""
-    optimizer_bytes_per_parameter: float = 102.0
-    """Norm, clipping, AdamW of torch (one pass over memory per operation), copy to bf16. Counted from its operations."""
+    optimizer_bytes_per_parameter: float = 88.0
+    """Norms, scaling, clipping, fused AdamW (28), copy to bf16. [step] 14.7 ms that do not depend on the tokens."""
     link: float = 0.80
     """Share of the links a collective reaches within a machine. [guess]"""
     network: float = 0.85

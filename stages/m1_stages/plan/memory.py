@@ -26,7 +26,8 @@ class Memory:
     activations: float
     """Kept from forward to backward, over all micro-batches in flight."""
     layer: float
-    """Most that the backward pass of one layer has besides: what it computes again, gradients, gathered tokens."""
+    """Most that the backward pass of one layer has besides: what it computes again, gradients, gathered tokens; less what
+    the layers behind it have given back by then."""
     states: float
     """fp32 attention states at segment edges and from other context ranks, of the layers that keep them."""
     head: float
@@ -98,22 +99,30 @@ def _of_stage(
         if n
     }
     if recompute:
-        kept = sum(kinds[kind] * x.input for kind, x in layer.items())
+        saved = {kind: x.input for kind, x in layer.items()}
+        working = {kind: x.inside + x.backward for kind, x in layer.items()}
         if trainer.recompute_keeps_softmax and softmax:
-            kept += softmax * layer["softmax"].attention_output
-        working = max(x.inside + x.backward for x in layer.values())
-        states = max(x.states for x in layer.values())
+            saved["softmax"] += layer["softmax"].attention_output
+            working["softmax"] -= layer["softmax"].attention_output
+        states = 2 * max(x.states for x in layer.values())
     else:
-        kept = sum(kinds[kind] * (x.input + x.inside) for kind, x in layer.items())
-        working = max(x.backward for x in layer.values())
+        saved = {kind: x.input + x.inside for kind, x in layer.items()}
+        working = {kind: x.backward for kind, x in layer.items()}
         states = sum(kinds[kind] * x.states for kind, x in layer.items()) * in_flight
+        states += max(x.states for x in layer.values())
+    # Layers behind the last one of a kind have let go of theirs when its backward runs.
+    end, every = (stage + 1) * (lightning + softmax), m.softmax_every
+    gone = {kind: saved[kind] + (0.0 if recompute else x.states) for kind, x in layer.items()}
+    behind = {"lightning": 0.0 if end % every else gone.get("softmax", 0.0)}
+    behind["softmax"] = end % every * gone.get("lightning", 0.0)
+    kept = sum(kinds[kind] * saved[kind] for kind in layer)
     last = stage == layout.pipeline - 1
     allocated = Memory(
         weights=both * size / GIB,
         gradients=both * 4 / GIB,
         optimizer=sharded * (12 if bf16 else 8) / GIB,
         activations=kept * in_flight / GIB,
-        layer=working / GIB,
+        layer=max(working[kind] - behind[kind] for kind in layer) / GIB,
         states=states / GIB,
         head=_head_bytes(m, layout, t, size, trainer) / GIB if last else 0.0,
         communication=max(x.communication for x in layer.values()) / GIB,

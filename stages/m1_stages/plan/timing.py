@@ -111,6 +111,7 @@ class StepModel:
         worst["pipeline"] = self.pp.pass_on(message, times=2)
         one = sum(worst.values())
         parts = {name: seconds * micro_batches for name, seconds in worst.items()}
+        parts["host"] += self.m.num_layers // self.layout.pipeline * self.c.host_s_per_layer_step
         return StepTime(**parts, bubble=(self.layout.pipeline - 1) * one, **self._per_step())
 
     def _layer(self, kind: str) -> Parts:
