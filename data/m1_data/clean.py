@@ -33,6 +33,18 @@ def clean(text: str, tally: Tally) -> str | None:
     return text
 
 
+HELD_OUT_ONE_IN = 32
+
+
+def may_be_held_out(text: str) -> bool:
+    """Whether the text's hash is among the one in ``HELD_OUT_ONE_IN`` that may stay out of training."""
+    return _digest(text)[-1] % HELD_OUT_ONE_IN == 0
+
+
+def _digest(text: str) -> bytes:
+    return xxhash.xxh3_128_digest(text.strip().encode("utf-8"))
+
+
 class ExactDedup:
     """Remembers a 128-bit hash of every text, white space at its ends aside; the first copy stays."""
 
@@ -43,7 +55,7 @@ class ExactDedup:
 
     def is_new(self, text: str) -> bool:
         """Whether no equal text came before."""
-        digest = xxhash.xxh3_128_digest(text.strip().encode("utf-8"))
+        digest = _digest(text)
         if digest in self._seen:
             return False
         self._seen.add(digest)

@@ -20,7 +20,7 @@ from m1_data.packing import RowPlanner, key
 from m1_data.spec import StageMix
 from m1_data.store import Store, open_store
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Raised whenever the same seed and data would give other rows."""
 
 
@@ -71,10 +71,8 @@ class PackedBatch:
                 where=f"micro-batch of samples {self.sample_ids[0]}..{self.sample_ids[-1]}",
                 fix="choose a context length that twice parallel.context divides",
             )
-        parts = rank, 2 * ranks - 1 - rank
         cut: dict[str, Any] = {
-            name: torch.cat([getattr(self, name).chunk(2 * ranks, 1)[part] for part in parts], 1)
-            for name in ("tokens", "labels", "loss_mask", "position_ids")
+            name: zigzag(getattr(self, name), rank, ranks) for name in ("tokens", "labels", "loss_mask", "position_ids")
         }
         return dataclasses.replace(self, **cut, trained_tokens=int(cut["loss_mask"].sum()), shard=(rank, ranks))
 
@@ -86,6 +84,12 @@ class PackedBatch:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return dataclasses.replace(self, **moved)
+
+
+def zigzag(tokens: Tensor, rank: int, ranks: int) -> Tensor:
+    """What context-parallel ``rank`` has of ``[1, T]``: ``[1, T / ranks]``."""
+    parts = tokens.chunk(2 * ranks, 1)
+    return tokens if ranks == 1 else torch.cat([parts[rank], parts[2 * ranks - 1 - rank]], 1)
 
 
 def collate(rows: Sequence[Sequence[Segment]], row_ids: Sequence[int], *, seq_len: int, pad_id: int) -> PackedBatch:
@@ -160,7 +164,10 @@ class PackedDataset:
         tokens = {cell: int(n.sum()) for cell, n in lengths.items()}
         stage_tokens = num_rows * seq_len
         _require_lengths(mix, {c.length_class for c, n in tokens.items() if n})
-        self.mix_plan: MixPlan = plan_mix(tokens, mix, stage_tokens=stage_tokens, seq_len_tokens=seq_len)
+        longest = {cell: int(n.max(initial=0)) for cell, n in lengths.items()}
+        self.mix_plan: MixPlan = plan_mix(
+            tokens, mix, stage_tokens=stage_tokens, seq_len_tokens=seq_len, longest=longest
+        )
         before = plan_mix(tokens, previous, stage_tokens=None) if previous else None
         self._planner = RowPlanner(
             lengths,

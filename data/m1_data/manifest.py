@@ -40,8 +40,9 @@ class SourceEntry:
     files: tuple[str, ...]
     records: int
     documents: int
+    """For training."""
     utf8_bytes: int
-    """Of the kept documents after cleaning."""
+    """Of the kept documents after cleaning, held-out ones among them."""
     tokens: int
     """End-of-document tokens not counted."""
     longest_tokens: int
@@ -50,6 +51,8 @@ class SourceEntry:
     noted: dict[str, int]
     verified_ids: int
     """Ids compared with the tokenizers library."""
+    held_out: int = 0
+    """Documents kept out of training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +77,8 @@ class Manifest:
     """Share of STEM, code, book and reasoning in all tokens at hand."""
     mixes: dict[str, Any]
     """Per stage: wanted and reached shares, and why a target is missed."""
+    held_out: tuple[ShardEntry, ...] = ()
+    """Documents that are never trained on; none in data of older versions."""
     schema: int = SCHEMA
 
     @property
@@ -105,7 +110,8 @@ def load_manifest(data_dir: Path, *, verify_hashes: bool = False) -> Manifest:
                 fix="run m1 prepare-data again",
             )
         values["sources"] = tuple(SourceEntry(**{**s, "files": tuple(s["files"])}) for s in values["sources"])
-        values["shards"] = tuple(ShardEntry(**s) for s in values["shards"])
+        for key in ("shards", "held_out"):
+            values[key] = tuple(ShardEntry(**s) for s in values.get(key, ()))
         values["bucket_edges_tokens"] = tuple(values["bucket_edges_tokens"])
         manifest = Manifest(**values)
     except (ValueError, TypeError, KeyError) as error:
@@ -113,7 +119,7 @@ def load_manifest(data_dir: Path, *, verify_hashes: bool = False) -> Manifest:
             f"the manifest is damaged: {error}", where=str(path), fix="run m1 prepare-data again"
         ) from error
     if verify_hashes:
-        for shard in manifest.shards:
+        for shard in (*manifest.shards, *manifest.held_out):
             for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
                 _verify(data_dir / f"{shard.prefix}{suffix}", expected)
     return manifest

@@ -84,7 +84,12 @@ class MixPlan:
 
 
 def plan_mix(
-    cells: Mapping[Cell, int], mix: StageMix, *, stage_tokens: int | None, seq_len_tokens: int | None = None
+    cells: Mapping[Cell, int],
+    mix: StageMix,
+    *,
+    stage_tokens: int | None,
+    seq_len_tokens: int | None = None,
+    longest: Mapping[Cell, int] | None = None,
 ) -> MixPlan:
     """Fit token shares to the length classes and domains of ``mix``.
 
@@ -95,6 +100,8 @@ def plan_mix(
         cells: tokens at hand per cell; empty cells are ignored.
         stage_tokens: tokens the stage draws; None leaves ``max_epochs`` unchecked.
         seq_len_tokens: tokens a row; documents longer than a row will be cut, which is reported.
+        longest: tokens of the longest document per cell; long question-answer cells that exceed ``mix.seq_len_tokens``
+            are left out, because a question that is cut off its text teaches nothing.
 
     Raises:
         DataError: no data for any wanted length class, or ``max_epochs`` passes are fewer tokens than the stage draws.
@@ -132,6 +139,9 @@ def plan_mix(
     }
     core = Share(wanted=mix.core_share, reached=sum(v for c, v in by_cell.items() if c.domain in CORE_DOMAINS))
     qa = {c: n for c, n in cells.items() if n > 0 and c.domain == LONG_QA}
+    too_long = [c for c in qa if longest is not None and longest[c] > mix.seq_len_tokens]
+    for cell in too_long:
+        del qa[cell]
     long_qa = _long_qa_shares(qa, mix, stage_tokens)
     epochs = {}
     if stage_tokens is not None:
@@ -139,6 +149,8 @@ def plan_mix(
         epochs = {c: v * stage_tokens * kept / cells[c] for c, v in by_cell.items()}
         epochs |= {c: v * stage_tokens * (1 - LONG_QA_FROM) / cells[c] for c, v in long_qa.items()}
     reasons = _reasons(cells, mix, plan_classes, domains, core, by_cell, dict(zip(usable, caps.tolist(), strict=True)))
+    if too_long and mix.long_qa_share:
+        reasons.append(f"long question-answer data in {_list(c.bucket for c in too_long)} does not fit into a row")
     if mix.long_qa_share and sum(long_qa.values()) < mix.long_qa_share - TOLERANCE:
         reasons.append(
             f"long question-answer data: {sum(long_qa.values()):.1%} of the last fifth instead of "

@@ -58,14 +58,19 @@ def key(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
-def permutation(count: int, seed: int) -> Ints:
-    """A permutation of ``range(count)``: positions ordered by splitmix64 of (seed + index)."""
+def draws(count: int, seed: int) -> npt.NDArray[np.uint64]:
+    """``count`` pseudo-random 64-bit numbers, splitmix64 of (seed + index); the same on every machine and version."""
     with np.errstate(over="ignore"):
         x = (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) + np.uint64(seed)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    return np.argsort(x, kind="stable").astype(np.int64)
+    return x
+
+
+def permutation(count: int, seed: int) -> Ints:
+    """A permutation of ``range(count)``: positions ordered by ``draws``."""
+    return np.argsort(draws(count, seed), kind="stable").astype(np.int64)
 
 
 def cut(cell: int, documents: Ints, lengths: Ints, seq_len: int) -> Pieces:

@@ -1,5 +1,7 @@
 """Raw text in, Megatron-ready shards out: clean, deduplicate, tokenize, bucket by length, account for every record.
 
+A few documents of each source and length bucket are held out: written to shards of their own, which training never opens.
+
 Everything is written to ``<out>.partial`` and renamed at the end. A source that is complete there is not read again,
 so an interrupted run continues; the same inputs give the same bytes.
 """
@@ -11,18 +13,22 @@ import hashlib
 import json
 import os
 import shutil
-from bisect import bisect_right
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from m1_data.clean import ExactDedup, clean
 from m1_data.encode import Encoder
 from m1_data.errors import DataError
-from m1_data.indexed import IndexedWriter
+from m1_data.indexed import IndexedReader
 from m1_data.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, load_manifest
 from m1_data.mix import Cell, plan_mix
+from m1_data.needles import SHORTEST_TOKENS, Haystack, training_documents
+from m1_data.packing import key
 from m1_data.reader import Tally, read_source, source_files
+from m1_data.shards import ShardWriters
 from m1_data.spec import (
     BUCKET_EDGES_TOKENS,
     BUCKET_NAMES,
@@ -34,7 +40,7 @@ from m1_data.spec import (
 )
 from m1_data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BATCH_CHARS = 8_000_000
 _BATCH_DOCS = 2_048
 
@@ -102,22 +108,29 @@ class _Run:
         self.length_scale = length_scale
         self.edges = tuple(round(edge * length_scale) for edge in BUCKET_EDGES_TOKENS)
         self.dedup = ExactDedup()
+        self.holds_out = spec.dedup == "exact"  # a copy of a document held out could be trained on
 
     def run(self, fingerprint: str, mixes: Sequence[tuple[StageMix, int]]) -> Manifest:
         tokenizer = self._tokenizer()
         save_tokenizer(tokenizer, self.work / "tokenizer")
         encoder: Encoder | None = None
-        sources, shards = [], []
-        for source in self.spec.sources:
+        sources: list[SourceEntry] = []
+        shards: list[ShardEntry] = []
+        held_out: list[ShardEntry] = []
+        for source in sorted(self.spec.sources, key=lambda s: s.format == "needles"):  # hidden in what the others gave
             record = self._finished(source)
-            if record is None:
+            if record is None and source.format == "needles":
+                record = self._needles(source, tokenizer, shards, [mix.seq_len_tokens for mix, _ in mixes])
+            elif record is None:
                 encoder = encoder or Encoder(tokenizer, self.spec.engine)
                 record = self._source(source, encoder, tokenizer)
             sources.append(SourceEntry(**{**record["source"], "files": tuple(record["source"]["files"])}))
             shards += [ShardEntry(**entry) for entry in record["shards"]]
+            held_out += [ShardEntry(**entry) for entry in record["held_out"]]
         manifest = _manifest(
             fingerprint, self.spec.engine, tokenizer, self.length_scale, self.edges, sources, shards, mixes
         )
+        manifest = dataclasses.replace(manifest, held_out=tuple(held_out))
         (self.work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 
@@ -131,8 +144,9 @@ class _Run:
         return dataclasses.replace(load_tokenizer(trained, spec.eod_token), folder=None)
 
     def _training_texts(self) -> Iterator[str]:
-        budget = self.tokenizer_spec.train_bytes // len(self.spec.sources)
-        for source in self.spec.sources:
+        sources = [source for source in self.spec.sources if source.format != "needles"]
+        for source in sources:
+            budget = self.tokenizer_spec.train_bytes // len(sources)
             size = 0
             for count, raw in enumerate(read_source(source, self.base_dir, Tally()), 1):
                 text = clean(raw, Tally())
@@ -155,54 +169,72 @@ class _Run:
         return record
 
     def _source(self, source: SourceSpec, encoder: Encoder, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-        tally, folder = Tally(), self.work / "shards" / source.name
-        shutil.rmtree(folder, ignore_errors=True)
+        tally = Tally()
+        shards, held_out = (self._shards(kind, source, tokenizer) for kind in ("shards", "held_out"))
         self.dedup.fresh.clear()
-        writers: dict[str, IndexedWriter] = {}
-        documents = size = tokens = longest = verified = 0
+        documents = size = verified = 0
         for texts in self._batches(source, tally):
             if documents < self.spec.verify_docs:
                 verified += encoder.verify(texts[: self.spec.verify_docs - documents])
             ids, offsets = encoder.encode(texts)
-            lengths = (offsets[1:] - offsets[:-1]).tolist()
-            for n, length in enumerate(lengths):
-                bucket = BUCKET_NAMES[bisect_right(self.edges, length)]
-                writer = writers.get(bucket)
-                if writer is None:
-                    writer = writers[bucket] = IndexedWriter(folder / bucket, tokenizer.vocab_size, tokenizer.eod_id)
-                writer.add(ids[offsets[n] : offsets[n + 1]])
+            for n, text in enumerate(texts):
+                document = ids[offsets[n] : offsets[n + 1]]
+                out = self.holds_out and held_out.want(text, len(document), shards, most=self.spec.held_out)
+                (held_out if out else shards).add(document)
             documents += len(texts)
             size += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-            tokens += int(offsets[-1])
-            longest = max(longest, *lengths)
             self.progress("encode", source.name, documents, size)
         self._refuse_useless(source, tally, documents)
-        figures = {bucket: writers[bucket].close() for bucket in BUCKET_NAMES if bucket in writers}
         entry = SourceEntry(
             name=source.name,
             domain=source.domain,
             files=tuple(path.name for path in source_files(source, self.base_dir)),
             records=tally.records,
-            documents=documents,
+            documents=shards.documents.total(),
             utf8_bytes=size,
-            tokens=tokens,
-            longest_tokens=longest,
+            tokens=shards.tokens,
+            longest_tokens=max(shards.longest, held_out.longest),
             rejected=dict(sorted(tally.rejected.items())),
             noted=dict(sorted(tally.noted.items())),
             verified_ids=verified,
+            held_out=held_out.documents.total(),
         )
-        shards = [
-            {
-                "source": source.name,
-                "domain": source.domain,
-                "bucket": bucket,
-                "prefix": f"shards/{source.name}/{bucket}",
-                **f,
-            }
-            for bucket, f in figures.items()
-        ]
-        record = {"source": dataclasses.asdict(entry), "shards": shards}
-        _write_atomic(self.work / f"{source.name}.hashes", b"".join(self.dedup.fresh))
+        return self._finish(source, entry, shards.close(), held_out.close(), b"".join(self.dedup.fresh))
+
+    def _shards(self, kind: str, source: SourceSpec, tokenizer: LoadedTokenizer) -> ShardWriters:
+        shutil.rmtree(self.work / kind / source.name, ignore_errors=True)
+        return ShardWriters(self.work, kind, source, tokenizer, self.edges)
+
+    def _needles(
+        self, source: SourceSpec, tokenizer: LoadedTokenizer, text: list[ShardEntry], contexts: list[int]
+    ) -> dict[str, Any]:
+        """Generated documents for every context that has room for one, hidden in a sample of the text."""
+        contexts = [tokens for tokens in contexts if tokens > SHORTEST_TOKENS]
+        if not source.max_docs or not contexts:
+            raise DataError(
+                f"source {source.name!r} generates needles without end"
+                if contexts
+                else f"no stage's context has the {SHORTEST_TOKENS} tokens a needle document needs",
+                where=f"[[data.sources]] {source.name}",
+                fix="say how many documents: max_docs = 1000" if contexts else "raise curriculum.length_scale",
+            )
+        haystack = Haystack.of_text([IndexedReader(self.work / entry.prefix) for entry in text])
+        shards = self._shards("shards", source, tokenizer)
+        generated = training_documents(haystack, contexts, seed=key("needles", source.name))
+        for number, ids in enumerate(islice(generated, source.max_docs), 1):
+            shards.add(ids)
+            self.progress("generate", source.name, number, 0)
+        entry = SourceEntry(
+            name=source.name, domain=source.domain, files=(), records=source.max_docs, documents=source.max_docs, utf8_bytes=0,
+            tokens=shards.tokens, longest_tokens=shards.longest, rejected={}, noted={}, verified_ids=0,
+        )  # fmt: skip
+        return self._finish(source, entry, shards.close(), [], b"")
+
+    def _finish(
+        self, source: SourceSpec, entry: SourceEntry, shards: list[Any], held_out: list[Any], hashes: bytes
+    ) -> dict[str, Any]:
+        record = {"source": dataclasses.asdict(entry), "shards": shards, "held_out": held_out}
+        _write_atomic(self.work / f"{source.name}.hashes", hashes)
         _write_atomic(self.work / f"{source.name}.done", json.dumps(record).encode())
         return record
 
@@ -273,15 +305,17 @@ def _manifest(
         tokens_by_bucket=buckets,
         documents_by_bucket=counts,
         core_share=sum(n for domain, n in domains.items() if domain in CORE_DOMAINS) / total,
-        mixes={mix.stage: _mix_report(shards, mix, tokens) for mix, tokens in mixes},
+        mixes={mix.stage: _mix_report(shards, mix, tokens, edges) for mix, tokens in mixes},
     )
 
 
-def _mix_report(shards: list[ShardEntry], mix: StageMix, stage_tokens: int) -> dict[str, Any]:
+def _mix_report(shards: list[ShardEntry], mix: StageMix, stage_tokens: int, edges: tuple[int, ...]) -> dict[str, Any]:
     """What the stage would draw from this data; a stage that cannot run is reported, not refused, here."""
     cells = {Cell(s.source, s.domain, s.bucket): s.tokens for s in shards}
+    ends = dict(zip(BUCKET_NAMES, (*edges, sys.maxsize), strict=True))
+    longest = {cell: ends[cell.bucket] for cell in cells}
     try:
-        return {"possible": True, **plan_mix(cells, mix, stage_tokens=stage_tokens).as_dict()}
+        return {"possible": True, **plan_mix(cells, mix, stage_tokens=stage_tokens, longest=longest).as_dict()}
     except DataError as error:
         return {"possible": False, "stage": mix.stage, "reasons": [str(error)]}
 

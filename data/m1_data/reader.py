@@ -44,7 +44,7 @@ def source_files(source: SourceSpec, base_dir: Path) -> list[Path]:
     Raises:
         DataError: nothing is there.
     """
-    if source.format == "datasets":
+    if source.format in ("datasets", "needles"):
         return []
     pattern = str(base_dir / Path(source.path).expanduser())
     paths = sorted(Path(p) for p in glob(pattern, recursive=True)) if has_magic(pattern) else [Path(pattern)]

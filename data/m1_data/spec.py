@@ -32,11 +32,14 @@ class SourceSpec:
     name: Annotated[str, "unique name; becomes a folder, so letters, digits, '-' and '_' only"]
     domain: Annotated[str, "stem, code, book, reasoning, general, long_qa or a name of your own"]
     format: Annotated[
-        Literal["jsonl", "parquet", "files", "packages", "datasets"],
+        Literal["jsonl", "parquet", "files", "packages", "datasets", "needles"],
         "jsonl (plain, .gz, .zst), parquet, files (one document a file), "
-        "packages (one document a package), datasets (local or hub, needs the 'hub' extra)",
+        "packages (one document a package), datasets (local or hub, needs the 'hub' extra), "
+        "needles (max_docs generated documents that hide keys and ask for them; text comes from the other sources)",
     ]
-    path: Annotated[str, "file, folder or glob; for 'datasets' the name or path given to load_dataset"]
+    path: Annotated[
+        str, "file, folder or glob; for 'datasets' the name or path given to load_dataset; none for 'needles'"
+    ] = ""
     text_field: Annotated[str, "key or column that holds the text"] = "text"
     include: Annotated[tuple[str, ...], "file patterns for 'files' and 'packages'"] = (
         "*.py",
@@ -72,6 +75,9 @@ class PrepareSpec:
         Literal["gigatoken", "fastokens", "tokenizers"],
         "encoder; its ids are proved on a sample of every run",
     ] = "gigatoken"
+    held_out: Annotated[
+        int, "documents of each source and length bucket kept out of training to measure on; needs dedup = exact"
+    ] = 16
     verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = 16
     max_bad_share: Annotated[float, "stop when more than this share of a source's records is unusable"] = 0.5
 

@@ -41,15 +41,15 @@ class Store:
     """Changes whenever any token changes."""
 
 
-def open_store(data_dir: Path) -> Store:
-    """Open the shards of a folder written by ``m1 prepare-data``.
+def open_store(data_dir: Path, *, held_out: bool = False) -> Store:
+    """Open the shards of a folder written by ``m1 prepare-data``: those to train on, or those held out from it.
 
     Raises:
         DataError: no prepared data there, or a shard that is missing, truncated or not what the manifest says.
     """
     manifest = load_manifest(data_dir)
     readers: dict[Cell, Reader] = {}
-    for shard in manifest.shards:
+    for shard in manifest.held_out if held_out else manifest.shards:
         reader = IndexedReader(data_dir / shard.prefix)
         tokens = int(reader.lengths.sum(dtype=np.int64))
         if (len(reader), tokens) != (shard.documents, shard.tokens):

@@ -199,6 +199,25 @@ class _Checker:
             f"base_stage {x.base_stage!r} is not a stage",
             f"one of {', '.join(STAGE_NAMES)}",
         )
+        self.require(
+            self.config.data.held_out >= 0, "data.held_out", "data.held_out is negative", "0 holds nothing out"
+        )
+        for i, source in enumerate(self.config.data.sources):
+            key, generated = f"data.sources.{i}", source.format == "needles"
+            self.require(
+                bool(source.path) != generated,
+                f"{key}.path" if generated else key,
+                f"source {source.name!r} generates its documents and reads no path"
+                if generated
+                else f"source {source.name!r} has no path",
+                "take the path out" if generated else "say where its files are: path = ...",
+            )
+            self.require(
+                not generated or source.max_docs > 0,
+                key,
+                f"source {source.name!r} generates documents, and nothing says how many",
+                "for example max_docs = 1000",
+            )
         names = [source.name for source in self.config.data.sources]
         for i, name in enumerate(names):
             key = f"data.sources.{i}.name"

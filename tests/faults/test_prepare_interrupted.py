@@ -96,7 +96,8 @@ def test_second_run_does_nothing_and_changed_input_is_rebuilt(tmp_path: Path) ->
     with (tmp_path / "corpus" / "c.jsonl").open("a") as file:
         file.write(json.dumps({"text": "one more document"}) + "\n")
     assert run(spec, tmp_path)
-    assert json.loads((tmp_path / "data" / "manifest.json").read_text())["sources"][2]["documents"] == 601
+    source = json.loads((tmp_path / "data" / "manifest.json").read_text())["sources"][2]
+    assert source["documents"] + source["held_out"] == 601
     assert tree(tmp_path / "data.previous") == before
 
 
