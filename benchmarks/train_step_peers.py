@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from train_step_baseline import Baseline, Weights, from_ours, lightning, softmax
 from m1_data.loader import PackedBatch, PackedDataset, Segment, collate
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig, OptimConfig, Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.model import ModelChunks
 
 LR = 1e-4
 SIGMA, SEED = 1.4, 1234
@@ -107,7 +108,7 @@ class Peer(Protocol):
     def step(self, batch: PackedBatch) -> tuple[float, float]: ...
 
 
-def build_chunks(setting: Setting, rope_base: float) -> tuple[list[Any], Weights]:
+def build_chunks(setting: Setting, rope_base: float) -> tuple[ModelChunks, Weights]:
     """Our model and a copy of its initial weights on the host, by our names."""
     from m1_stages.convert.names import our_shapes
     from m1_stages.model import build_model
@@ -122,7 +123,7 @@ def build_chunks(setting: Setting, rope_base: float) -> tuple[list[Any], Weights
         seed=setting.config.run.seed,
     )
     state, shapes = chunks[0].state_dict(), our_shapes(setting.config.model)
-    return list(chunks), {name: state[name].detach().cpu().clone().view(shape) for name, shape in shapes.items()}
+    return chunks, {name: state[name].detach().cpu().clone().view(shape) for name, shape in shapes.items()}
 
 
 @torch.no_grad()
@@ -141,14 +142,14 @@ def strengthen(module: nn.Module, c: ModelConfig) -> None:
 class Ours:
     """The product's path: Megatron's DDP and optimizer, ``train_step``, ``apply``, as ``engine/loop.py`` runs them."""
 
-    def __init__(self, setting: Setting, chunks: list[Any], weights: Weights) -> None:
+    def __init__(self, setting: Setting, chunks: ModelChunks, weights: Weights) -> None:
         from m1_stages.engine.optimizer import build_optimizer
         from m1_stages.engine.step import wrap_ddp
 
         parallel = setting.config.parallel
         self.setting = setting
         self.notes = f"recompute = {setting.recompute!r}, kept up to {setting.kept_to:,} tokens"
-        self.model, self.weights = chunks[0], weights
+        self.model, self.routers, self.weights = chunks[0], chunks, weights
         self.chunks = wrap_ddp(chunks, distributed_optimizer=parallel.distributed_optimizer)
         self.optimizer = build_optimizer(
             self.chunks, setting.config.optim, bf16=setting.bf16, distributed=parallel.distributed_optimizer
@@ -187,7 +188,7 @@ class Ours:
         if not result.gradients.finite:
             raise RuntimeError(f"loss {result.loss}, gradient norm {result.gradients.norm}")
         result.gradients.apply()
-        self.model.routing_stats()  # the trainer reads them every step
+        self.routers.routing_stats()  # the trainer reads them every step
         return result.loss, result.gradients.norm
 
 

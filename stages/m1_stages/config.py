@@ -65,6 +65,14 @@ class ParallelConfig:
 
     tensor: Annotated[int, "tensor-parallel size"] = 1
     pipeline: Annotated[int, "pipeline-parallel size"] = 1
+    virtual_pipeline: Annotated[
+        int, "chunks of layers on each pipeline rank (interleaved schedule); the bubble shrinks by this factor"
+    ] = 1
+    pipeline_layers: Annotated[
+        tuple[int, ...],
+        "layers of each chunk in model order, pipeline * virtual_pipeline numbers; chunk i is on rank i modulo pipeline. "
+        "Empty: as even as possible, the last chunks (the head comes after them) have fewer",
+    ] = ()
     context: Annotated[int, "context-parallel size: twice it divides the tokens of a micro-batch"] = 1
     expert: Annotated[int, "expert-parallel size"] = 1
     expert_tensor: Annotated[int, "tensor-parallel size inside experts"] = 1
@@ -73,6 +81,16 @@ class ParallelConfig:
         float, "seconds without a finished micro-batch after which a run is given up; three times that to start or save"
     ] = 600.0
     distributed_optimizer: Annotated[bool, "shard optimizer state over the data-parallel ranks"] = False
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that the pipeline cuts the layers into."""
+        return self.pipeline * self.virtual_pipeline
+
+    def chunk_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each chunk, in model order; chunk i is on pipeline rank ``i % pipeline``."""
+        share, more = divmod(num_layers, self.chunks)
+        return self.pipeline_layers or tuple(share + (i < more) for i in range(self.chunks))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

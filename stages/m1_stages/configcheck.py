@@ -78,7 +78,7 @@ class _Checker:
 
     def parallel(self) -> None:
         m, p = self.config.model, self.config.parallel
-        self.positive("parallel", "tensor", "pipeline", "context", "expert", "expert_tensor")
+        self.positive("parallel", "tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
         self.require(p.processes >= 0, "parallel.processes", "parallel.processes is negative", "0 chooses itself")
         self.require(
             m.num_kv_heads % p.tensor == 0,
@@ -98,11 +98,31 @@ class _Checker:
             f"expert_tensor {p.expert_tensor} does not divide expert_hidden_size {m.expert_hidden_size}",
             "use a divisor",
         )
+        self.pipeline()
+
+    def pipeline(self) -> None:
+        m, p = self.config.model, self.config.parallel
         self.require(
-            m.num_layers % p.pipeline == 0,
-            "parallel.pipeline",
-            f"pipeline-parallel size {p.pipeline} does not divide num_layers {m.num_layers}",
-            "use a divisor",
+            p.virtual_pipeline == 1 or p.pipeline > 1,
+            "parallel.virtual_pipeline",
+            f"virtual_pipeline is {p.virtual_pipeline}, but there is no pipeline to interleave",
+            "set parallel.pipeline to 2 or more, or parallel.virtual_pipeline = 1",
+        )
+        self.require(
+            p.chunks <= m.num_layers,
+            "parallel.virtual_pipeline" if p.virtual_pipeline > 1 else "parallel.pipeline",
+            f"the pipeline has {p.chunks} chunks (pipeline {p.pipeline} x virtual_pipeline {p.virtual_pipeline}), "
+            f"the model {m.num_layers} layers: some chunks would be empty",
+            "lower parallel.pipeline or parallel.virtual_pipeline",
+        )
+        layers = list(p.chunk_layers(m.num_layers))
+        self.require(
+            len(layers) == p.chunks and sum(layers) == m.num_layers and min(layers) > 0,
+            "parallel.pipeline_layers",
+            f"pipeline_layers is {layers}: {len(layers)} chunks with {sum(layers)} layers together; "
+            f"needed are {p.chunks} (pipeline {p.pipeline} x virtual_pipeline {p.virtual_pipeline}) with at least one "
+            f"layer each and {m.num_layers} together",
+            "correct the list, or leave it empty for a split as even as possible",
         )
 
     def curriculum(self) -> None:

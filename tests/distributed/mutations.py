@@ -6,8 +6,9 @@ parameters, and counts those. Import it after ``device.use``: it imports Megatro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ import m1_kernels.softmax
 from m1_data.loader import PackedBatch
 from m1_kernels.shards import ContextShards
 from m1_stages.engine import optimizer as engine_optimizer
-from m1_stages.model import hybrid, norms, packing
+from m1_stages.model import chunks, norms, packing
 from m1_stages.model.attention import LightningAttention
 from m1_stages.model.hybrid import HybridModel
 from m1_stages.model.moe import Router
@@ -80,6 +81,18 @@ def _first_layers(original: Function, model: HybridModel, slopes: list[list[floa
     original(model, slopes[-first:] + slopes[:-first] if first else slopes)
 
 
+def _batched_messages(original: Function, *args: Any, **kwargs: Any) -> Any:
+    config = original(*args, **kwargs)
+    config.batch_p2p_comm, config.overlap_p2p_comm = True, False
+    return config
+
+
+def _outputs_freed(original: Function, *args: Any, **kwargs: Any) -> Any:
+    config = original(*args, **kwargs)
+    config.deallocate_pipeline_outputs = True
+    return config
+
+
 def _balance_over_ranks(original: Function, router: Router, *args: Tensor) -> Tensor:
     return original(router, *args) / (router.tp_group.size() * router.cp_group.size())  # type: ignore[no-any-return]
 
@@ -105,9 +118,11 @@ PATCHES: dict[str, tuple[Any, str, Function]] = {
     "no reduction in the sharded norm, backward": (norms, "copy_to_tensor_model_parallel_region", _unreduced),
     "every rank takes the first heads' slopes": (LightningAttention, "set_slopes", _first_heads),
     "every stage takes the first layers' slopes": (HybridModel, "set_slopes", _first_layers),
+    "batched messages": (chunks, "transformer_config", _batched_messages),
+    "outputs freed while they are sent": (chunks, "transformer_config", _outputs_freed),
     "balance loss over TP x CP": (Router, "_balance_loss", _balance_over_ranks),
     "one step counter for all parameters": (engine_optimizer, "finish_loading", _nothing),
-    "weights drawn in module order": (hybrid, "initialize", _weights_in_module_order),
+    "weights drawn in module order": (chunks, "initialize", _weights_in_module_order),
 }
 SPOILED: dict[str, tuple[Callable[[str, nn.Parameter], bool], str, bool]] = {
     "norm weight not sequence parallel": (lambda name, _: "attn_norm" in name, "sequence_parallel", False),
@@ -146,11 +161,11 @@ class Mutation:
         with mock.patch.object(owner, attribute, counted):
             yield
 
-    def spoil(self, model: nn.Module) -> None:
+    def spoil(self, chunks: Iterable[nn.Module]) -> None:
         """Change the attribute of the parameters, if it is one that is changed; before DDP looks at them."""
         if self.name in SPOILED:
             concerned, attribute, value = SPOILED[self.name]
-            for name, param in model.named_parameters():
+            for name, param in chain.from_iterable(chunk.named_parameters() for chunk in chunks):
                 if concerned(name, param):
                     assert getattr(param, attribute, True) is not value, f"{name}: nothing is spoiled"
                     setattr(param, attribute, value)

@@ -87,15 +87,15 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 def build(
     sizes: ParallelConfig, *, seed: int, recompute: bool = False, mutation: Any = None
 ) -> tuple[Any, list[Any], Any]:
-    """Model, wrapped chunks and optimizer of this rank."""
+    """Chunks of this rank, the same wrapped, and their optimizer."""
     from m1_stages.engine.optimizer import build_optimizer
     from m1_stages.engine.step import wrap_ddp
     from m1_stages.model import build_model
 
-    model = build_model(MODEL, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute)[0]
+    model = build_model(MODEL, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute)
     if mutation:
         mutation.spoil(model)
-    chunks = wrap_ddp([model], distributed_optimizer=sizes.distributed_optimizer)
+    chunks = wrap_ddp(model, distributed_optimizer=sizes.distributed_optimizer)
     optim = dataclasses.replace(OptimConfig(), eps=1e-8)
     return model, chunks, build_optimizer(chunks, optim, bf16=False, distributed=sizes.distributed_optimizer)
 
@@ -105,7 +105,8 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch]) -> An
     from m1_stages.engine.optimizer import set_learning_rate
     from m1_stages.engine.step import train_step
 
-    chunks[0].module.set_slopes(released_slopes(MODEL.num_layers, MODEL.num_heads))
+    for chunk in chunks:
+        chunk.module.set_slopes(released_slopes(MODEL.num_layers, MODEL.num_heads))
     set_learning_rate(optimizer, 3e-3)
     result = train_step(chunks, optimizer, batches)
     result.gradients.apply()
@@ -141,6 +142,7 @@ def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topolo
         metadata = {"non_homogeneous_layers": True}
         state = model.sharded_state_dict(metadata=metadata)
         save_in_process({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, Path(job["save"]))
+    record["layers"] = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in model]
     record["local_parameters"] = sum(p.numel() for p in model.parameters())
     record["longest_crossing"] = _longest_crossing(whole[0], topology.cp_size)
     record["topology"] = topology.sizes() | {"rank": topology.rank}

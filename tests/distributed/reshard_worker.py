@@ -28,15 +28,15 @@ def work(job: dict[str, Any], folder: Path) -> None:
     overrides = [*job["set"], f"run.dir={home}", f"run.seed={job['seed']}"]
     with open_session(load_config(folder / "m1.toml", overrides), [], rope_base=1e4, fresh=False) as session:
         run = session.run
-        before = {name: param.detach().clone() for name, param in run.model.named_parameters()}
+        before = [param.detach().clone() for param in run.model.parameters()]
         state = restored(session, folder / job["load"]) if job["load"] else begun(session)
-        same = [name for name, param in run.model.named_parameters() if torch.equal(param, before[name])]
+        same = [i for i, param in enumerate(run.model.parameters()) if torch.equal(param, before[i])]
         mutate(job.get("mutation", ""), session)
         session.save(state, stage_final=False)
         record = {
             "unchanged": same,
             "losses": [train(session, state), train(session, state)],
-            "decay": {layer.layer_number: rates(layer) for layer in run.model.decoder.layers},
+            "decay": {layer.layer_number: rates(layer) for layer in run.model.layers},
             "adam_steps": sorted({float(s["step"]) for s in adam(run.optimizer)}),
             "weights": sum(p.numel() for p in run.model.parameters()),
             "moments": sum(s["exp_avg"].numel() for s in adam(run.optimizer)),
@@ -71,7 +71,7 @@ def train(session: Session, state: TrainState) -> float:
     set_learning_rate(run.optimizer, LEARNING_RATE)
     rows = batch_rows(
         state.global_step,
-        global_batch=ROWS,
+        global_batch=2 * ROWS,  # two micro-batches, as an interleaved pipeline of two needs
         dp_rank=place.dp_rank,
         dp_size=place.dp_size,
         micro_batch=ROWS // place.dp_size,
@@ -98,7 +98,7 @@ def adam(optimizer: Any) -> list[dict[str, Any]]:
 def mutate(mutation: str, session: Session) -> None:
     """Spoil something between load and save, as a wrong load would."""
     if mutation == "weight":
-        _next_float(session.run.model.decoder.layers[3].mlp.router.weight)
+        _next_float(session.run.model[0].decoder.layers[3].mlp.router.weight)
     elif mutation == "moment":
         _next_float(adam(session.run.optimizer)[0]["exp_avg_sq"])
     elif mutation == "shared step":

@@ -53,9 +53,27 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 EP2": {"tensor": 2, "expert": 2},
     "TP2 PP2": {"tensor": 2, "pipeline": 2, "micro_batch": 2},
     "PP2 EP2": {"pipeline": 2, "expert": 2, "micro_batch": 1},
+    "PP2 uneven": {"pipeline": 2, "pipeline_layers": [5, 3], "micro_batch": 1},
+    "PP2 VPP2": {"pipeline": 2, "virtual_pipeline": 2, "micro_batch": 1},
+    "PP4 VPP2": {"pipeline": 4, "virtual_pipeline": 2, "micro_batch": 1},
+    "PP2 VPP2 EP2": {
+        "pipeline": 2,
+        "virtual_pipeline": 2,
+        "pipeline_layers": [1, 3, 3, 1],
+        "expert": 2,
+        "micro_batch": 1,
+    },
 }
 """With context parallelism one or two rows at a time: with all four the shards would end where rows do, and no document
 would cross to another rank. CP2 and CP4 have documents over four shards, so that states decay on their way."""
+LAYERS = {
+    "PP2": [[[1, 2, 3, 4]], [[5, 6, 7, 8]]],
+    "PP2 uneven": [[[1, 2, 3, 4, 5]], [[6, 7, 8]]],
+    "PP2 VPP2": [[[1, 2], [5, 6]], [[3, 4], [7, 8]]],
+    "PP4 VPP2": [[[1], [5]], [[2], [6]], [[3], [7]], [[4], [8]]],
+    "PP2 VPP2 EP2": [[[1], [5, 6, 7]]] * 2 + [[[2, 3, 4], [8]]] * 2,
+}
+"""Of each rank's chunks."""
 
 
 def world(layout: dict[str, Any]) -> int:
@@ -82,6 +100,8 @@ def test_layout_equals_one_process(name: str) -> None:
     assert spread[-1]["topology"]["world"] == world(layout)
     if any(layout.get(axis, 1) > 1 for axis in ("tensor", "pipeline", "expert")):
         assert spread[-1]["local_parameters"] < 0.9 * alone["local_parameters"], "the model was not sharded"
+    if name in LAYERS:
+        assert [rank["layers"] for rank in spread] == LAYERS[name]
     if layout.get("context", 1) > 1:
         assert spread[-1]["longest_crossing"] == (3 if name in ("CP2", "CP4") else 1)
     assert alone["losses"][0] - alone["losses"][-1] > 1.0, "the run must learn, or equality says little"
@@ -109,6 +129,7 @@ def times_over(wrong: list[dict[str, Any]], right: dict[str, Any]) -> float:
         ("TP2", "balance loss over TP x CP"),
         ("TP2", "every rank takes the first heads' slopes"),
         ("PP2", "every stage takes the first layers' slopes"),
+        ("PP2 VPP2", "batched messages"),
         ("TP2", "no reduction in the sharded norm, forward"),
         ("TP2", "no reduction in the sharded norm, backward"),
         ("TP2", "norm weight not sequence parallel"),

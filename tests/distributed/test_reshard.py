@@ -37,12 +37,20 @@ threads = 1
 device = "cpu"
 """
 
-ONE, TP2, PP2, CP2, EP2, EP4 = {}, {"tensor": 2}, {"pipeline": 2}, {"context": 2}, {"expert": 2}, {"expert": 4}
+ONE, TP2, PP2, VPP2, CP2, EP2, EP4 = (
+    {},
+    {"tensor": 2},
+    {"pipeline": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
+    {"context": 2},
+    {"expert": 2},
+    {"expert": 4},
+)
 TP2_EP2, TP2_ETP2, TP2_PP2 = TP2 | EP2, TP2 | {"expert_tensor": 2}, TP2 | PP2
 CHAINS: dict[str, list[tuple[int, dict[str, int]]]] = {
-    "fp32": [(1, ONE), (2, TP2_EP2), (4, EP4), (2, PP2), (2, CP2), (2, TP2_ETP2), (4, TP2_PP2), (1, ONE)],
+    "fp32": [(1, ONE), (2, TP2_EP2), (4, EP4), (2, VPP2), (2, CP2), (2, TP2_ETP2), (4, TP2_PP2), (1, ONE)],
     "distributed-optimizer": [(2, ONE), (1, ONE), (2, ONE)],
-    "distributed-optimizer-sharded": [(4, TP2), (2, EP2), (4, PP2), (1, ONE)],
+    "distributed-optimizer-sharded": [(4, TP2), (2, EP2), (4, PP2), (4, VPP2), (1, ONE)],
     "bf16": [(2, TP2_EP2), (1, ONE), (2, PP2)],
     "bf16-distributed-optimizer": [(4, TP2_EP2), (1, ONE), (2, CP2)],
 }
@@ -59,10 +67,18 @@ WEIGHTS = [
     (TP2_EP2, DENSE_TP2 + EXPERTS // 2),
     (TP2_ETP2, DENSE_TP2 + EXPERTS // 2),
     (PP2, 101_248),
+    (VPP2, 101_248),
     (TP2_PP2, 87_888),
 ]
 """Parameters on the last rank of each layout."""
-SHORT = {"tensor": "tp", "pipeline": "pp", "context": "cp", "expert": "ep", "expert_tensor": "etp"}
+SHORT = {
+    "tensor": "tp",
+    "pipeline": "pp",
+    "virtual_pipeline": "vpp",
+    "context": "cp",
+    "expert": "ep",
+    "expert_tensor": "etp",
+}
 MUTATIONS = {"weight": "fp32-1", "moment": "fp32-1", "shared step": "distributed-optimizer-0",
              "moments forgotten": "fp32-1"}  # fmt: skip
 """What is spoilt after one process loaded a job's checkpoint."""
@@ -188,7 +204,7 @@ def test_decay_rates_are_restored(folder: Path, chain: str) -> None:
     for number, seen in enumerate(records(folder, chain)):
         assert read_manifest(checkpoint(folder, f"{chain}-{number}")).meta.decay["slopes"] == rates
         used = {int(layer): heads for layer, heads in seen["decay"].items() if heads}
-        assert len(used) == (3 if CHAINS[chain][number][1] in (PP2, TP2_PP2) else 7), (
+        assert len(used) == (3 if CHAINS[chain][number][1] in (PP2, VPP2, TP2_PP2) else 7), (
             "lightning layers of the last rank"
         )
         for layer, heads in used.items():

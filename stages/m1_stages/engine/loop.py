@@ -13,6 +13,7 @@ import torch
 from m1_data.errors import CheckpointError, NumericStop, Preempted
 from m1_data.loader import PackedBatch, batch_rows
 from m1_stages.curriculum import StagePlan, advance_ramp
+from m1_stages.engine.batches import micro_batch_rows
 from m1_stages.engine.device import Device
 from m1_stages.engine.events import CheckpointSaved, SaveFailed, Sink, StageFinished, StepDone
 from m1_stages.engine.optimizer import set_learning_rate
@@ -23,7 +24,7 @@ from m1_stages.engine.step import StepResult, train_step
 from m1_stages.engine.watchdog import beat
 
 if TYPE_CHECKING:
-    from m1_stages.model import HybridModel
+    from m1_stages.model import ModelChunks
 
 
 class Rows(Protocol):
@@ -41,10 +42,10 @@ class Run:
 
     device: Device
     topology: Topology
-    model: HybridModel
-    """The bare model of this rank."""
+    model: ModelChunks
+    """What this rank holds of the bare model."""
     chunks: list[Any]
-    """The model as Megatron's schedules take it: wrapped for data parallelism."""
+    """The same as Megatron's schedules take it: each chunk wrapped for data parallelism."""
     optimizer: Any
     emit: Sink
     save: Callable[[TrainState, bool], str]
@@ -62,7 +63,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Non
     """
     began, last_loss = time.perf_counter(), float("nan")
     run.model.set_rope_base(plan.rope_base)
-    beats = run.model.register_forward_pre_hook(lambda *_: beat("train", state.global_step))  # every micro-batch
+    end_beats = run.model.before_each_forward(lambda: beat("train", state.global_step))
     while state.stage_step < plan.num_steps:
         step_began = time.perf_counter()
         beat("data", state.global_step)
@@ -94,7 +95,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Non
                 _save(run, state, stage_final=False)
             except CheckpointError as error:
                 run.emit(SaveFailed(step=state.global_step, reason=str(error)))
-    beats.remove()
+    end_beats()
     path = _save(run, state, stage_final=True)
     run.emit(
         StageFinished(
@@ -120,15 +121,12 @@ def _leave_if_asked(run: Run, state: TrainState, saved_as: str) -> None:
 
 def _row_ids(run: Run, plan: StagePlan, step: int) -> list[list[int]]:
     """Rows of this data-parallel rank's micro-batches; a pure function of the step."""
-    local_rows = plan.global_batch_rows // run.topology.dp_size
-    candidates = (m for m in range(1, min(plan.micro_batch_rows, local_rows) + 1) if local_rows % m == 0)
-    micro = max(candidates, default=1)  # with more ranks than rows, ``batch_rows`` says what is wrong
     return batch_rows(
         step,
         global_batch=plan.global_batch_rows,
         dp_rank=run.topology.dp_rank,
         dp_size=run.topology.dp_size,
-        micro_batch=micro,
+        micro_batch=micro_batch_rows(plan, run.topology.dp_size),
     )
 
 

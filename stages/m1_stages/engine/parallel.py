@@ -31,11 +31,13 @@ class Topology:
     dp_size: int
     dp_rank: int
     cp_rank: int = 0
+    vpp_size: int = 1
+    """Chunks of layers on each pipeline rank."""
 
     def sizes(self) -> dict[str, int]:
         """Axis sizes by short name, for checkpoints and logs."""
         values = asdict(self)
-        return {name: values[f"{name}_size"] for name in ("world", "tp", "pp", "cp", "ep", "etp", "dp")}
+        return {name: values[f"{name}_size"] for name in ("world", "tp", "pp", "vpp", "cp", "ep", "etp", "dp")}
 
 
 def local_rank() -> int:
@@ -85,6 +87,7 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -103,6 +106,7 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         cp_rank=parallel_state.get_context_parallel_rank(),
+        vpp_size=parallel.virtual_pipeline,
     )
 
 

@@ -10,6 +10,7 @@ from m1_data.loader import PackedDataset
 from m1_data.manifest import Manifest, load_manifest
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.curriculum import StagePlan, plan_stage, softmax_layers
+from m1_stages.engine.batches import refuse_uneven_pipeline
 from m1_stages.engine.events import Sink, StageStarted
 from m1_stages.engine.loop import Rows, train_stage
 from m1_stages.engine.session import Session, open_session, with_vocab
@@ -32,6 +33,7 @@ def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: 
     resolved = with_vocab(resolved, manifest.vocab_size)
     plans = [plan_stage(resolved, stage) for stage in stages]
     with open_session(resolved, sinks, rope_base=plans[0].rope_base, fresh=fresh) as session:
+        refuse_uneven_pipeline(resolved, plans, session.run.topology.dp_size)
         for plan in plans:
             rows = stage_rows(resolved, plan, manifest)
             state = start_stage(session, plan, rows)

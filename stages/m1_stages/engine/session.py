@@ -122,7 +122,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
     stop = StopRequest()
     try:
         with stop:
-            chunks = build_model(
+            model = build_model(
                 config.model,
                 parallel=config.parallel,
                 precision=config.run.precision,
@@ -131,7 +131,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
                 device=device.name,
                 seed=config.run.seed,
             )
-            wrapped = wrap_ddp(chunks, distributed_optimizer=config.parallel.distributed_optimizer)
+            wrapped = wrap_ddp(model, distributed_optimizer=config.parallel.distributed_optimizer)
             optimizer = build_optimizer(
                 wrapped,
                 config.optim,
@@ -141,7 +141,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
             run = Run(
                 device=device,
                 topology=topology,
-                model=chunks[0],
+                model=model,
                 chunks=wrapped,
                 optimizer=optimizer,
                 emit=emit,

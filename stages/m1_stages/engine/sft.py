@@ -10,6 +10,7 @@ from m1_data.manifest import load_manifest
 from m1_data.sft import SFTDataset
 from m1_stages.config import Resolved
 from m1_stages.curriculum import plan_sft
+from m1_stages.engine.batches import refuse_uneven_pipeline
 from m1_stages.engine.events import Sink
 from m1_stages.engine.loop import train_stage
 from m1_stages.engine.pretrain import start_stage, started
@@ -27,6 +28,7 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     rows = conversations(resolved)
     plan = plan_sft(resolved, rows.rows_per_epoch)
     with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=fresh) as session:
+        refuse_uneven_pipeline(resolved, [plan], session.run.topology.dp_size)
         state = start_stage(session, plan, rows)
         if state.stage_step == plan.num_steps:
             return

@@ -35,7 +35,7 @@ class StepResult:
     """Per decoder layer, before clipping; empty with the distributed optimizer, which keeps only shards."""
 
 
-def wrap_ddp(chunks: list[Any], *, distributed_optimizer: bool) -> list[Any]:
+def wrap_ddp(chunks: Sequence[Any], *, distributed_optimizer: bool) -> list[Any]:
     """Wrap in Megatron's DDP (fp32 gradient buffers) and hang the reduction hooks on the model's configuration."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -46,7 +46,10 @@ def wrap_ddp(chunks: list[Any], *, distributed_optimizer: bool) -> list[Any]:
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
     )
-    wrapped: list[Any] = [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
+    wrapped: list[Any] = [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
     config = wrapped[0].config
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [chunk.no_sync for chunk in wrapped]

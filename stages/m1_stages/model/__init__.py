@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 from m1_stages.model.count import ParameterCount, count_parameters
 
 if TYPE_CHECKING:
+    from m1_stages.model.chunks import ModelChunks
     from m1_stages.model.hybrid import HybridModel
 
-__all__ = ["HybridModel", "ParameterCount", "build_model", "count_parameters"]
+__all__ = ["HybridModel", "ModelChunks", "ParameterCount", "build_model", "count_parameters"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("HybridModel", "build_model"):
-        from m1_stages.model import hybrid
+    if name == "HybridModel":
+        from m1_stages.model.hybrid import HybridModel
 
-        return getattr(hybrid, name)
+        return HybridModel
+    if name in ("ModelChunks", "build_model"):
+        from m1_stages.model import chunks
+
+        return getattr(chunks, name)
     raise AttributeError(name)

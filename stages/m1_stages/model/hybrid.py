@@ -1,11 +1,9 @@
-"""The model: Megatron's GPTModel with our layers, forward pass over a packed batch, fp32 head."""
+"""A chunk of the model: Megatron's GPTModel with our layers, forward pass over a packed batch, fp32 head."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,15 +18,15 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from m1_data.loader import PackedBatch
 from m1_kernels import linear_cross_entropy
-from m1_stages.config import ModelConfig, ParallelConfig
+from m1_stages.config import ModelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
-from m1_stages.model.init import initialize
 from m1_stages.model.packing import Packing
-from m1_stages.model.spec import block_spec, transformer_config
+from m1_stages.model.spec import block_spec
 
 
 def _mark_sharded_weights(module: nn.Module) -> None:
@@ -44,16 +42,6 @@ def _mark_sharded_weights(module: nn.Module) -> None:
             set_tensor_model_parallel_attributes(part.weight, True, 1, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingStats:
-    """What the routers saw since the last look."""
-
-    aux_loss: float
-    """Balance loss, mean over layers and micro-batches, coefficient included."""
-    expert_load: list[list[float]]
-    """[layer][expert] share of the slots; 1 / E when balanced."""
-
-
 class HybridModel(GPTModel):
     """``model(batch)`` gives the loss of every token; slopes and RoPE base are set from outside.
 
@@ -62,19 +50,21 @@ class HybridModel(GPTModel):
     float16 parameters only, ``DistributedOptimizer`` fails on the sizes).
     """
 
-    def __init__(self, model: ModelConfig, parallel: ParallelConfig, *, precision: str, recompute: bool, on_cpu: bool):
-        config = transformer_config(model, parallel, bf16=precision == "bf16", on_cpu=on_cpu)
+    def __init__(self, model: ModelConfig, config: TransformerConfig, *, chunk: int | None, recompute: bool) -> None:
+        """``chunk``: which of this rank's chunks in an interleaved pipeline; None in any other."""
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk)
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(model, config, recompute=recompute),
+            transformer_layer_spec=block_spec(model, config, chunk=chunk, recompute=recompute),
             vocab_size=model.padded_vocab_size,
             max_sequence_length=2**31 - 1,
             pre_process=first,
             post_process=last,
             position_embedding_type="none",
             pg_collection=groups,
+            vp_stage=chunk,
         )
         self.model_config = model
         self._groups = groups
@@ -102,7 +92,7 @@ class HybridModel(GPTModel):
     def forward(self, batch: PackedBatch, *, logits: bool = False) -> Tensor:
         """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32.
 
-        On all but the last pipeline stage: hidden states.
+        In all but the last chunk of a pipeline: hidden states.
 
         Logits of all tokens exist only when asked for: meant for verification, not for training.
         """
@@ -137,45 +127,3 @@ class HybridModel(GPTModel):
             tp_group=tp if tp.size() > 1 else None,
         )
         return loss[None]
-
-    @torch.no_grad()
-    def routing_stats(self) -> RoutingStats:
-        """Read and reset the routers' counters; one reduction over the pipeline and one copy to the host."""
-        c = self.model_config
-        stats = torch.zeros(c.num_layers, 1 + c.num_experts, dtype=torch.float64, device=next(self.parameters()).device)
-        for layer in self.decoder.layers:
-            stats[layer.layer_number - 1] = layer.mlp.router.take_stats()
-        if self._groups.pp.size() > 1:
-            torch.distributed.all_reduce(stats, group=self._groups.pp)
-        rows = stats.tolist()
-        slots = [max(sum(row[1:]), 1.0) for row in rows]
-        return RoutingStats(
-            aux_loss=sum(row[0] for row in rows) / len(rows),
-            expert_load=[[n / total for n in row[1:]] for row, total in zip(rows, slots, strict=True)],
-        )
-
-
-def build_model(
-    model: ModelConfig,
-    *,
-    parallel: ParallelConfig,
-    precision: str = "fp32",
-    rope_base: float,
-    recompute: bool = False,
-    device: str = "cpu",
-    seed: int = 0,
-) -> list[HybridModel]:
-    """Build this rank's part of the model with initial weights that are the same for every parallel layout.
-
-    Args:
-        device: ``cpu``, ``cuda``, or ``meta`` (shapes only, no memory, no initial weights).
-
-    Returns:
-        A list of one chunk (interleaved pipelines would hold more).
-    """
-    with torch.device("meta" if device == "meta" else "cpu" if device == "cpu" else torch.device("cuda")):
-        built = HybridModel(model, parallel, precision=precision, recompute=recompute, on_cpu=device != "cuda")
-    built.set_rope_base(rope_base)
-    if device != "meta":
-        initialize(built, model, seed=seed)
-    return [built]

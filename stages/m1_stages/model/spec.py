@@ -60,6 +60,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bo
         use_cpu_initialization=on_cpu,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(model, parallel),
+        # In an interleaved pipeline of two both neighbours are one process, and batched messages to it cross in silence.
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -67,6 +72,16 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bo
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=not on_cpu,
     )
+
+
+def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each chunk holds, in Megatron's words; it takes splits that its other settings do not."""
+    if parallel.pipeline == 1:
+        return None
+    chunks = [["decoder"] * layers for layers in parallel.chunk_layers(model.num_layers)]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 class HybridLayer(TransformerLayer):
@@ -111,9 +126,11 @@ class HybridLayer(TransformerLayer):
         return torch.add(self.beta * self.mlp(y)[0] if self.beta != 1.0 else self.mlp(y)[0], y, alpha=self.alpha)
 
 
-def block_spec(model: ModelConfig, config: TransformerConfig, *, recompute: bool) -> TransformerBlockSubmodules:
-    """Specifications of this pipeline stage's layers, each by its global index."""
-    first = get_transformer_layer_offset(config)
+def block_spec(
+    model: ModelConfig, config: TransformerConfig, *, chunk: int | None, recompute: bool
+) -> TransformerBlockSubmodules:
+    """Specifications of the layers of this pipeline rank, or of its ``chunk``-th chunk, each by its global index."""
+    first = get_transformer_layer_offset(config, chunk)
     residual = {"alpha": model.residual_alpha, "beta": model.beta, "recompute": recompute}
 
     def layer(index: int) -> ModuleSpec:
@@ -122,7 +139,7 @@ def block_spec(model: ModelConfig, config: TransformerConfig, *, recompute: bool
         submodules = TransformerLayerSubmodules(self_attention=attention, mlp=MixtureOfExperts)
         return ModuleSpec(module=HybridLayer, params=residual, submodules=submodules)
 
-    count = get_num_layers_to_build(config)
+    count = get_num_layers_to_build(config, chunk)
     return TransformerBlockSubmodules(
         layer_specs=[layer(first + i) for i in range(count)], layer_norm=ModuleSpec(module=RMSNorm)
     )

@@ -1,0 +1,39 @@
+"""How a step's rows become micro-batches; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from m1_data.errors import ConfigError
+from m1_stages.config import Resolved
+from m1_stages.curriculum import StagePlan
+
+
+def micro_batch_rows(plan: StagePlan, dp_size: int) -> int:
+    """Rows of a micro-batch: as configured, or the next smaller number that divides what a data-parallel rank has."""
+    local_rows = plan.global_batch_rows // dp_size
+    candidates = (m for m in range(1, min(plan.micro_batch_rows, local_rows) + 1) if local_rows % m == 0)
+    return max(candidates, default=1)  # with more ranks than rows, ``batch_rows`` says what is wrong
+
+
+def refuse_uneven_pipeline(resolved: Resolved, plans: Sequence[StagePlan], dp_size: int) -> None:
+    """An interleaved pipeline takes micro-batches in groups of its size; look at every stage before the first is trained.
+
+    Raises:
+        ConfigError: the micro-batches of a step do not divide into such groups.
+    """
+    p = resolved.config.parallel
+    if p.virtual_pipeline == 1:
+        return
+    for plan in plans:
+        rows = micro_batch_rows(plan, dp_size)
+        count = plan.global_batch_rows // dp_size // rows
+        if count == 0 or count % p.pipeline:
+            section = "sft" if plan.stage == "sft" else f"stages.{plan.stage}"
+            raise ConfigError(
+                f"an interleaved pipeline of {p.pipeline} takes micro-batches in groups of {p.pipeline}; stage {plan.stage} "
+                f"has {count} on each of {dp_size} data-parallel ranks ({plan.global_batch_rows} rows a step, {rows} at a time)",
+                where=f"{resolved.origins.get('parallel.virtual_pipeline', '')}, key parallel.virtual_pipeline",
+                fix=f"raise {section}.global_batch_tokens or lower {section}.micro_batch_rows until the number is a "
+                f"multiple of {p.pipeline}, or set parallel.virtual_pipeline = 1",
+            )
