@@ -185,11 +185,10 @@ class Ours:
         self.model.set_slopes(self.plan.slopes_at(1.0))
         set_learning_rate(self.optimizer, LR)
         result = train_step(self.chunks, self.optimizer, [batch])
-        if not result.gradients.finite:
-            raise RuntimeError(f"loss {result.loss}, gradient norm {result.gradients.norm}")
-        result.gradients.apply()
-        self.routers.routing_stats()  # the trainer reads them every step
-        return result.loss, result.gradients.norm
+        if not result.finite:
+            raise RuntimeError(f"loss {result.loss}, gradient norm {result.grad_norm}")
+        result.apply(max_norm=self.setting.config.optim.grad_clip)
+        return result.loss, result.grad_norm
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:

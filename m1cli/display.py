@@ -20,12 +20,15 @@ from m1_stages.engine.events import (
     CheckpointRejected,
     CheckpointSaved,
     Event,
+    GuardNoticed,
+    RolledBack,
     RunStarted,
     RunStopped,
     SaveFailed,
     StageFinished,
     StageStarted,
     StepDone,
+    StepRepeated,
 )
 from m1cli.console import console
 
@@ -65,7 +68,15 @@ class TrainingDisplay:
             _run_started(event)
         elif isinstance(event, CheckpointSaved) and not event.stage_final:
             console.print(f"[dim]saved {escape(event.path)} in {event.seconds:.1f} s[/]", soft_wrap=True)
+        elif isinstance(event, (GuardNoticed, StepRepeated, RolledBack)):
+            _guard(event)
         elif isinstance(event, StageFinished):
+            if event.ramp_progress < 0.999:
+                console.print(
+                    f"[bold yellow]the decay rates of stage {event.stage} got {event.ramp_progress:.0%} of the way:[/] "
+                    "the guard held the ramp; the next stage starts from where they are",
+                    soft_wrap=True,
+                )
             console.print(
                 f"[green]stage {event.stage} done[/] in {event.seconds:.0f} s: loss {event.first_loss:.3f} → "
                 f"{event.last_loss:.3f}; checkpoint {escape(event.checkpoint)}",
@@ -158,6 +169,30 @@ def _stage_started(event: StageStarted) -> None:
         lines += [f"[yellow]{escape(reason)}[/]" for reason in event.mix.get("reasons", [])]
     for line in lines:
         console.print(f"  {line}", soft_wrap=True)
+
+
+def _guard(event: GuardNoticed | StepRepeated | RolledBack) -> None:
+    if isinstance(event, RolledBack):
+        console.print(
+            f"[bold red]rolled back[/] from step {event.from_step} to {event.to_step} of {event.stage}: "
+            f"{escape(event.reason)}; steps left out: {', '.join(map(str, event.left_out))}",
+            soft_wrap=True,
+        )
+        return
+    if isinstance(event, StepRepeated):
+        end = "finite this time: a passing fault" if event.verdict == "transient" else "not finite again"
+        console.print(
+            f"[bold yellow]{event.stage} step {event.step} was not finite; repeated, {end}[/]", soft_wrap=True
+        )
+        return
+    if event.action == "apply" and event.ramp == "hold":
+        return  # in metrics.jsonl; too frequent for a terminal
+    what = {"skip": "update dropped", "roll_back": "rolling back", "stop": "stopping"}.get(event.action, "applied")
+    console.print(
+        f"[bold yellow]{event.stage} step {event.step}: {escape(event.reason)}[/] in {event.series}: {event.value:.4g}, "
+        f"usually {event.usual:.4g}; {what}, decay ramp {event.ramp}",
+        soft_wrap=True,
+    )
 
 
 def _sparkline(values: list[float], width: int) -> str:

@@ -124,6 +124,34 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """The gradient guard: what counts as a warning or a spike, and what is done (``m1_stages.guard``)."""
+
+    enabled: Annotated[bool, "judge every step; off: only numbers that are not finite stop the run"] = True
+    ramp: Annotated[
+        Literal["guarded", "clock"], "guarded: decay rates move only while gradient norms stay in their band"
+    ] = "guarded"
+    window: Annotated[int, "accepted steps that a number is compared with"] = 128
+    min_steps: Annotated[int, "accepted steps before anything is judged"] = 16
+    warn_z: Annotated[float, "robust standard deviations from which a norm or the loss holds the ramp"] = 4.0
+    warn_factor: Annotated[float, "and it must be so many times the median"] = 1.5
+    spike_z: Annotated[float, "robust standard deviations from which a step is a spike"] = 6.0
+    loss_factor: Annotated[float, "and the loss so many times its median"] = 1.5
+    norm_factor: Annotated[float, "or the gradient norm, or early over late layers, so many times its median"] = 4.0
+    calm_steps: Annotated[int, "steps in the band before a held ramp moves again"] = 2
+    on_spike: Annotated[
+        Literal["skip", "apply", "stop"], "skip: drop the update and take the ramp a step back; apply: only the latter"
+    ] = "skip"
+    on_nonfinite: Annotated[Literal["stop", "skip"], "what to do about numbers that are not finite again"] = "stop"
+    rerun_nonfinite: Annotated[bool, "repeat a step that is not finite once, to tell a passing fault"] = True
+    skip_budget: Annotated[int, "updates that may be dropped within budget_steps; then the run is rolled back"] = 3
+    budget_steps: Annotated[int, "steps the budget is for"] = 1000
+    skips_in_a_row: Annotated[int, "updates that may be dropped in a row; then the run is rolled back"] = 2
+    leave_out_before: Annotated[int, "steps before the first spike that a rolled-back run leaves out too"] = 1
+    max_rollbacks: Annotated[int, "times a stage may be rolled back; then it stops"] = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
     """One stage of continued pretraining. Token counts are what is trained, not scaled by ``length_scale``."""
 
@@ -201,6 +229,7 @@ class Config:
     data: PrepareSpec = field(default_factory=PrepareSpec)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -32,6 +32,7 @@ class _Checker:
         self.model()
         self.parallel()
         self.curriculum()
+        self.guard()
         for name in STAGE_NAMES:
             key = f"stages.{name}"
             self.require(name in self.config.stages, key, f"stage {name} is missing", f"add a [{key}] table")
@@ -141,6 +142,17 @@ class _Checker:
             "set curriculum.custom_table to a JSON file {stage: [layer][head]}",
         )
         self.share("curriculum.decay_ramp_share", c.decay_ramp_share)
+
+    def guard(self) -> None:
+        g = self.config.guard
+        self.positive("guard", "window", "min_steps", "warn_z", "spike_z", "budget_steps")
+        self.require(
+            g.min_steps <= g.window, "guard.min_steps", f"min_steps {g.min_steps} exceeds window {g.window}", "lower it"
+        )
+        for key in ("warn_factor", "loss_factor", "norm_factor"):
+            self.require(getattr(g, key) > 1, f"guard.{key}", f"{key} is not above 1", "for example 1.5")
+        for key in ("calm_steps", "skip_budget", "skips_in_a_row", "leave_out_before", "max_rollbacks"):
+            self.require(getattr(g, key) >= 0, f"guard.{key}", f"{key} is negative", "0 or more")
 
     def share(self, key: str, value: float) -> None:
         self.require(0.0 <= value <= 1.0, key, f"{key} is {value}; a share lies between 0 and 1", "give 0 to 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from m1_data.errors import ConfigError
@@ -72,10 +72,21 @@ class StagePlan:
     micro_batch_rows: int
     num_steps: int
     lr: LrSchedule
-    ramp_steps: int
-    """Steps over which the slopes move when nothing holds the ramp; 0 when they do not move."""
+    ramp_length: int
+    """Steps over which slopes that differ would move."""
     slopes_old: Slopes
     slopes_new: Slopes
+    softmax_layers: tuple[int, ...] = ()
+    """0-based; their rows of slopes are unused."""
+
+    @property
+    def ramp_steps(self) -> int:
+        """Steps over which the slopes move when nothing holds the ramp; 0 when they do not move."""
+        return 0 if self.slopes_old == self.slopes_new else self.ramp_length
+
+    def starting_from(self, slopes: Slopes) -> StagePlan:
+        """The same plan with a ramp that starts at ``slopes``: those the stage before really ended with."""
+        return replace(self, slopes_old=slopes)
 
     @property
     def tokens(self) -> int:
@@ -109,9 +120,10 @@ def plan_stage(resolved: Resolved, stage: str) -> StagePlan:
             warmup_share=s.lr_warmup_share,
             constant_share=s.lr_constant_share,
         ),
-        ramp_steps=0 if old == new else max(1, round(config.curriculum.decay_ramp_share * steps)),
+        ramp_length=max(1, round(config.curriculum.decay_ramp_share * steps)),
         slopes_old=old,
         slopes_new=new,
+        softmax_layers=softmax_layers(resolved),
     )
 
 
@@ -134,20 +146,22 @@ def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
         lr=LrSchedule(
             peak=x.lr_peak, final=x.lr_final, num_steps=steps, warmup_share=x.lr_warmup_share, shape="cosine"
         ),
-        ramp_steps=0,
+        ramp_length=max(1, round(config.curriculum.decay_ramp_share * steps)),
         slopes_old=slopes,
         slopes_new=slopes,
+        softmax_layers=softmax_layers(resolved),
     )
 
 
-def softmax_layers(resolved: Resolved) -> list[int]:
+def softmax_layers(resolved: Resolved) -> tuple[int, ...]:
     """0-based indices of the layers without decay."""
     model = resolved.config.model
-    return [layer for layer in range(model.num_layers) if model.is_softmax(layer)]
+    return tuple(layer for layer in range(model.num_layers) if model.is_softmax(layer))
 
 
-def advance_ramp(progress: float, ramp_steps: int, *, hold: bool = False) -> float:
-    """Ramp progress after one more step; ``hold`` keeps it (the hook of the gradient guard)."""
-    if hold or ramp_steps == 0:
+def move_ramp(progress: float, ramp_steps: int, direction: Literal["advance", "hold", "reverse"]) -> float:
+    """Ramp progress in [0, 1] after one more step; ``reverse`` goes back by two steps' worth."""
+    if direction == "hold" or ramp_steps == 0:
         return progress
-    return min(1.0, progress + 1.0 / ramp_steps)
+    steps = 1.0 if direction == "advance" else -2.0
+    return min(1.0, max(0.0, progress + steps / ramp_steps))

@@ -109,7 +109,7 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch]) -> An
         chunk.module.set_slopes(released_slopes(MODEL.num_layers, MODEL.num_heads))
     set_learning_rate(optimizer, 3e-3)
     result = train_step(chunks, optimizer, batches)
-    result.gradients.apply()
+    result.apply(max_norm=OptimConfig().grad_clip)
     return result
 
 
@@ -128,9 +128,9 @@ def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topolo
         whole = [packed(ids, job.get("untrained", ())) for ids in rows]
         batches = [batch.zigzag(topology.cp_rank, topology.cp_size) for batch in whole]
         result = step_of(chunks, optimizer, batches)
-        stats = model.routing_stats()
+        stats = result.routing
         record["losses"].append(result.loss)
-        record["grad_norms"].append(result.gradients.norm)
+        record["grad_norms"].append(result.grad_norm)
         record["aux"].append(stats.aux_loss)
         record["layer_norms"].append(result.layer_grad_norms)
         record["load"].append(stats.expert_load)

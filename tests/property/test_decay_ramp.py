@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES, CurriculumConfig
 from m1_stages.configload import load_config
-from m1_stages.curriculum import LrSchedule, advance_ramp, plan_stage, stages_of
+from m1_stages.curriculum import LrSchedule, move_ramp, plan_stage, stages_of
 from m1_stages.decay import half_life_tokens, is_released, policy_slopes, ramp, released_slopes
 
 slope = st.floats(1e-6, 10.0)
@@ -90,13 +90,15 @@ def test_ramp_stays_between_its_ends_and_is_log_linear(ends: list[tuple[float, f
 def test_ramp_progress_is_monotone_and_ends(ramp_steps: int, steps: int) -> None:
     progress = [0.0]
     for _ in range(steps):
-        progress.append(advance_ramp(progress[-1], ramp_steps))
+        progress.append(move_ramp(progress[-1], ramp_steps, "advance"))
     assert all(a <= b for a, b in itertools.pairwise(progress))
     if ramp_steps == 0:
         assert progress[-1] == 0.0
     elif steps > ramp_steps:
         assert progress[-1] == 1.0
-    assert advance_ramp(0.4, 10, hold=True) == 0.4
+    assert move_ramp(0.4, 10, "hold") == 0.4
+    assert move_ramp(0.4, 10, "reverse") == pytest.approx(0.2)
+    assert move_ramp(0.1, 10, "reverse") == 0.0
 
 
 def test_learning_rate_of_the_published_first_stage() -> None:

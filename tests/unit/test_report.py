@@ -40,7 +40,8 @@ def step(name: str, n: int, offset: int = 0, loss: float | None = None) -> StepD
     return StepDone(
         stage=name, step=n, global_step=offset + n, tokens_seen=512 * (offset + n + 1),
         loss=7.0 - 0.1 * n if loss is None else loss,
-        aux_loss=0.02, grad_norm=0.5, layer_grad_norms=[0.1] * 8, lr=1e-3, step_s=0.5, tokens_per_s=1024.0, ramp_progress=0.0,
+        aux_loss=0.02, grad_norm=0.5, layer_grad_norms=[0.1] * 8, lr=1e-3, step_s=0.5, tokens_per_s=1024.0,
+        half_lives=[*[[1.0, 2.0]] * 7, []], ramp_progress=0.0,
         trained_tokens=512, expert_load=[[0.25] * 4] * 8, peak_gib=1.0, sample_ids=[0, 1, 2, 3],
     )  # fmt: skip
 
@@ -55,7 +56,17 @@ def write_run(folder: Path) -> None:
     lines = JsonLines(folder / "metrics.jsonl")
     for event in (started(), stage("32k", 5), step("32k", 5, loss=1.5), *(step("32k", n) for n in range(6, 10))):
         lines(event)
-    lines(StageFinished(stage="32k", steps=10, first_loss=7.0, last_loss=6.1, seconds=5.0, checkpoint="step_00000010"))
+    lines(
+        StageFinished(
+            stage="32k",
+            steps=10,
+            first_loss=7.0,
+            last_loss=6.1,
+            seconds=5.0,
+            checkpoint="step_00000010",
+            ramp_progress=1.0,
+        )
+    )
     lines.close()
 
 

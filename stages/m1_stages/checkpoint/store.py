@@ -185,6 +185,17 @@ class CheckpointStore:
             for path in self.root.glob("step_*.tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
+    def set_aside_newer(self, committed: Committed) -> None:
+        """Rename the checkpoints after ``committed``: the run goes another way from there. Every rank calls it."""
+        newer = [c.path for c in self.committed() if c.meta.global_step > committed.meta.global_step]
+        _barrier()
+        for path in newer if _rank() == 0 else ():
+            number = 1
+            while (moved := path.with_name(f"{path.name}.rolled-back-{number}")).exists():
+                number += 1
+            path.rename(moved)
+        _barrier()
+
     def _put_aside_broken_manifests(self) -> list[str]:
         reasons = []
         for path in self._step_dirs():

@@ -78,6 +78,70 @@ class StepDone:
     """Share of tokens per expert, [layer][expert]; None on steps where it is not gathered."""
     peak_gib: float
     sample_ids: list[int]
+    half_lives: list[list[float]]
+    """Shortest and longest half-life of each layer's heads, tokens; empty for softmax layers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRepeated:
+    """A step that was not finite was computed once more."""
+
+    stage: str
+    step: int
+    global_step: int
+    verdict: str
+    """``transient``: finite this time, and applied; ``reproducible``: not."""
+    bad_ranks: list[int]
+    sample_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardNoticed:
+    """A step that the guard did not simply let through, and what was done."""
+
+    stage: str
+    step: int
+    global_step: int
+    action: str
+    ramp: str
+    reason: str
+    series: str
+    value: float
+    usual: float
+    z: float
+    loss: float
+    grad_norm: float
+    layer_grad_norms: list[float]
+    ramp_progress: float
+    bad_ranks: list[int]
+    """Ranks whose loss was not finite."""
+    sample_ids: list[int]
+    """Of the micro-batches that were not finite, or of the whole step."""
+    skipped_in_budget: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepLeftOut:
+    """A step whose samples a roll back left out: its place in the order is passed over."""
+
+    stage: str
+    step: int
+    global_step: int
+    sample_ids: list[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolledBack:
+    """The run continues from an older checkpoint, without the samples that went wrong."""
+
+    stage: str
+    from_step: int
+    to_step: int
+    checkpoint: str
+    left_out: list[int]
+    """Steps of the stage."""
+    sample_ids: list[int]
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +183,8 @@ class StageFinished:
     last_loss: float
     seconds: float
     checkpoint: str
+    ramp_progress: float
+    """1 when the decay rates arrived; less when the guard held them back until the stage ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +199,10 @@ Event = (
     RunStarted
     | StageStarted
     | StepDone
+    | StepRepeated
+    | GuardNoticed
+    | StepLeftOut
+    | RolledBack
     | CheckpointSaved
     | CheckpointRejected
     | SaveFailed

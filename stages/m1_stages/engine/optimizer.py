@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -54,30 +53,6 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Set ``lr`` on every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-class ReadyGradients:
-    """Reduced gradients of one step: look at ``norm``, then ``apply`` them or drop them."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self._overflow = bool(optimizer.prepare_grads())
-        self.norm = float(optimizer.get_grad_norm())
-
-    @property
-    def finite(self) -> bool:
-        """Whether an update from these gradients would be finite."""
-        return not self._overflow and math.isfinite(self.norm)
-
-    def apply(self) -> None:
-        """Clip by the global norm and update the parameters (``ChainedOptimizer.step`` without its norm pass)."""
-        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-
-        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
-            parameters = part.get_parameters()
-            if part.config.clip_grad > 0.0 and parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=self.norm)
-        self._optimizer.step_with_ready_grads()
 
 
 def make_loadable(optimizer: Any) -> None:

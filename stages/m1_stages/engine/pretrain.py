@@ -9,12 +9,13 @@ from m1_data.errors import CheckpointError, DataError
 from m1_data.loader import PackedDataset
 from m1_data.manifest import Manifest, load_manifest
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.curriculum import StagePlan, plan_stage, softmax_layers
+from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.engine.batches import refuse_uneven_pipeline
 from m1_stages.engine.events import Sink, StageStarted
 from m1_stages.engine.loop import Rows, train_stage
+from m1_stages.engine.rollback import recorded
 from m1_stages.engine.session import Session, open_session, with_vocab
-from m1_stages.engine.state import TrainState
+from m1_stages.engine.state import TrainState, enter_stage
 
 
 def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: bool = False) -> None:
@@ -37,6 +38,8 @@ def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: 
         for plan in plans:
             rows = stage_rows(resolved, plan, manifest)
             state = start_stage(session, plan, rows)
+            if state.ramp_from:
+                plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
                 session.run.emit(started(resolved, plan, rows.mix_plan.as_dict(), state))
                 train_stage(session.run, plan, rows, state)
@@ -89,16 +92,12 @@ def start_stage(session: Session, plan: StagePlan, rows: Rows) -> TrainState:
                 where=str(session.store.root),
                 fix="use another run.dir, or start over with --fresh",
             )
-        return TrainState(stage=plan.stage, data_fingerprint=rows.fingerprint, slopes=plan.slopes_at(0.0))
+        return enter_stage(plan, rows.fingerprint, None)
     _, state = found
+    left_out = {s for r in recorded(session.resolved.run_dir, plan.stage, rows.fingerprint) for s in r.left_out}
     if state.stage != plan.stage:
-        return TrainState(
-            stage=plan.stage,
-            global_step=state.global_step,
-            tokens_seen=state.tokens_seen,
-            slopes=plan.slopes_at(0.0),
-            data_fingerprint=rows.fingerprint,
-        )
+        state = enter_stage(plan, rows.fingerprint, state)
+    state.left_out = sorted({*state.left_out, *left_out})
     if state.stage_step < plan.num_steps and state.data_fingerprint != rows.fingerprint:
         raise CheckpointError(
             "the prepared data, the mix or the seed changed since this stage was interrupted: its order is another one",
@@ -131,7 +130,7 @@ def started(resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: Tra
         ramp_steps=plan.ramp_steps,
         slopes_old=plan.slopes_old,
         slopes_new=plan.slopes_new,
-        softmax_layers=softmax_layers(resolved),
+        softmax_layers=list(plan.softmax_layers),
         mix=mix,
         takes_over=takes_over,
     )

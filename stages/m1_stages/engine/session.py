@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from m1_stages.engine import device as device_module
 from m1_stages.engine import parallel
 from m1_stages.engine.events import CheckpointRejected, Event, JsonLines, RunStarted, RunStopped, Sink
 from m1_stages.engine.loop import Run
+from m1_stages.engine.rollback import ROLLBACKS, roll_back
 from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
 from m1_stages.model import count_parameters
@@ -38,6 +40,7 @@ class Session:
     def __init__(self, resolved: Resolved, run: Run, store: CheckpointStore) -> None:
         self.resolved, self.run, self.store = resolved, run, store
         run.save = self.save
+        run.roll_back = partial(roll_back, self)
 
     def sharded_state(self, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
         """Model, optimizer and position as ``dist_checkpointing`` takes them."""
@@ -148,6 +151,9 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
                 save=lambda state, final: "",
                 save_every_steps=config.run.save_every_steps,
                 stop=stop,
+                guard=config.guard,
+                max_grad_norm=config.optim.grad_clip,
+                roll_back=lambda plan, rows, state, verdict: state,
             )
             store = CheckpointStore(
                 run_dir / CHECKPOINTS,
@@ -172,7 +178,7 @@ def _prepare_run_dir(run_dir: Path, *, fresh: bool) -> None:
     if not fresh:
         return
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    for name in (CHECKPOINTS, METRICS):
+    for name in (CHECKPOINTS, METRICS, ROLLBACKS):
         if (run_dir / name).exists():
             (run_dir / name).rename(run_dir / f"{name}.before-{stamp}")
 

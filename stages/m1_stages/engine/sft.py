@@ -32,6 +32,8 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
         state = start_stage(session, plan, rows)
         if state.stage_step == plan.num_steps:
             return
+        if state.ramp_from:
+            plan = plan.starting_from(state.ramp_from)
         session.run.emit(started(resolved, plan, rows.stats_dict(), state))
         train_stage(session.run, plan, rows, state)
 

@@ -23,6 +23,10 @@ class StopRequest:
         self._received_at = 0.0
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
+    def asked(self) -> bool:
+        """Whether a signal arrived."""
+        return bool(self.received)
+
     def __enter__(self) -> StopRequest:
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._handle)

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from m1_stages.curriculum import StagePlan
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
@@ -18,6 +20,12 @@ class TrainState:
     ramp_progress: float = 0.0
     slopes: list[list[float]] = field(default_factory=list)
     """Slopes of the last step, exactly as used."""
+    ramp_from: list[list[float]] = field(default_factory=list)
+    """Slopes that the stage's ramp starts from: those of the last step of the stage before."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """``GuardState.as_dict``."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps of the stage whose samples are passed over after a roll back."""
     data_fingerprint: str = ""
     first_loss: float = float("nan")
     """Loss of the stage's first step, for its closing report."""
@@ -30,3 +38,21 @@ class TrainState:
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """Rebuild from ``as_dict``."""
         return cls(**values)
+
+
+def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | None) -> TrainState:
+    """Where a stage begins: ``before`` is the end of the one it takes over from, None for random weights.
+
+    The ramp starts at the slopes that ``before`` really ended with, whatever the configuration says they should have been.
+    """
+    if before is None:
+        return TrainState(stage=plan.stage, data_fingerprint=data_fingerprint, slopes=plan.slopes_at(0.0))
+    return TrainState(
+        stage=plan.stage,
+        global_step=before.global_step,
+        tokens_seen=before.tokens_seen,
+        slopes=before.slopes,
+        ramp_from=before.slopes,
+        guard=before.guard,
+        data_fingerprint=data_fingerprint,
+    )

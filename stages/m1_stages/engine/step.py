@@ -8,8 +8,9 @@ on the grouping.)
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,30 +19,46 @@ import torch
 from torch import Tensor, nn
 
 from m1_data.loader import PackedBatch
-from m1_stages.engine.optimizer import ReadyGradients
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+from m1_stages.engine.gradients import ReadyGradients
+from m1_stages.model.routing import RoutingStats, routing_counts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """Same values on every rank, except that only finite gradients are worth applying."""
+    """What one step measured; the same on every rank."""
 
     loss: float
-    """Mean over the trained tokens of the global batch, nats."""
+    """Mean over the trained tokens of the global batch, nats; inf when it is not finite."""
     trained_tokens: int
-    gradients: ReadyGradients
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping; inf when it is not finite."""
     layer_grad_norms: list[float]
-    """Per decoder layer, before clipping; empty with the distributed optimizer, which keeps only shards."""
+    """The same per decoder layer."""
+    gradients: ReadyGradients
+    routing: RoutingStats
+    rank_seconds: list[float]
+    """Of each rank: host seconds from the start of its step to the end of its backward pass, before gradients are reduced."""
+    bad_ranks: list[int]
+    """Ranks on which the loss of a micro-batch was not finite."""
+    bad_micro_batches: dict[int, int]
+    """Data-parallel rank to its first such micro-batch."""
+    stop_requested: bool
+    """Whether any rank was asked to stop."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether an update from these gradients would be finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    def apply(self, *, max_norm: float) -> None:
+        """Update the parameters with the mean gradient, clipped to ``max_norm`` (0: not clipped)."""
+        clip = min(1.0, max_norm / (self.grad_norm + 1e-6)) if max_norm > 0.0 else 1.0
+        self.gradients.apply(scale=clip / max(self.trained_tokens, 1))
 
 
 def wrap_ddp(chunks: Sequence[Any], *, distributed_optimizer: bool) -> list[Any]:
     """Wrap in Megatron's DDP (fp32 gradient buffers) and hang the reduction hooks on the model's configuration."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
@@ -51,22 +68,33 @@ def wrap_ddp(chunks: Sequence[Any], *, distributed_optimizer: bool) -> list[Any]
         for i, chunk in enumerate(chunks)
     ]
     config = wrapped[0].config
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = _Finalize()
     config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [chunk.no_sync for chunk in wrapped]
     return wrapped
 
 
-def train_step(chunks: list[Any], optimizer: Any, micro_batches: Sequence[PackedBatch]) -> StepResult:
-    """Run forward and backward; the caller decides whether to ``apply`` the returned gradients.
+def train_step(
+    chunks: list[Any],
+    optimizer: Any,
+    micro_batches: Sequence[PackedBatch],
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    began: float | None = None,
+) -> StepResult:
+    """Run forward and backward and measure; the caller decides whether to ``apply`` the result.
+
+    The host waits for the device once, when everything measured comes back in one copy.
 
     Args:
         chunks: DDP-wrapped model chunks.
         micro_batches: this data-parallel rank's share of the global batch, each ``[1, T]``, all of equal ``T``, cut for
             this context-parallel rank.
+        stop: whether this rank was asked to stop; asked once, after the backward pass.
+        began: ``time.perf_counter()`` when this rank began the step, if before this call.
     """
-    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    began = time.perf_counter() if began is None else began
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -79,18 +107,67 @@ def train_step(chunks: list[Any], optimizer: Any, micro_batches: Sequence[Packed
         micro_batch_size=1,
         forward_only=False,
     )
-    device = micro_batches[0].tokens.device
-    total = torch.stack(outputs).sum(0) if outputs else torch.zeros(2, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.broadcast(total, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-    loss_sum, tokens = total.tolist()
+    seconds = chunks[0].config.finalize_model_grads_func.called_at - began
+    return _measured(chunks, ReadyGradients(optimizer, chunks), outputs, seconds=seconds, stop=stop())
+
+
+class _Finalize:
+    """Megatron's reductions of the gradients, without its division by the tokens: that would wait for the device and pass
+    over all gradients once more, and ``StepResult.apply`` does it together with clipping."""
+
+    called_at = 0.0
+    """``time.perf_counter()`` when the last backward pass was done."""
+
+    def __call__(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        from megatron.core.distributed import finalize_model_grads
+
+        self.called_at = time.perf_counter()
+        finalize_model_grads(chunks, None, **kwargs)
+
+
+@torch.no_grad()
+def _measured(
+    chunks: list[Any], gradients: ReadyGradients, outputs: list[Tensor], *, seconds: float, stop: bool
+) -> StepResult:
+    from megatron.core import parallel_state as mpu
+
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    dp, dp_rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+    squares = gradients.squares()
+    routing = routing_counts(chunks)
+    device = squares.device
+    per_micro_batch = torch.stack(outputs) if outputs else torch.zeros(1, 2, dtype=torch.float64, device=device)
+    total = per_micro_batch.sum(0)
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    if mpu.get_pipeline_model_parallel_world_size() > 1:
+        group = mpu.get_pipeline_model_parallel_group()
+        torch.distributed.broadcast(total, src=mpu.get_pipeline_model_parallel_last_rank(), group=group)
+    bad = ~per_micro_batch[:, 0].isfinite()
+    first_bad = torch.where(bad.any(), 1.0 + bad.double().argmax(), 0.0).double()
+    own = torch.zeros(2 * world + dp + 1, dtype=torch.float64)
+    own[rank], own[-1] = seconds, float(stop)
+    own = own.to(device, non_blocking=True)
+    own[world + rank] = first_bad
+    own[2 * world + dp_rank] = first_bad
+    values = torch.cat([total, squares, routing.view(-1), own]).nan_to_num(nan=math.inf, posinf=math.inf)
+    if world > 1:  # equal numbers on all ranks, to the last bit, give equal decisions
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    numbers = values.tolist()
+    sizes = [2, len(squares), routing.numel(), world, world, dp, 1]
+    parts = [numbers[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
+    (loss_sum, tokens), squares_list, routed, rank_seconds, bad_ranks, bad_dp, (stopped,) = parts
+    layers, width = routing.shape
     return StepResult(
         loss=loss_sum / max(tokens, 1.0),
         trained_tokens=int(tokens),
-        gradients=ReadyGradients(optimizer),
-        layer_grad_norms=_layer_grad_norms(chunks),
+        grad_norm=math.sqrt(sum(squares_list)) / max(tokens, 1.0),
+        layer_grad_norms=[math.sqrt(square) / max(tokens, 1.0) for square in squares_list[:-1]],
+        gradients=gradients,
+        routing=RoutingStats.of([routed[i * width : (i + 1) * width] for i in range(layers)]),
+        rank_seconds=rank_seconds,
+        bad_ranks=[r for r, value in enumerate(bad_ranks) if value],
+        bad_micro_batches={r: int(value) - 1 for r, value in enumerate(bad_dp) if value},
+        stop_requested=bool(stopped),
     )
 
 
@@ -106,43 +183,3 @@ def _loss(loss_mask: Tensor, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]
     tokens = mask.sum()
     logged = torch.stack([loss.detach().double(), tokens.double()])
     return loss, tokens.to(torch.int), logged
-
-
-@torch.no_grad()
-def _layer_grad_norms(chunks: list[Any]) -> list[float]:
-    """L2 norm of each decoder layer's gradient with one reduction and one device-to-host copy."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
-    from megatron.core.transformer.module import param_is_not_shared
-
-    if chunks[0].ddp_config.use_distributed_optimizer:
-        return []
-    num_layers = chunks[0].config.num_layers
-    squares: dict[bool, list[list[Tensor]]] = {
-        False: [[] for _ in range(num_layers)],
-        True: [[] for _ in range(num_layers)],
-    }
-    for chunk in chunks:
-        for name, param in chunk.named_parameters():
-            match = _LAYER.search(name)
-            if match is None or not (param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)):
-                continue
-            layer = int(match[1]) + _first_layer(chunk)
-            squares[not getattr(param, "allreduce", True)][layer].append(param.main_grad.norm() ** 2)
-    device = next(chunks[0].parameters()).device
-    total = torch.zeros(num_layers, device=device)
-    for is_expert, rows in squares.items():
-        part = torch.stack([torch.stack(row).sum() if row else torch.zeros((), device=device) for row in rows])
-        group = (
-            parallel_state.get_expert_tensor_model_pipeline_parallel_group()
-            if is_expert
-            else parallel_state.get_model_parallel_group()
-        )
-        torch.distributed.all_reduce(part, group=group)
-        total += part
-    return [float(value) for value in total.sqrt().tolist()]
-
-
-def _first_layer(chunk: Any) -> int:
-    """Global index of the chunk's first decoder layer (Megatron numbers layers from 1)."""
-    return int(chunk.module.decoder.layers[0].layer_number) - 1

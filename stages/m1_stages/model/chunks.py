@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, overload
 
 import torch
-from megatron.core import parallel_state
 from torch import nn
 
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.model.hybrid import HybridModel
 from m1_stages.model.init import initialize
+from m1_stages.model.routing import RoutingStats, routing_counts
 from m1_stages.model.spec import HybridLayer, transformer_config
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingStats:
-    """What the routers saw since the last look."""
-
-    aux_loss: float
-    """Balance loss, mean over layers and micro-batches, coefficient included."""
-    expert_load: list[list[float]]
-    """[layer][expert] share of the slots; 1 / E when balanced."""
 
 
 class ModelChunks(Sequence[HybridModel]):
@@ -72,22 +61,9 @@ class ModelChunks(Sequence[HybridModel]):
         for chunk in self:
             chunk.set_recompute(recompute)
 
-    @torch.no_grad()
     def routing_stats(self) -> RoutingStats:
         """Read and reset the routers' counters; one reduction over the pipeline and one copy to the host."""
-        c, device = self.model_config, next(self.parameters()).device
-        stats = torch.zeros(c.num_layers, 1 + c.num_experts, dtype=torch.float64, device=device)
-        for layer in self.layers:
-            stats[layer.layer_number - 1] = layer.mlp.router.take_stats()
-        pipeline = parallel_state.get_pipeline_model_parallel_group()
-        if pipeline.size() > 1:
-            torch.distributed.all_reduce(stats, group=pipeline)
-        rows = stats.tolist()
-        slots = [max(sum(row[1:]), 1.0) for row in rows]
-        return RoutingStats(
-            aux_loss=sum(row[0] for row in rows) / len(rows),
-            expert_load=[[n / total for n in row[1:]] for row, total in zip(rows, slots, strict=True)],
-        )
+        return RoutingStats.of(routing_counts(self).tolist())
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
         """State by chunk. Keys inside the tensors are global, so any layout loads it."""

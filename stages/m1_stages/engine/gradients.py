@@ -1,0 +1,117 @@
+"""Reduced gradients of one step: measured layer by layer without a wait for the device, then applied or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ReadyGradients:
+    """Sums over the trained tokens of the global batch; ``apply`` divides by their number and clips, in one pass.
+
+    Build it after every backward pass, on every rank; a step that is not applied leaves no trace but the next
+    ``zero_grad`` clears.
+    """
+
+    def __init__(self, optimizer: Any, chunks: list[Any]) -> None:
+        self._optimizer, self._num_layers = optimizer, int(chunks[0].config.num_layers)
+        optimizer.prepare_grads()
+        layer_of = _layers(chunks)
+        self._parts = [(part, _pairs(part, layer_of)) for part in _parts(optimizer)]
+
+    @torch.no_grad()
+    def squares(self) -> Tensor:
+        """[num_layers + 1] fp64 on the device, the same on every rank: sum of squares of each decoder layer's gradient, and
+        of everything else (embedding, final norm, head). One reduction per process group, no copy to the host.
+
+        What counts is what Megatron counts (``get_main_grads_for_grad_norm``): no replica of a tensor-parallel parameter,
+        no shared one; with the distributed optimizer every rank has its own shard.
+        """
+        from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
+        from megatron.core.transformer.module import param_is_not_shared
+
+        sums: dict[Any, Tensor] = {}
+        for part, pairs in self._parts:
+            group = part.get_grad_stats_parallel_group()
+            tp_group = getattr(part, "tp_group", None)
+            counted = [
+                (layer, main.grad)
+                for layer, main in pairs
+                if main.grad is not None
+                and param_is_not_shared(main)
+                and param_is_not_tensor_parallel_duplicate(main, tp_group)
+            ]
+            total = sums.get(group)
+            if total is None:
+                device = torch.device("cuda", torch.cuda.current_device()) if _on_cuda(part) else torch.device("cpu")
+                total = sums[group] = torch.zeros(self._num_layers + 1, dtype=torch.float64, device=device)
+            if counted:
+                norms = torch.stack(torch._foreach_norm([grad for _, grad in counted])).double()
+                index = torch.tensor([layer % (self._num_layers + 1) for layer, _ in counted])
+                total.index_add_(0, index.to(total.device, non_blocking=True), norms.to(total.device).square())
+        for group, total in sums.items():
+            torch.distributed.all_reduce(total, group=group)
+        return torch.stack(list(sums.values())).sum(0)
+
+    @torch.no_grad()
+    def apply(self, *, scale: float) -> None:
+        """Multiply by ``scale`` (one over the trained tokens, times what clipping leaves) and update the parameters."""
+        for part in _parts(self._optimizer):
+            grads = [param.grad for param in part.get_parameters() if param.grad is not None]
+            if grads and scale != 1.0:
+                torch._foreach_mul_(grads, scale)
+        self._optimizer.step_with_ready_grads()
+
+
+def _on_cuda(part: Any) -> bool:
+    return torch.distributed.get_backend(part.get_grad_stats_parallel_group()) == "nccl"
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _layers(chunks: list[Any]) -> dict[int, int]:
+    """0-based decoder layer of each model parameter, by ``id``; parameters outside of layers are not in it."""
+    return {
+        id(param): int(layer.layer_number) - 1
+        for chunk in chunks
+        for layer in chunk.module.decoder.layers
+        for param in layer.parameters()
+    }
+
+
+def _pairs(part: Any, layer_of: dict[int, int]) -> list[tuple[int, Any]]:
+    """(layer, the parameter whose gradient the optimizer uses); layer -1 is outside of all layers."""
+    return [(layer_of.get(id(model), -1), main) for model, main in _main_parameters(part)]
+
+
+def _main_parameters(part: Any) -> Iterator[tuple[Any, Any]]:
+    """(model parameter, what the optimizer updates in its place: itself, an fp32 copy, or a shard of either).
+
+    Source: Megatron-Core 0.16.1, ``optimizer.py`` and ``distrib_optimizer.py``, where the groups are parallel lists.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+
+    if part.optimizer is None:  # this rank has no parameter of the kind
+        return
+    if isinstance(part, DistributedOptimizer):
+        pairs = [
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        ]
+    elif isinstance(part, Float16OptimizerWithFloat16Params):
+        pairs = [
+            (part.float16_groups, part.fp32_from_float16_groups),
+            (part.fp32_from_fp32_groups, part.fp32_from_fp32_groups),
+        ]
+    else:
+        own = [group["params"] for group in part.optimizer.param_groups]
+        pairs = [(own, own)]
+    for models, mains in pairs:
+        for model_group, main_group in zip(models, mains, strict=True):
+            yield from zip(model_group, main_group, strict=True)
