@@ -7,6 +7,7 @@ other; a rank takes part in those whose ``world`` is larger than its number.
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -71,3 +72,4 @@ def my_jobs(plan: Path) -> Iterator[dict[str, Any]]:
         if int(os.environ["RANK"]) < job["world"]:
             os.environ |= {"WORLD_SIZE": str(job["world"]), "MASTER_PORT": str(job["port"])}
             yield job
+            gc.collect()  # the job's process groups are garbage in cycles, each with a thread that keeps waking up

@@ -7,6 +7,7 @@ also the ranks' program; modules of ``tests/distributed`` are importable there.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -118,6 +119,7 @@ def serve() -> None:
             answer = {"value": getattr(importlib.import_module(module), function)(request["job"])}
         except Exception:
             answer = {"error": traceback.format_exc()[-3000:]}
+        gc.collect()  # the job's process groups are garbage in cycles, each with a thread that keeps waking up
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -1,0 +1,71 @@
+"""Runs ``m1 pretrain``'s engine once with bad samples in it, and writes every event.
+
+Usage: python guard_run_worker.py CONFIG STAGES OUT.jsonl JOB
+JOB: JSON with ``bad``: {sample id: factor of its micro-batch's loss, "nan", or "nan once"}, and ``stop_at`` a global step.
+A stop is a SIGTERM that this process sends itself when that step is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from m1_data.errors import M1Error
+from m1_stages.configload import load_config
+from m1_stages.curriculum import stages_of
+from m1_stages.engine import pretrain
+from m1_stages.engine.events import Event, StepDone
+
+
+def spoil(bad: dict[str, Any]) -> None:
+    """Multiply the loss of micro-batches that hold a bad sample; "nan once" is used up by the first."""
+    from m1_stages.engine import step
+
+    original = step._loss
+
+    def forward_step(batches: Any, model: Any) -> tuple[Any, Any]:
+        batch = next(batches)
+        factor = 1.0
+        for sample in map(str, batch.sample_ids):
+            if sample in bad:
+                factor = math.nan if str(bad[sample]).startswith("nan") else float(bad[sample])
+                if bad[sample] == "nan once":
+                    del bad[sample]
+
+        def loss(mask: Any, per_token: Any) -> Any:
+            return original(mask, per_token * factor)
+
+        return model(batch), partial(loss, batch.loss_mask)
+
+    step._forward_step = forward_step
+
+
+def main(config: str, stages: str, out: str, text: str) -> int:
+    job = json.loads(text)
+    resolved = load_config(Path(config))
+    spoil(job.get("bad", {}))
+    with open(out, "a") as file:
+
+        def sink(event: Event) -> None:
+            file.write(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}) + "\n")
+            file.flush()
+            if isinstance(event, StepDone) and event.global_step == job.get("stop_at", -1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            pretrain.run(resolved, stages_of(stages), [sink])
+        except M1Error as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
