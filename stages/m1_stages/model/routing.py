@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 
@@ -39,6 +38,8 @@ def routing_counts(chunks: Sequence[Any]) -> Tensor:
     Args:
         chunks: this rank's parts of the model, bare or wrapped for data parallelism.
     """
+    from megatron.core import parallel_state
+
     models = [getattr(chunk, "module", chunk) for chunk in chunks]
     c = models[0].model_config
     device = next(models[0].parameters()).device
