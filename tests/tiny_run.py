@@ -35,6 +35,7 @@ path = "words.jsonl"
 decay_ramp_share = 0.5
 [run]
 save_every_steps = 100
+threads = 1
 [stages.32k]
 tokens = 6144
 global_batch_tokens = 1024
