@@ -3,7 +3,8 @@
     python benchmarks/train_step.py [--tokens 32768,131072] [--rows both] [--profile 131072] [--json OUT] [--budget-s 400]
     CUDA_VISIBLE_DEVICES= python benchmarks/train_step.py --preset tiny --device cpu --tokens 256   # tests itself
 
-A step is forward, backward, gradient norm, clipping and AdamW on fp32 master weights. ``ours`` is what ``m1 pretrain`` runs;
+A step is forward, backward, gradient norm, clipping and AdamW on fp32 master weights. ``ours`` is what ``m1 pretrain`` runs,
+activations kept or recomputed as it would choose for rows of that length (printed; ``--set run.recompute=...``);
 ``baseline`` is in ``train_step_baseline.py``; ``transformers`` is MiniMaxForCausalLM up to 32,768 tokens, one document.
 Ours and the baseline start every case from the same weights. Checked, else the exit code is 1: equal numbers of parameters,
 losses of every token of a small packed batch (with larger weights, so that every part shows), loss and gradient norm of the
@@ -106,6 +107,7 @@ def measure(peer: Any, case: Case, plan: StagePlan, bench: Bench) -> None:
     clean()
     peer.restart(plan, tokens)
     case |= {"stage": plan.stage, "rope_base": plan.rope_base, "first_pass_ms": [], "ms": [], "flops": []}
+    case["recompute"] = peer.recomputes
     case |= {"documents": [], "losses": []}
     for number in range(2 * steps):
         again = number >= steps
@@ -155,14 +157,14 @@ class Bench:
         self.deadline = self.began + args.budget_s
         self.resolved = configuration(args)
         device = devices.use(args.device)
-        parallel.start(self.resolved.config.parallel, device=device, seed=self.resolved.config.run.seed)
+        topology = parallel.start(self.resolved.config.parallel, device=device, seed=self.resolved.config.run.seed)
         run = self.resolved.config.run
         self.setting = Setting(
             config=self.resolved.config,
             device=device.torch_device,
             bf16=(args.precision or run.precision) == "bf16",
-            recompute=run.recompute if args.recompute is None else args.recompute == "true",
-            kept_to=args.kept_to,
+            topology=topology,
+            device_kind=device,
             tiled_from=args.tiled_from,
         )
         name = torch.cuda.get_device_name() if device.name == "cuda" else "CPU"
@@ -178,7 +180,7 @@ class Bench:
             "versions": versions(),
             "preset": args.preset,
             "precision": "bf16" if self.setting.bf16 else "fp32",
-            "recompute": self.setting.recompute,
+            "recompute": run.recompute,
             "model": dataclasses.asdict(self.resolved.config.model),
             "peers": {},
             "cases": self.cases,
@@ -342,8 +344,6 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the configuration")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: the preset's")
-    parser.add_argument("--kept-to", type=int, default=0, help="tokens up to which ours keeps activations all the same")
-    parser.add_argument("--recompute", choices=("true", "false"), help="run.recompute of ours; default: the preset's")
     parser.add_argument("--steps", type=int, help="rows of a case; default 5, from 524288 tokens on 2")
     parser.add_argument("--one-document", help="only these of --tokens also as one document; default: all")
     parser.add_argument("--tiled-from", type=int, default=LONG, help="tokens from which the baseline tiles its experts")

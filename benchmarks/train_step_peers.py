@@ -17,6 +17,9 @@ from train_step_baseline import Baseline, Weights, from_ours, lightning, softmax
 from m1_data.loader import PackedBatch, PackedDataset, Segment, collate
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig, OptimConfig, Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.engine.activations import settle
+from m1_stages.engine.device import Device
+from m1_stages.engine.parallel import Topology
 from m1_stages.model import ModelChunks
 
 LR = 1e-4
@@ -86,9 +89,8 @@ class Setting:
     config: Config
     device: torch.device
     bf16: bool
-    recompute: bool
-    kept_to: int
-    """Tokens up to which ours keeps its activations all the same."""
+    topology: Topology
+    device_kind: Device
     tiled_from: int
     """Tokens from which the baseline's experts run in tiles."""
 
@@ -101,6 +103,8 @@ class Peer(Protocol):
     """``restart`` with the initial weights for a case, then ``step`` as often as wanted."""
 
     notes: str
+    recomputes: bool
+    """Activations, in the present case."""
 
     def parameters(self) -> int: ...
     def restart(self, plan: StagePlan, tokens: int) -> None: ...
@@ -118,7 +122,6 @@ def build_chunks(setting: Setting, rope_base: float) -> tuple[ModelChunks, Weigh
         parallel=setting.config.parallel,
         precision="bf16" if setting.bf16 else "fp32",
         rope_base=rope_base,
-        recompute=setting.recompute,
         device=setting.device.type,
         seed=setting.config.run.seed,
     )
@@ -148,7 +151,8 @@ class Ours:
 
         parallel = setting.config.parallel
         self.setting = setting
-        self.notes = f"recompute = {setting.recompute!r}, kept up to {setting.kept_to:,} tokens"
+        self.notes = f"run.recompute = {setting.config.run.recompute}"
+        self.recomputes = False
         self.model, self.routers, self.weights = chunks[0], chunks, weights
         self.chunks = wrap_ddp(chunks, distributed_optimizer=parallel.distributed_optimizer)
         self.optimizer = build_optimizer(
@@ -164,7 +168,13 @@ class Ours:
         self.plan = plan
         self.model.set_rope_base(plan.rope_base)
         self.model.set_slopes(plan.slopes_at(1.0))
-        self.model.set_recompute(self.setting.recompute and tokens > self.setting.kept_to)
+        case = dataclasses.replace(
+            plan, seq_len=tokens, micro_batch_rows=1, global_batch_rows=self.setting.topology.dp_size
+        )
+        settled = settle(self.setting.config, case, self.setting.topology, self.setting.device_kind)
+        print(f"ours, {tokens:,} tokens: activations {settled}", flush=True)
+        self.recomputes = settled.activations.recompute
+        self.model.set_recompute(self.recomputes, offload=settled.activations.offload)
         state = self.model.state_dict()
         for name, tensor in self.weights.items():
             state[name].copy_(tensor.view(state[name].shape))
@@ -235,6 +245,8 @@ class MasterAdamW:
 
 
 class BaselinePeer:
+    recomputes = True
+
     def __init__(self, setting: Setting, weights: Weights) -> None:
         model = setting.config.model
         attend, attend_name = lightning(setting.device.type)
@@ -270,6 +282,8 @@ class BaselinePeer:
 
 class TransformersPeer:
     """``MiniMaxForCausalLM`` with its own random weights: same shape, other numbers, so no losses are compared."""
+
+    recomputes = True
 
     def __init__(self, setting: Setting) -> None:
         from transformers import MiniMaxConfig, MiniMaxForCausalLM, __version__

@@ -138,7 +138,7 @@ def print_head(bench: Any) -> None:
     r, args = bench.results, bench.args
     print(f"# Training steps, {args.preset}, {r['precision']}, {r['device']}\n\n{r['date']}, `{r['command']}`")
     print(", ".join(f"{k} {v}" for k, v in r["versions"].items()))
-    print(f"recompute = {r['recompute']!r} (ours; the baseline recomputes every layer)")
+    print(f"run.recompute = {r['recompute']} (ours; the baseline recomputes every layer)")
     if "packed" in bench.kinds:
         source = f"prepared data of {args.data}" if args.data else None
         lengths = ", ".join(f"{median_length(n):,}" for n in bench.sizes)

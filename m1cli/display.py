@@ -159,6 +159,7 @@ def _stage_started(event: StageStarted) -> None:
         f"decay {event.decay_policy}: half-lives {min(rates):.1f} to {max(rates):,.0f} tokens"
         + (f", from {min(old):.1f} to {max(old):,.0f} over {event.ramp_steps} steps" if event.ramp_steps else ""),
     ]
+    lines.append(f"activations {event.activations}")
     core = event.mix.get("core")
     if core:
         classes = event.mix.get("length_classes", {})

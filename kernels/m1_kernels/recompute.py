@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from m1_kernels.offload import HostInputs
+
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 _SOFTMAX_OPS = (
     "aten::_scaled_dot_product_cudnn_attention",
@@ -25,7 +27,9 @@ def recomputing() -> bool:
     return _recomputing.get()
 
 
-def recomputed(layer: Callable[[Tensor], Tensor], x: Tensor, *, keep_softmax: bool) -> Tensor:
+def recomputed(
+    layer: Callable[[Tensor], Tensor], x: Tensor, *, keep_softmax: bool, host: HostInputs | None = None
+) -> Tensor:
     """``layer(x)``, of which only ``x`` is kept; the rest is computed again when the gradient is wanted.
 
     Args:
@@ -33,6 +37,7 @@ def recomputed(layer: Callable[[Tensor], Tensor], x: Tensor, *, keep_softmax: bo
         x: the input.
         keep_softmax: also keep output and log-sum-exp of every softmax attention, 2 + 4 / D bytes a channel in bf16:
             at a million tokens its forward pass is a quarter of the step.
+        host: where ``x`` waits; None: on the device.
     """
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -41,7 +46,8 @@ def recomputed(layer: Callable[[Tensor], Tensor], x: Tensor, *, keep_softmax: bo
         kept, restored = create_selective_checkpoint_contexts(_softmax_ops())
         return kept, _restoring(restored)
 
-    out: Tensor = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    with host.saving() if host is not None else nullcontext():
+        out: Tensor = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return out
 
 

@@ -58,11 +58,19 @@ def _resolve(path: Path, preset: str | None, overrides: list[str]) -> Resolved:
 
 def _show(plan: Plan) -> None:
     machine, parameters = plan.machine, plan.parameters
-    precision = "bf16" if machine.bf16 else "fp32"
-    recompute = "activations recomputed" if machine.recompute else "activations kept"
+    habits = machine.habits
+    precision = "bf16" if habits.bf16 else "fp32"
+    recompute = {
+        "auto": "activations kept where they fit",
+        "always": "activations recomputed",
+        "never": "activations kept",
+    }
+    settings = [precision, recompute[habits.recompute]]
+    settings += ["inputs of recomputed layers in host memory"] * habits.offload_activations
+    settings += ["optimizer in host memory"] * habits.offload_optimizer
     console.print(
         f"[bold]{plan.preset}[/] on {machine.gpus:,} {machine.gpu.name} ({machine.gpu.memory_gib:.0f} GiB each), "
-        f"{precision}, {recompute}: [bold]{_count(parameters.total)}[/] parameters, "
+        f"{', '.join(settings)}: [bold]{_count(parameters.total)}[/] parameters, "
         f"[bold]{_count(parameters.active)}[/] active\n"
     )
     _parameters(plan)
@@ -76,6 +84,8 @@ def _show(plan: Plan) -> None:
     compared = [stage.compared for stage in plan.stages if stage.compared]
     if compared:
         _measured(compared)
+    for name, why in plan.left_out.items():
+        console.print(f"[dim]stage {name} of this run is not compared: {why}[/]", soft_wrap=True)
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
@@ -156,7 +166,7 @@ def _layouts(plan: Plan) -> None:
     table = _table(
         "Fastest layouts that fit",
         "stage",
-        ["TP", "PP", "CP", "EP", "ETP", "DP", "micro", "GiB", "s/step", "tok/s/GPU", "MFU"],
+        ["TP", "PP", "CP", "EP", "ETP", "DP", "micro", "act.", "GiB", "s/step", "tok/s/GPU", "MFU"],
     )
     commands = []
     for stage in plan.stages:
@@ -171,7 +181,8 @@ def _layouts(plan: Plan) -> None:
         table.add_section()
     console.print(table)
     console.print(
-        "[dim]micro: rows of a forward pass x passes a step. GiB: of the fullest GPU, red if too much. "
+        "[dim]micro: rows of a forward pass x passes a step. act.: activations kept, computed again, or their inputs in host "
+        "memory (run.recompute, run.offload_activations). GiB: of the fullest GPU, red if too much. "
         "tok/s/GPU and MFU: every row one document, nothing counted twice.[/]\n"
     )
     if all(line.endswith("as configured") for line in commands):
@@ -184,10 +195,10 @@ def _layouts(plan: Plan) -> None:
 
 def _layout_cells(x: Candidate) -> list[str]:
     y = x.layout
-    sizes = (y.tensor, y.pipeline, y.context, y.expert, y.expert_tensor, y.data)
+    sizes, acts = (y.tensor, y.pipeline, y.context, y.expert, y.expert_tensor, y.data), x.activations
     cells = [str(size) for size in sizes]
     return [
-        *cells, f"{x.micro_rows} x {x.micro_batches}", 
+        *cells, f"{x.micro_rows}x{x.micro_batches}", "host" if acts.offload else "again" if acts.recompute else "kept",
         f"{x.memory.needed:,.0f}" if x.fits else f"[red]{x.memory.needed:,.0f}[/]", _seconds(x.time.total),
         f"{x.tokens_per_s_per_gpu:,.0f}", f"{x.mfu:.0%}",
     ]  # fmt: skip
@@ -222,6 +233,8 @@ def _memory(plan: Plan) -> None:
     table.add_row("peak in torch", *(f"{s.layouts[0].memory.peak:,.1f}" for s in stages))
     table.add_row("[dim]driver, NCCL, fragments[/]", *(f"{s.layouts[0].memory.reserve:,.1f}" for s in stages))
     table.add_row("needed", *(f"[bold]{s.layouts[0].memory.needed:,.1f}[/]" for s in stages))
+    if any(s.layouts[0].memory.host for s in stages):
+        table.add_row("[dim]pinned host memory[/]", *(f"{s.layouts[0].memory.host:,.1f}" for s in stages))
     console.print(table)
     console.print("[dim]Layer, head and optimizer step are not busy together: the peak has the largest of them.[/]\n")
 
@@ -240,6 +253,7 @@ def _time(plan: Plan) -> None:
         "sorting for experts": "moe_index",
         "waiting for Python": "host",
         "optimizer": "optimizer",
+        "copies from and to the host": "offload",
         "TP: tokens gathered": "tensor",
         "EP: tokens to experts": "expert",
         "CP: states, keys, values": "context",

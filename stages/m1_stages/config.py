@@ -102,6 +102,9 @@ class OptimConfig:
     eps: Annotated[float, "denominator offset; M1 reports gradients below 1e-14 and uses 1e-15"] = 1e-15
     weight_decay: Annotated[float, "decoupled weight decay of matrices; vectors have none"] = 0.1
     grad_clip: Annotated[float, "global gradient norm is clipped to this; 0 switches clipping off"] = 1.0
+    offload: Annotated[
+        bool, "fp32 master weights and moments wait in host memory during forward and backward; needs a GPU"
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,7 +216,13 @@ class RunSection:
     threads: Annotated[int, "CPU threads per process; 0: cores / processes"] = 0
     save_every_steps: Annotated[int, "steps between checkpoints; stage ends are always saved"] = 100
     keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2
-    recompute: Annotated[bool, "recompute layer activations in the backward pass"] = False
+    recompute: Annotated[
+        Literal["auto", "always", "never"],
+        "compute layer activations again in the backward pass; auto: in stages where they would not fit with a margin",
+    ] = "auto"
+    offload_activations: Annotated[
+        bool, "in stages that recompute, the layers' inputs wait in host memory between forward and backward"
+    ] = False
     tensorboard: Annotated[bool, "also write TensorBoard events (needs the 'tensorboard' extra)"] = False
 
 

@@ -219,6 +219,18 @@ class _Checker:
         self.positive("run", "save_every_steps")
         self.require(r.keep_last >= 2, "run.keep_last", f"keep_last is {r.keep_last}", "keep at least 2")
         self.require(r.threads >= 0, "run.threads", "run.threads is negative", "0 chooses itself")
+        self.require(
+            not (r.offload_activations and r.recompute == "never"),
+            "run.offload_activations",
+            "run.offload_activations moves the inputs of recomputed layers, and with run.recompute = never there are none",
+            "set run.recompute to auto or always, or leave the key out",
+        )
+        self.require(
+            not (o.offload and r.device == "cpu"),
+            "optim.offload",
+            "optim.offload moves the optimizer's state off a GPU, and run.device is cpu",
+            "leave the key out on a CPU",
+        )
         self.positive("optim", "eps")
         self.require(o.grad_clip >= 0, "optim.grad_clip", "grad_clip is negative", "0 switches clipping off")
         for key in ("beta1", "beta2"):

@@ -221,14 +221,15 @@ def test_released_shape_counts(tmp_path: Path) -> None:
 def test_initial_weights_and_recomputation_do_not_change_the_function() -> None:
     tokens = torch.randint(0, SHAPE.vocab_size, (200,), generator=torch.Generator().manual_seed(8))
     grads = []
-    for recompute in (False, True):
-        chunks = build_model(SHAPE, parallel=ParallelConfig(), rope_base=ROPE, seed=7, recompute=recompute)
+    for recompute, offload in ((False, False), (True, False), (True, True)):
+        chunks = build_model(SHAPE, parallel=ParallelConfig(), rope_base=ROPE, seed=7)
+        chunks.set_recompute(recompute, offload=offload)
         model = chunks[0].train()
         model.set_slopes(SLOPES)
         model(packed_batch(tokens, [120, 80])).sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
         load = chunks.routing_stats().expert_load
         assert [sum(row) for row in load] == pytest.approx([1.0] * 8)
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert all(torch.equal(grads[0][name], other[name]) for other in grads[1:] for name in grads[0])
     other = build_model(dataclasses.replace(SHAPE), parallel=ParallelConfig(), rope_base=ROPE, seed=8)[0]
     assert not torch.equal(other.output_layer.weight, model.output_layer.weight)

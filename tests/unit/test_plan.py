@@ -17,12 +17,13 @@ from m1_data.errors import ConfigError
 from m1_stages.config import PRESETS, STAGE_NAMES, ModelConfig, Resolved
 from m1_stages.configload import load_config
 from m1_stages.model.count import count_parameters
+from m1_stages.plan.choice import Habits, choose, habits_of
 from m1_stages.plan.comm import Group
 from m1_stages.plan.estimate import make_plan
 from m1_stages.plan.flops import forward, generation, training
 from m1_stages.plan.hardware import GPUS, gpu_named
 from m1_stages.plan.layout import Layout, accepts
-from m1_stages.plan.memory import Memory, memory
+from m1_stages.plan.memory import Activations, Memory, memory
 from m1_stages.plan.shapes import count, local
 from m1_stages.plan.timing import StepModel, StepTime
 from m1_stages.plan.work import Work, model_of, works
@@ -122,6 +123,12 @@ def test_memory_adds_up() -> None:
 RECORD = Path(__file__).parents[2] / "docs" / "figures" / "train-step-h200.json"
 
 
+def alone(m: ModelConfig, gpu: str, tokens: int, activations: Activations) -> tuple[float, Memory]:
+    """Seconds of a step of one row and one document on one GPU, and its memory."""
+    model = StepModel(m, Layout(), GPUS[gpu], tokens=tokens, pairs=tokens / 2, bf16=True, activations=activations)
+    return model.of(1).total, memory(m, Layout(), tokens=tokens, micro_batches=1, bf16=True, activations=activations)
+
+
 def test_estimates_of_the_measured_steps(tmp_path: Path) -> None:
     """Every row of one document that was measured on an H200: time and peak memory within 15 %."""
     m = model_of(resolved(tmp_path, "700m").config)
@@ -131,11 +138,9 @@ def test_estimates_of_the_measured_steps(tmp_path: Path) -> None:
     assert sorted(c["tokens"] for c in cases) == [32_768 * n for n in (1, 4, 8, 16, 32)]
     assert {c["recompute"] for c in cases} == {True, False}
     for c in cases:
-        tokens, recompute = c["tokens"], c["recompute"]
-        model = StepModel(m, Layout(), GPUS["h200"], tokens=tokens, pairs=tokens / 2, bf16=True, recompute=recompute)
-        held = memory(m, Layout(), tokens=tokens, micro_batches=1, bf16=True, recompute=recompute)
-        assert model.of(1).total == pytest.approx(c["median_ms"] / 1e3, rel=0.15), (tokens, model.of(1))
-        assert held.peak == pytest.approx(c["peak_gib"], rel=0.15), (tokens, held)
+        seconds, held = alone(m, "h200", c["tokens"], Activations(recompute=c["recompute"]))
+        assert seconds == pytest.approx(c["median_ms"] / 1e3, rel=0.15), c["tokens"]
+        assert held.peak == pytest.approx(c["peak_gib"], rel=0.15), (c["tokens"], held)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +158,57 @@ def test_estimates_of_an_older_run(
 ) -> None:
     """The same steps, kept and recomputed, on an H100 (docs/LOG.md, 2026-11-24)."""
     m = model_of(resolved(tmp_path, "700m").config)
-    model = StepModel(m, Layout(), GPUS["h100"], tokens=tokens, pairs=tokens / 2, bf16=True, recompute=recompute)
-    held = memory(m, Layout(), tokens=tokens, micro_batches=1, bf16=True, recompute=recompute)
-    assert tokens / model.of(1).total == pytest.approx(tokens_per_s, rel=0.15)
+    seconds, held = alone(m, "h100", tokens, Activations(recompute=recompute))
+    assert tokens / seconds == pytest.approx(tokens_per_s, rel=0.15)
     assert held.peak == pytest.approx(gib, rel=0.15)
     assert held.weights + held.gradients + held.optimizer == pytest.approx(count(m).total * 18 / 2**30, rel=1e-3)
+
+
+def test_activations_are_kept_where_they_fit_with_a_margin(tmp_path: Path) -> None:
+    config = resolved(tmp_path, "700m").config
+    m, habits = model_of(config), habits_of(config)
+    assert habits == Habits(bf16=True, recompute="auto")
+
+    def recomputes(gib: float, layout: Layout = Layout(), recompute: Any = "auto") -> list[bool]:  # noqa: B008
+        wanted = replace(habits, recompute=recompute)
+        return [choose(m, work, layout, wanted, gib).activations.recompute for work in works(config)]
+
+    assert recomputes(139.8) == [False, False, False, True, True]
+    assert recomputes(79.2) == [False, False, True, True, True]
+    assert recomputes(24.0) == [True] * 5
+    assert recomputes(24.0, recompute="never") == [False] * 5
+    assert recomputes(139.8, recompute="always") == [True] * 5
+    work = works(config)[0]
+    need = choose(m, work, Layout(), habits, 139.8).memory.needed
+    assert not choose(m, work, Layout(), habits, need / 0.9 + 0.1).activations.recompute
+    short = choose(m, work, Layout(), habits, need / 0.9 - 0.1)
+    assert short.activations.recompute
+    assert f"about {need:.1f} GiB would be needed, more than 90% of {need / 0.9 - 0.1:.1f} GiB" in short.why
+    spread = Layout(expert=2, data=2)
+    need = choose(m, work, spread, habits, 139.8).memory.needed
+    assert choose(m, work, spread, habits, need / 0.8).activations.recompute, (
+        "with expert parallelism a quarter stays free"
+    )
+
+
+def test_what_waits_in_host_memory(tmp_path: Path) -> None:
+    """700m at a million tokens: 8 layer inputs of 2 GiB, of which two are on the device; 12 bytes a parameter."""
+    m, tokens = model_of(resolved(tmp_path, "700m").config), 1_048_576
+    here, there = (Activations(recompute=True, offload=offload) for offload in (False, True))
+    seconds, held = alone(m, "h200", tokens, here)
+    away_seconds, away = alone(m, "h200", tokens, there)
+    assert (held.host, away.host) == (0.0, 16.0)
+    assert held.activations - away.activations == pytest.approx(12.0)
+    assert held.peak - away.peak == pytest.approx(10.0)  # by the largest moment, one of the eight had been given back
+    assert away_seconds == seconds, "copies take 0.7 s beside 17 s of computing"
+    state = memory(m, Layout(), tokens=tokens, micro_batches=1, bf16=True, activations=here, offload_optimizer=True)
+    assert held.peak - state.peak == pytest.approx(held.optimizer) == pytest.approx(state.host)
+    small = memory(m, Layout(), tokens=1024, micro_batches=1, bf16=True, activations=here, offload_optimizer=True)
+    assert small.peak >= count(m).total * 18 / 2**30, "for the update it is all on the device"
+    slow = StepModel(
+        m, Layout(), GPUS["h200"], tokens=tokens, pairs=tokens / 2, bf16=True, activations=here, offload_optimizer=True
+    )
+    assert slow.of(1).total - seconds == pytest.approx(count(m).total * 24 / 50.4e9, rel=1e-6)
 
 
 def test_memory_moves_the_right_way(tmp_path: Path) -> None:
@@ -165,7 +216,9 @@ def test_memory_moves_the_right_way(tmp_path: Path) -> None:
 
     def peak(tokens: int = 131_072, recompute: bool = True, sharded: bool = True, **sizes: int) -> float:
         layout = Layout(distributed_optimizer=sharded, **sizes)
-        return memory(m, layout, tokens=tokens, micro_batches=8, bf16=True, recompute=recompute).peak
+        return memory(
+            m, layout, tokens=tokens, micro_batches=8, bf16=True, activations=Activations(recompute=recompute)
+        ).peak
 
     one = peak(data=8)
     assert peak(data=8, recompute=False) > one
@@ -181,7 +234,9 @@ def test_time_adds_up_and_moves_the_right_way(tmp_path: Path) -> None:
     m, gpu = model_of(resolved(tmp_path, "7b-a1b").config), GPUS["h100"]
 
     def step(layout: Layout, recompute: bool = True, pairs: float = 65_536, micro_batches: int = 8) -> StepTime:
-        model = StepModel(m, layout, gpu, tokens=131_072, pairs=pairs, bf16=True, recompute=recompute)
+        model = StepModel(
+            m, layout, gpu, tokens=131_072, pairs=pairs, bf16=True, activations=Activations(recompute=recompute)
+        )
         return model.of(micro_batches)
 
     one = step(Layout())
@@ -297,10 +352,14 @@ def test_nothing_fits_and_one_sentence_says_what_would(tmp_path: Path) -> None:
 
 
 def test_the_smallest_change_comes_first(tmp_path: Path) -> None:
-    plan = make_plan(resolved(tmp_path, "7b-a1b", "run.recompute=false"), gpu_named("h100"), 8)
+    plan = make_plan(resolved(tmp_path, "7b-a1b", "run.recompute=never"), gpu_named("h100"), 8)
     assert plan.change is not None
-    assert plan.change.fix == "recompute activations: --set run.recompute=true"
+    assert plan.change.fix == "recompute activations: --set run.recompute=auto"
     assert make_plan(resolved(tmp_path, "7b-a1b"), gpu_named("h100"), 8).change is None
+    wide = ["stages.1m.context_tokens=2_621_440", "stages.1m.global_batch_tokens=2_621_440"]
+    plan = make_plan(resolved(tmp_path, "700m", *wide), gpu_named("h200"), 1)
+    assert plan.change is not None
+    assert plan.change.fix == "keep more in host memory: --set run.offload_activations=true"
     plan = make_plan(resolved(tmp_path, "700m", "stages.1m.micro_batch_rows=4"), gpu_named("h200"), 1)
     assert plan.change is None, "a step of one row is one row at a time"
     big = ["stages.1m.micro_batch_rows=4", "stages.1m.global_batch_tokens=4194304"]
@@ -325,8 +384,8 @@ def test_json_has_everything_and_only_numbers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert set(plan) == {
-        "preset", "gpu", "gpus", "gpu_memory_gib", "precision", "recompute", "fits", "change", "parameters", "generation",
-        "stages",
+        "preset", "gpu", "gpus", "gpu_memory_gib", "precision", "recompute", "offload_activations", "offload_optimizer",
+        "fits", "change", "parameters", "generation", "stages", "not_compared",
     }  # fmt: skip
     assert (plan["gpu"], plan["gpus"], plan["fits"], plan["change"]) == ("h100", 8, True, None)
     assert [stage["stage"] for stage in plan["stages"]] == list(STAGE_NAMES)
@@ -337,7 +396,7 @@ def test_json_has_everything_and_only_numbers(tmp_path: Path) -> None:
         }  # fmt: skip
         for layout in stage["layouts"]:
             assert set(layout) == {
-                "parallel", "data", "arguments", "micro_rows", "micro_batches", "fits", "memory_gib", "step_s",
+                "parallel", "data", "arguments", "micro_rows", "micro_batches", "fits", "activations", "memory_gib", "step_s",
                 "step_s_mix", "tokens_per_s_per_gpu", "mfu", "gpu_hours", "gpu_hours_mix",
             }  # fmt: skip
             assert 0 < layout["mfu"] < 1
@@ -369,9 +428,38 @@ def test_measured_steps_stand_beside_the_estimate(tmp_path: Path) -> None:
     assert first is not None
     assert (first.measured.steps, first.measured.step_s, first.measured.peak_gib) == (8, 4.0, 15.0)
     assert first.time_deviation == pytest.approx(plan.stages[0].layouts[0].time.total / 4.0 - 1)
+    assert not first.estimate.activations.recompute, "nothing was said: as it is configured"
+    assert plan.left_out == {}
     done = m1_plan("--gpu", "h200", cwd=tmp_path)
     assert "Measured in this run" in done.stdout, done.stderr
     assert f"{first.memory_deviation:+.0%}" in done.stdout
+    said = text.replace('"seq_len"', '"recompute": true, "offload_activations": true, "seq_len"')
+    (tmp_path / "run" / "metrics.jsonl").write_text(said)
+    compared = make_plan(resolved(tmp_path, "700m"), gpu_named("h200")).stages[0].compared
+    assert compared is not None
+    assert compared.estimate.activations == Activations(recompute=True, offload=True)
+
+
+def test_why_a_stage_that_ran_is_not_compared(tmp_path: Path) -> None:
+    sizes = {"world": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
+    cases = {
+        "it ran on a cpu, and estimates are for GPUs": ("cpu", 8, 32_768),
+        "it has 3 steps, and the first 3 are warm-up": ("cuda", 3, 32_768),
+        "it ran with 32 rows of 4,096 tokens a step": ("cuda", 8, 4096),
+    }
+    (tmp_path / "run").mkdir()
+    for why, (device, steps, seq_len) in cases.items():
+        events = [
+            {"event": "RunStarted", "device": device, "topology": sizes},
+            {"event": "StageStarted", "stage": "32k", "seq_len": seq_len, "global_batch_rows": 32},
+            *({"event": "StepDone", "stage": "32k", "step_s": 4.0, "peak_gib": 15.0} for _ in range(steps)),
+        ]
+        (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(json.dumps(event) for event in events))
+        plan = make_plan(resolved(tmp_path, "700m"), gpu_named("h200"))
+        assert plan.left_out == {"32k": why}
+        assert plan.stages[0].compared is None
+    done = m1_plan("--gpu", "h200", cwd=tmp_path)
+    assert f"stage 32k of this run is not compared: {why}" in done.stdout
 
 
 def test_the_command_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:

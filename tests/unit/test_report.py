@@ -32,7 +32,8 @@ def stage(name: str, step: int = 0) -> StageStarted:
     return StageStarted(
         stage=name, step=step, num_steps=10, seq_len=128, context_tokens=32_768, rope_base=1e6, global_batch_rows=4,
         tokens=5_120, lr_peak=1e-3, lr_final=1e-4, decay_policy="relax", ramp_steps=0, slopes_old=SLOPES, slopes_new=SLOPES,
-        softmax_layers=[7], mix=MIX, takes_over="nothing",
+        softmax_layers=[7], mix=MIX, takes_over="nothing", recompute=False, offload_activations=False,
+        activations="kept: on a CPU",
     )  # fmt: skip
 
 

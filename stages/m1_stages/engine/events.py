@@ -55,6 +55,12 @@ class StageStarted:
     """Layers whose row of slopes is unused."""
     mix: dict[str, Any]
     takes_over: str
+    recompute: bool
+    """Activations are computed again in the backward pass, instead of kept."""
+    offload_activations: bool
+    """The inputs of recomputed layers wait in host memory."""
+    activations: str
+    """Both in words, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

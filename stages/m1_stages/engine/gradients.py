@@ -18,6 +18,8 @@ class ReadyGradients:
 
     def __init__(self, optimizer: Any, chunks: list[Any]) -> None:
         self._optimizer, self._num_layers = optimizer, int(chunks[0].config.num_layers)
+        if optimizer.host_state is not None:
+            optimizer.host_state.bring_back()
         optimizer.prepare_grads()
         layer_of = _layers(chunks)
         self._parts = [(part, _pairs(part, layer_of)) for part in _parts(optimizer)]

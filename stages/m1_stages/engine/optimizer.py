@@ -6,14 +6,25 @@ from typing import Any
 
 import torch
 
+from m1_data.errors import ConfigError
 from m1_stages.config import OptimConfig
+from m1_stages.engine.offload import HostState
 
 
 def build_optimizer(chunks: list[Any], optim: OptimConfig, *, bf16: bool, distributed: bool) -> Any:
     """AdamW over DDP-wrapped ``chunks``: dense and expert parameters are chained, vectors have no weight decay.
 
     The learning rate is set before every step (``set_learning_rate``), so no scheduler state exists.
+
+    Raises:
+        ConfigError: ``optim.offload`` without a GPU.
     """
+    if optim.offload and not next(chunks[0].parameters()).is_cuda:
+        raise ConfigError(
+            "optim.offload moves the optimizer's state off a GPU, and this run has none",
+            where="key optim.offload",
+            fix="leave the key out on a CPU",
+        )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     config = OptimizerConfig(
@@ -31,6 +42,7 @@ def build_optimizer(chunks: list[Any], optim: OptimConfig, *, bf16: bool, distri
     )
     optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
     _fuse(optimizer)
+    optimizer.host_state = HostState(optimizer, chunks) if optim.offload else None
     return optimizer
 
 

@@ -125,6 +125,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+def agree_min(value: float) -> float:
+    """The smallest of all ranks' values, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MIN)
+    return float(number.item())
+
+
 def agree_max(value: bool) -> bool:
     """True on every rank when it is true on any."""
     if dist.get_world_size() == 1:

@@ -10,6 +10,7 @@ from m1_data.loader import PackedDataset
 from m1_data.manifest import Manifest, load_manifest
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.engine.activations import Settled, settle
 from m1_stages.engine.batches import refuse_uneven_pipeline
 from m1_stages.engine.events import Sink, StageStarted
 from m1_stages.engine.loop import Rows, train_stage
@@ -41,7 +42,7 @@ def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: 
             if state.ramp_from:
                 plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
-                session.run.emit(started(resolved, plan, rows.mix_plan.as_dict(), state))
+                begin(session, resolved, plan, rows.mix_plan.as_dict(), state)
                 train_stage(session.run, plan, rows, state)
 
 
@@ -107,7 +108,17 @@ def start_stage(session: Session, plan: StagePlan, rows: Rows) -> TrainState:
     return state
 
 
-def started(resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState) -> StageStarted:
+def begin(session: Session, resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState) -> None:
+    """Settle what becomes of the stage's activations, and say what the stage changes and takes over."""
+    run = session.run
+    settled = settle(resolved.config, plan, run.topology, run.device)
+    run.model.set_recompute(settled.activations.recompute, offload=settled.activations.offload)
+    run.emit(started(resolved, plan, mix, state, settled))
+
+
+def started(
+    resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState, settled: Settled
+) -> StageStarted:
     """The event that says what a stage changes and what it takes over."""
     if state.stage_step:
         takes_over = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"
@@ -133,4 +144,7 @@ def started(resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: Tra
         softmax_layers=list(plan.softmax_layers),
         mix=mix,
         takes_over=takes_over,
+        recompute=settled.activations.recompute,
+        offload_activations=settled.activations.offload,
+        activations=str(settled),
     )

@@ -130,7 +130,6 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
                 parallel=config.parallel,
                 precision=config.run.precision,
                 rope_base=rope_base,
-                recompute=config.run.recompute,
                 device=device.name,
                 seed=config.run.seed,
             )

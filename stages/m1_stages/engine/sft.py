@@ -13,7 +13,7 @@ from m1_stages.curriculum import plan_sft
 from m1_stages.engine.batches import refuse_uneven_pipeline
 from m1_stages.engine.events import Sink
 from m1_stages.engine.loop import train_stage
-from m1_stages.engine.pretrain import start_stage, started
+from m1_stages.engine.pretrain import begin, start_stage
 from m1_stages.engine.session import open_session, with_vocab
 
 
@@ -34,7 +34,7 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
             return
         if state.ramp_from:
             plan = plan.starting_from(state.ramp_from)
-        session.run.emit(started(resolved, plan, rows.stats_dict(), state))
+        begin(session, resolved, plan, rows.stats_dict(), state)
         train_stage(session.run, plan, rows, state)
 
 

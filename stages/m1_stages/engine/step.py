@@ -98,6 +98,8 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    if optimizer.host_state is not None:
+        optimizer.host_state.send_away()
     outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),

@@ -56,10 +56,14 @@ class ModelChunks(Sequence[HybridModel]):
         for chunk in self:
             chunk.set_rope_base(base)
 
-    def set_recompute(self, recompute: bool) -> None:
-        """Recompute the activations of every layer in the backward pass, or keep them."""
+    def set_recompute(self, recompute: bool, *, offload: bool = False) -> None:
+        """Recompute the activations of every layer in the backward pass, or keep them.
+
+        Args:
+            offload: with ``recompute``, the layers' inputs wait in host memory.
+        """
         for chunk in self:
-            chunk.set_recompute(recompute)
+            chunk.set_recompute(recompute, offload=offload)
 
     def routing_stats(self) -> RoutingStats:
         """Read and reset the routers' counters; one reduction over the pipeline and one copy to the host."""

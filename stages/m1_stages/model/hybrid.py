@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from m1_data.loader import PackedBatch
-from m1_kernels import linear_cross_entropy
+from m1_kernels import HostInputs, linear_cross_entropy
 from m1_stages.config import ModelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
 from m1_stages.model.packing import Packing
@@ -68,6 +68,7 @@ class HybridModel(GPTModel):
         )
         self.model_config = model
         self._groups = groups
+        self._host: HostInputs | None = None
         _mark_sharded_weights(self)
 
     def set_slopes(self, slopes: list[list[float]]) -> None:
@@ -84,10 +85,15 @@ class HybridModel(GPTModel):
             if isinstance(layer.self_attention, SoftmaxAttention):
                 layer.self_attention.rope_base = base
 
-    def set_recompute(self, recompute: bool) -> None:
-        """Recompute the activations of every layer in the backward pass, or keep them."""
+    def set_recompute(self, recompute: bool, *, offload: bool = False) -> None:
+        """Recompute the activations of every layer in the backward pass, or keep them.
+
+        Args:
+            offload: with ``recompute``, the layers' inputs wait in host memory.
+        """
+        self._host = HostInputs() if recompute and offload else None
         for layer in self.decoder.layers:
-            layer.set_recompute(recompute)
+            layer.set_recompute(recompute, host=self._host)
 
     def forward(self, batch: PackedBatch, *, logits: bool = False) -> Tensor:
         """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32.
@@ -96,6 +102,8 @@ class HybridModel(GPTModel):
 
         Logits of all tokens exist only when asked for: meant for verification, not for training.
         """
+        if self._host is not None:
+            self._host.begin()
         out: Tensor = super().forward(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,

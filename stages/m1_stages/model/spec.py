@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from m1_kernels import recomputed
+from m1_kernels import HostInputs, recomputed
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
 from m1_stages.model.moe import MixtureOfExperts
@@ -103,13 +103,13 @@ class HybridLayer(TransformerLayer):
     ) -> None:
         super().__init__(config, submodules, **kwargs)
         self.alpha, self.beta = alpha, beta
-        self.set_recompute(recompute)
+        self.set_recompute(recompute, host=None)
         self.attn_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
-    def set_recompute(self, recompute: bool) -> None:
-        """Recompute this layer's activations in the backward pass, or keep them."""
-        self.recompute = recompute
+    def set_recompute(self, recompute: bool, *, host: HostInputs | None) -> None:
+        """Recompute this layer's activations in the backward pass, its input waiting in ``host`` if given, or keep them."""
+        self.recompute, self.host = recompute, host
         self.mlp.experts.keep = not recompute
 
     def forward(self, hidden_states: Tensor, *_: Any, packed_seq_params: Packing, **__: Any) -> tuple[Tensor, None]:
@@ -118,7 +118,8 @@ class HybridLayer(TransformerLayer):
         layer = partial(self._layer, packing=packed_seq_params)
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return layer(hidden_states), None
-        return recomputed(layer, hidden_states, keep_softmax=isinstance(self.self_attention, SoftmaxAttention)), None
+        keep_softmax = isinstance(self.self_attention, SoftmaxAttention)
+        return recomputed(layer, hidden_states, keep_softmax=keep_softmax, host=self.host), None
 
     def _layer(self, hidden_states: Tensor, packing: Packing) -> Tensor:
         x = self.attn_norm(hidden_states)

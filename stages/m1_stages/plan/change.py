@@ -69,14 +69,25 @@ def _fix(m: ModelConfig, works: list[Work], machine: Machine) -> str:
         for work in works
         if work.micro_rows > 1
     )
-    again = replace(machine, recompute=True)
-    if not machine.recompute and fits(works, again):
-        return "recompute activations: --set run.recompute=true"
+    habits = machine.habits
+    again = replace(
+        machine, habits=replace(habits, recompute="auto" if habits.recompute == "never" else habits.recompute)
+    )
+    away = replace(again, habits=replace(again.habits, offload_activations=True))
+    both = replace(away, habits=replace(away.habits, offload_optimizer=True))
+    recompute = "--set run.recompute=auto" if habits.recompute == "never" else ""
+    offload = "" if habits.offload_activations else "--set run.offload_activations=true"
+    optimizer = "" if habits.offload_optimizer else "--set optim.offload=true"
+    if recompute and fits(works, again):
+        return f"recompute activations: {recompute}"
     if rows and fits(single, machine):
         return f"take one row at a time: {rows}"
-    if rows and not machine.recompute and fits(single, again):
-        return f"recompute activations and take one row at a time: --set run.recompute=true {rows}"
-    settings = " ".join(part for part in ("" if machine.recompute else "--set run.recompute=true", rows) if part)
+    if rows and recompute and fits(single, again):
+        return f"recompute activations and take one row at a time: {recompute} {rows}"
+    for place, extra in ((away, ""), (both, optimizer)):
+        if fits(single, place):
+            return f"keep more in host memory: {' '.join(x for x in (recompute, rows, offload, extra) if x)}"
+    settings = " ".join(part for part in (recompute, rows) if part)
     also = f", with {settings}" if settings else ""
     offers = []
     gpus = 2 * machine.gpus

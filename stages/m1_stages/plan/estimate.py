@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import lcm
 from typing import Any
 
-from m1_stages.config import ParallelConfig, Resolved
+from m1_stages.config import ModelConfig, ParallelConfig, Resolved
 from m1_stages.plan.change import Change, smallest_change
+from m1_stages.plan.choice import habits_of
 from m1_stages.plan.flops import PUBLISHED_RATIO, Flops, Generation, generation, training
 from m1_stages.plan.hardware import Gpu
 from m1_stages.plan.layout import of_config
@@ -26,6 +27,7 @@ class Compared:
 
     measured: Measured
     estimate: Candidate
+    """For the layout that ran, its activations kept or recomputed as they were."""
 
     @property
     def time_deviation(self) -> float:
@@ -76,6 +78,8 @@ class Plan:
     parameters: Parameters
     generation: list[Generation]
     stages: list[StagePlan]
+    left_out: dict[str, str]
+    """Why a stage that ran is not compared, by its name."""
     change: Change | None
     """What makes everything fit; None when it does."""
 
@@ -86,13 +90,16 @@ class Plan:
             "gpu": self.machine.gpu.name,
             "gpus": self.machine.gpus,
             "gpu_memory_gib": self.machine.gpu.memory_gib,
-            "precision": "bf16" if self.machine.bf16 else "fp32",
-            "recompute": self.machine.recompute,
+            "precision": "bf16" if self.machine.habits.bf16 else "fp32",
+            "recompute": self.machine.habits.recompute,
+            "offload_activations": self.machine.habits.offload_activations,
+            "offload_optimizer": self.machine.habits.offload_optimizer,
             "fits": self.change is None,
             "change": asdict(self.change) if self.change else None,
             "parameters": self.parameters.as_dict(),
             "generation": [item.as_dict() for item in self.generation],
             "stages": [self._stage(stage) for stage in self.stages],
+            "not_compared": self.left_out,
         }
 
     def _stage(self, stage: StagePlan) -> dict[str, Any]:
@@ -131,6 +138,7 @@ class Plan:
             "micro_rows": x.micro_rows,
             "micro_batches": x.micro_batches,
             "fits": x.fits,
+            "activations": asdict(x.activations),
             "memory_gib": x.memory.as_dict(),
             "step_s": x.time.as_dict(),
             "step_s_mix": x.mix_time.as_dict(),
@@ -148,23 +156,35 @@ def fewest_gpus(parallel: ParallelConfig) -> int:
     return lcm(model_ranks, expert_ranks, parallel.processes or 1)
 
 
+def _compared(m: ModelConfig, work: Work, ran: Measured, machine: Machine) -> Compared:
+    habits = machine.habits
+    if ran.activations is not None:
+        habits = replace(
+            habits,
+            recompute="always" if ran.activations.recompute else "never",
+            offload_activations=ran.activations.offload,
+        )
+    return Compared(measured=ran, estimate=evaluate(m, work, ran.layout, replace(machine, habits=habits)))
+
+
 def make_plan(resolved: Resolved, gpu: Gpu, gpus: int | None = None) -> Plan:
     """Plan ``resolved`` on ``gpus`` GPUs, by default as many as its layout needs."""
     config, m = resolved.config, model_of(resolved.config)
     machine = Machine(
         gpu=gpu,
         gpus=gpus or fewest_gpus(config.parallel),
-        bf16=config.run.precision == "bf16",
-        recompute=config.run.recompute,
+        habits=habits_of(config),
         distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    measured = read_measured(resolved.run_dir, distributed_optimizer=config.parallel.distributed_optimizer)
+    measured, left_out = read_measured(resolved.run_dir, distributed_optimizer=config.parallel.distributed_optimizer)
     parameters = count(m)
     stages = []
     for work in works(config):
         own = of_config(config.parallel, machine.gpus)
         ran = measured.get(work.stage)
-        same = ran is not None and (ran.seq_len, ran.rows) == (work.seq_len, work.rows)
+        if ran and (ran.seq_len, ran.rows) != (work.seq_len, work.rows):
+            left_out[work.stage] = f"it ran with {ran.rows:,} rows of {ran.seq_len:,} tokens a step"
+            ran = None
         stages.append(
             StagePlan(
                 work=work,
@@ -172,9 +192,7 @@ def make_plan(resolved: Resolved, gpu: Gpu, gpus: int | None = None) -> Plan:
                 mix_flops=training(m, work.mix_pairs),
                 layouts=best(m, work, machine),
                 configured=evaluate(m, work, own, machine) if own and accepted(m, work, own) else None,
-                compared=Compared(measured=ran, estimate=evaluate(m, work, ran.layout, machine))
-                if ran and same
-                else None,
+                compared=_compared(m, work, ran, machine) if ran else None,
             )
         )
     stuck = [stage.work for stage in stages if not stage.layouts]
@@ -185,5 +203,6 @@ def make_plan(resolved: Resolved, gpu: Gpu, gpus: int | None = None) -> Plan:
         parameters=parameters,
         generation=[generation(m, n, published=parameters.total == RELEASED_TOTAL) for n in PUBLISHED_RATIO],
         stages=stages,
+        left_out=left_out,
         change=smallest_change(m, stuck, machine, config.preset) if stuck else None,
     )

@@ -34,31 +34,33 @@ class Gpu:
     """Share of peak FLOP/s of softmax attention through flash (``torch.nn.attention.varlen``), causal half counted."""
     cudnn: bool
     """Softmax attention of whole documents goes through cuDNN (``m1_kernels.softmax``: compute capability 9.0 and up)."""
+    host_link: float
+    """To the host's memory, bytes/s in each direction: PCIe x16."""
     per_node: int = 8
 
 
 # Vendors' data sheets: A100/A800 80GB SXM, H100/H800/H200/H20 SXM, HGX B200, GeForce RTX 4090 (fp16 with fp32 sums, no
 # NVLink: PCIe 4.0 x16). Memory as nvidia-smi shows it. Networks are the usual ones: 200 Gbit/s a GPU beside an A100, 400
-# beside newer ones, 100 Gbit/s for a whole machine of 4090s. Flash shares: measured on one H200 (300-350 TFLOP/s), where the
-# kernel does not use the newer tensor-core instructions; elsewhere estimates: 190 TFLOP/s on an A100, H20 and 4090 at the
-# same share, a B200 as fast as an H200.
+# beside newer ones, 100 Gbit/s for a whole machine of 4090s. Hosts are on PCIe 5.0 (63 GB/s), beside an A100 or 4090 on 4.0.
+# Flash shares: measured on one H200 (300-350 TFLOP/s), where the kernel does not use the newer tensor-core instructions;
+# elsewhere estimates: 190 TFLOP/s on an A100, H20 and 4090 at the same share, a B200 as fast as an H200.
 _GPUS = (
     Gpu(name="a100", bf16_flops=312e12, fp32_flops=19.5e12, memory_gib=79.2, memory_bandwidth=2.04e12,
-        link_bandwidth=300e9, network_bandwidth=25e9, flash_attention=0.6, cudnn=False),
+        link_bandwidth=300e9, network_bandwidth=25e9, flash_attention=0.6, cudnn=False, host_link=31.5e9),
     Gpu(name="a800", bf16_flops=312e12, fp32_flops=19.5e12, memory_gib=79.2, memory_bandwidth=2.04e12,
-        link_bandwidth=200e9, network_bandwidth=25e9, flash_attention=0.6, cudnn=False),
+        link_bandwidth=200e9, network_bandwidth=25e9, flash_attention=0.6, cudnn=False, host_link=31.5e9),
     Gpu(name="h20", bf16_flops=148e12, fp32_flops=44e12, memory_gib=95.6, memory_bandwidth=4.0e12,
-        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.6, cudnn=True),
+        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.6, cudnn=True, host_link=63e9),
     Gpu(name="h100", bf16_flops=989e12, fp32_flops=67e12, memory_gib=79.2, memory_bandwidth=3.35e12,
-        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True),
+        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True, host_link=63e9),
     Gpu(name="h800", bf16_flops=989e12, fp32_flops=67e12, memory_gib=79.2, memory_bandwidth=3.35e12,
-        link_bandwidth=200e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True),
+        link_bandwidth=200e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True, host_link=63e9),
     Gpu(name="h200", bf16_flops=989e12, fp32_flops=67e12, memory_gib=139.8, memory_bandwidth=4.8e12,
-        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True),
+        link_bandwidth=450e9, network_bandwidth=50e9, flash_attention=0.33, cudnn=True, host_link=63e9),
     Gpu(name="b200", bf16_flops=2250e12, fp32_flops=75e12, memory_gib=178.3, memory_bandwidth=7.7e12,
-        link_bandwidth=900e9, network_bandwidth=50e9, flash_attention=0.15, cudnn=True),
+        link_bandwidth=900e9, network_bandwidth=50e9, flash_attention=0.15, cudnn=True, host_link=63e9),
     Gpu(name="rtx4090", bf16_flops=165e12, fp32_flops=83e12, memory_gib=24.0, memory_bandwidth=1.01e12,
-        link_bandwidth=25e9, network_bandwidth=1.6e9, flash_attention=0.6, cudnn=False),
+        link_bandwidth=25e9, network_bandwidth=1.6e9, flash_attention=0.6, cudnn=False, host_link=31.5e9),
 )  # fmt: skip
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 
@@ -137,6 +139,13 @@ class Calibration:
     """Of what torch allocates: freed blocks that fit nothing. [guess]"""
     headroom: float = 0.03
     """Of a GPU's memory that a layout must leave free to be proposed. [guess]"""
+    keep_margin: float = 0.1
+    """Of a GPU's memory that must stay free where activations are kept although they could be computed again: four times the
+    largest deviation of an estimate from a measured peak."""
+    keep_margin_experts: float = 0.25
+    """The same with expert parallelism: how many tokens the busiest rank gets is not known in advance. [guess]"""
+    host_bandwidth: float = 0.8
+    """Share of the link to the host that copies to pinned memory reach. [guess]"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from m1_stages.config import METRICS
 from m1_stages.plan.layout import Layout
+from m1_stages.plan.memory import Activations
 
 WARM_UP_STEPS = 3
 """Left out: kernels are compiled and memory is claimed in them."""
@@ -25,16 +26,21 @@ class Measured:
     rows: int
     layout: Layout
     """The distributed optimizer is not in the events: the configured one is assumed."""
+    activations: Activations | None
+    """What became of them; None in runs that did not say."""
     step_s: float
     """Median."""
     peak_gib: float
 
 
-def read_measured(run_dir: Path, *, distributed_optimizer: bool) -> dict[str, Measured]:
-    """By stage, the last configuration that ran on GPUs; empty without a run. Unreadable lines are left out."""
+def read_measured(run_dir: Path, *, distributed_optimizer: bool) -> tuple[dict[str, Measured], dict[str, str]]:
+    """By stage, the last configuration that ran on GPUs, and why other stages that ran are left out; empty without a run.
+
+    Unreadable lines are passed over.
+    """
     path = run_dir / METRICS
     if not path.is_file():
-        return {}
+        return {}, {}
     start: dict[str, Any] = {}
     stage: dict[str, Any] = {}
     found: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {}
@@ -51,11 +57,18 @@ def read_measured(run_dir: Path, *, distributed_optimizer: bool) -> dict[str, Me
             found[stage["stage"]] = (start, stage, [])
         elif kind == "StepDone" and record["stage"] in found:
             found[record["stage"]][2].append(record)
-    return {
+    left_out = {}
+    for name, (start, _, steps) in found.items():
+        if start.get("device") != "cuda":
+            left_out[name] = f"it ran on a {start.get('device', 'device unknown')}, and estimates are for GPUs"
+        elif len(steps) <= WARM_UP_STEPS:
+            left_out[name] = f"it has {len(steps)} steps, and the first {WARM_UP_STEPS} are warm-up"
+    measured = {
         name: _summary(start, begun, steps, distributed_optimizer)
         for name, (start, begun, steps) in found.items()
-        if len(steps) > WARM_UP_STEPS and start.get("device") == "cuda"
+        if name not in left_out
     }
+    return measured, left_out
 
 
 def _summary(
@@ -77,6 +90,9 @@ def _summary(
         seq_len=begun["seq_len"],
         rows=begun["global_batch_rows"],
         layout=layout,
+        activations=Activations(recompute=begun["recompute"], offload=begun["offload_activations"])
+        if "recompute" in begun
+        else None,
         step_s=median(step["step_s"] for step in steps[WARM_UP_STEPS:]),
         peak_gib=max(step["peak_gib"] for step in steps),
     )

@@ -10,6 +10,17 @@ from m1_stages.plan.hardware import CALIBRATION, GIB, TRAINER, Calibration, Trai
 from m1_stages.plan.layout import Layout
 from m1_stages.plan.shapes import layers_of_stage, local
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Activations:
+    """What becomes of a layer's activations between forward and backward."""
+
+    recompute: bool = False
+    """Only its input is kept (and the output of softmax attention); the rest is computed again."""
+    offload: bool = False
+    """That input waits in host memory; at most two are on the device."""
+
+
 WORKSPACE_GIB = 0.15
 """Allocated by torch for cuBLAS (32 MiB a handle and stream on Hopper), batches, counters."""
 
@@ -35,10 +46,12 @@ class Memory:
     communication: float
     """Gathered keys and values, tokens sent to experts."""
     update: float
-    """Temporaries of the optimizer step, when layer and head have none."""
+    """Temporaries of the optimizer step, when layer and head have none; with ``optim.offload`` the optimizer's own part too."""
     workspace: float
     reserve: float
     """Outside torch, and lost to fragmentation."""
+    host: float
+    """Pinned host memory; in no sum."""
 
     @property
     def peak(self) -> float:
@@ -63,13 +76,17 @@ def memory(
     tokens: int,
     micro_batches: int,
     bf16: bool,
-    recompute: bool,
+    activations: Activations,
+    offload_optimizer: bool = False,
     trainer: Trainer = TRAINER,
     c: Calibration = CALIBRATION,
 ) -> Memory:
     """Of the fullest rank, with micro-batches of ``tokens`` tokens."""
     stages = sorted({0, layout.pipeline - 1})
-    parts = [_of_stage(m, layout, stage, tokens, micro_batches, bf16, recompute, trainer, c) for stage in stages]
+    parts = [
+        _of_stage(m, layout, stage, tokens, micro_batches, bf16, activations, offload_optimizer, trainer, c)
+        for stage in stages
+    ]
     return max(parts, key=lambda part: part.needed)
 
 
@@ -80,11 +97,13 @@ def _of_stage(
     tokens: int,
     micro_batches: int,
     bf16: bool,
-    recompute: bool,
+    activations: Activations,
+    offload_optimizer: bool,
     trainer: Trainer,
     c: Calibration,
 ) -> Memory:
     held, size = local(m, layout, stage), 2 if bf16 else 4
+    recompute = activations.recompute
     both = held.dense + held.experts
     shards = (layout.dense_replicas, layout.expert_replicas) if layout.distributed_optimizer else (1, 1)
     sharded = held.dense / shards[0] + held.experts / shards[1]
@@ -112,23 +131,33 @@ def _of_stage(
         states += max(x.states for x in layer.values())
     # Layers behind the last one of a kind have let go of theirs when its backward runs.
     end, every = (stage + 1) * (lightning + softmax), m.softmax_every
-    gone = {kind: saved[kind] + (0.0 if recompute else x.states) for kind, x in layer.items()}
+    gone = {
+        kind: saved[kind] - activations.offload * x.input + (0.0 if recompute else x.states)
+        for kind, x in layer.items()
+    }
     behind = {"lightning": 0.0 if end % every else gone.get("softmax", 0.0)}
     behind["softmax"] = end % every * gone.get("lightning", 0.0)
-    kept = sum(kinds[kind] * saved[kind] for kind in layer)
+    kept, moved = sum(kinds[kind] * saved[kind] for kind in layer) * in_flight, 0.0
+    if activations.offload:
+        hidden = next(iter(layer.values())).input
+        moved = (lightning + softmax) * hidden * in_flight
+        kept += 2 * hidden - moved
+    master = sharded * (12 if bf16 else 8)
+    update = trainer.optimizer_copies * 4 * max(held.dense / shards[0], held.experts / shards[1])
     last = stage == layout.pipeline - 1
     allocated = Memory(
         weights=both * size / GIB,
         gradients=both * 4 / GIB,
-        optimizer=sharded * (12 if bf16 else 8) / GIB,
-        activations=kept * in_flight / GIB,
+        optimizer=(0.0 if offload_optimizer else master) / GIB,
+        activations=kept / GIB,
         layer=max(working[kind] - behind[kind] for kind in layer) / GIB,
         states=states / GIB,
         head=_head_bytes(m, layout, t, size, trainer) / GIB if last else 0.0,
         communication=max(x.communication for x in layer.values()) / GIB,
-        update=trainer.optimizer_copies * 4 * max(held.dense / shards[0], held.experts / shards[1]) / GIB,
+        update=(update + offload_optimizer * master) / GIB,
         workspace=WORKSPACE_GIB,
         reserve=0.0,
+        host=(moved + offload_optimizer * master) / GIB,
     )
     return Memory(**{**asdict(allocated), "reserve": c.reserve_gib + c.fragmentation * allocated.peak})
 

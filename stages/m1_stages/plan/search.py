@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from m1_stages.config import ModelConfig
+from m1_stages.plan.choice import Habits, choose
 from m1_stages.plan.flops import training
 from m1_stages.plan.hardware import CALIBRATION, GIB, Gpu
 from m1_stages.plan.layout import Layout, accepts, candidates
-from m1_stages.plan.memory import Memory, memory
+from m1_stages.plan.memory import Activations, Memory
 from m1_stages.plan.shapes import count
 from m1_stages.plan.timing import StepModel, StepTime
 from m1_stages.plan.work import Work
@@ -21,8 +22,7 @@ class Machine:
 
     gpu: Gpu
     gpus: int
-    bf16: bool
-    recompute: bool
+    habits: Habits
     distributed_optimizer: bool
 
     def holds(self, need: Memory) -> bool:
@@ -37,6 +37,7 @@ class Candidate:
     layout: Layout
     micro_rows: int
     micro_batches: int
+    activations: Activations
     memory: Memory
     time: StepTime
     """When every row is one document."""
@@ -52,28 +53,31 @@ def evaluate(m: ModelConfig, work: Work, layout: Layout, machine: Machine) -> Ca
     """What ``work`` takes on ``layout``; fitting or not."""
     micro_rows = work.micro_rows_of(layout.data)
     micro_batches = work.rows // (layout.data * micro_rows)
-    held = memory_of(m, work, layout, machine)
-    row, mix = (_time(m, work, layout, machine, pairs) for pairs in (work.row_pairs, work.mix_pairs))
+    chosen = choose(m, work, layout, machine.habits, machine.gpu.memory_gib)
+    row, mix = (
+        _time(m, work, layout, machine, chosen.activations, pairs) for pairs in (work.row_pairs, work.mix_pairs)
+    )
     tokens_per_s = work.tokens_per_step / row.total / layout.gpus
-    peak = machine.gpu.bf16_flops if machine.bf16 else machine.gpu.fp32_flops
+    peak = machine.gpu.bf16_flops if machine.habits.bf16 else machine.gpu.fp32_flops
     return Candidate(
         layout=layout,
         micro_rows=micro_rows,
         micro_batches=micro_batches,
-        memory=held,
+        activations=chosen.activations,
+        memory=chosen.memory,
         time=row,
         mix_time=mix,
         tokens_per_s_per_gpu=tokens_per_s,
         mfu=tokens_per_s * training(m, work.row_pairs).total / peak,
-        fits=machine.holds(held),
+        fits=machine.holds(chosen.memory),
     )
 
 
 def best(m: ModelConfig, work: Work, machine: Machine, *, most: int = 3) -> list[Candidate]:
     """The fastest layouts that fit, at most ``most``."""
     timed: list[tuple[float, int, int, Layout]] = []
-    for layout in fitting(m, work, machine):
-        seconds = _time(m, work, layout, machine, work.row_pairs).total
+    for layout, activations in fitting(m, work, machine):
+        seconds = _time(m, work, layout, machine, activations, work.row_pairs).total
         # Of layouts that are equally fast, the one that cuts less.
         cuts = layout.tensor * layout.pipeline * layout.context * layout.expert * layout.expert_tensor
         timed.append((seconds, cuts, len(timed), layout))
@@ -82,18 +86,12 @@ def best(m: ModelConfig, work: Work, machine: Machine, *, most: int = 3) -> list
 
 def memory_of(m: ModelConfig, work: Work, layout: Layout, machine: Machine) -> Memory:
     """Of the fullest GPU."""
-    micro_rows = work.micro_rows_of(layout.data)
-    return memory(
-        m,
-        layout,
-        tokens=work.seq_len * micro_rows,
-        micro_batches=work.rows // (layout.data * micro_rows),
-        bf16=machine.bf16,
-        recompute=machine.recompute,
-    )
+    return choose(m, work, layout, machine.habits, machine.gpu.memory_gib).memory
 
 
-def _time(m: ModelConfig, work: Work, layout: Layout, machine: Machine, pairs: float) -> StepTime:
+def _time(
+    m: ModelConfig, work: Work, layout: Layout, machine: Machine, activations: Activations, pairs: float
+) -> StepTime:
     micro_rows = work.micro_rows_of(layout.data)
     model = StepModel(
         m,
@@ -101,8 +99,9 @@ def _time(m: ModelConfig, work: Work, layout: Layout, machine: Machine, pairs: f
         machine.gpu,
         tokens=work.seq_len * micro_rows,
         pairs=pairs,
-        bf16=machine.bf16,
-        recompute=machine.recompute,
+        bf16=machine.habits.bf16,
+        activations=activations,
+        offload_optimizer=machine.habits.offload_optimizer,
     )
     return model.of(work.rows // (layout.data * micro_rows))
 
@@ -114,23 +113,25 @@ def layouts_of(m: ModelConfig, work: Work, machine: Machine) -> Iterator[Layout]
         yield from candidates(m, work, gpus=machine.gpus, per_node=machine.gpu.per_node, distributed_optimizer=sharded)
 
 
-def fitting(m: ModelConfig, work: Work, machine: Machine) -> Iterator[Layout]:
-    """Layouts that fit; with a sharded optimizer besides only where it must be."""
+def fitting(m: ModelConfig, work: Work, machine: Machine) -> Iterator[tuple[Layout, Activations]]:
+    """Layouts that fit, and how; with a sharded optimizer besides only where it must be."""
     if _hopeless(m, machine):
         return
     unsharded: set[Layout] = set()
     for layout in layouts_of(m, work, machine):
         if replace(layout, distributed_optimizer=False) in unsharded:
             continue  # fits without
-        if machine.holds(memory_of(m, work, layout, machine)):
+        chosen = choose(m, work, layout, machine.habits, machine.gpu.memory_gib)
+        if machine.holds(chosen.memory):
             if not layout.distributed_optimizer:
                 unsharded.add(layout)
-            yield layout
+            yield layout, chosen.activations
 
 
 def _hopeless(m: ModelConfig, machine: Machine) -> bool:
     """Weights, gradients and optimizer state alone are too much, however they are spread."""
-    return count(m).total * (18 if machine.bf16 else 16) / machine.gpus > machine.gpu.memory_gib * GIB
+    # An offloaded optimizer is back for its step.
+    return count(m).total * (18 if machine.habits.bf16 else 16) / machine.gpus > machine.gpu.memory_gib * GIB
 
 
 def accepted(m: ModelConfig, work: Work, layout: Layout | None) -> bool:

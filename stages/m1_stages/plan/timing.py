@@ -12,6 +12,7 @@ from m1_stages.config import ModelConfig
 from m1_stages.plan.comm import Group
 from m1_stages.plan.hardware import CALIBRATION, TRAINER, Calibration, Gpu, Trainer
 from m1_stages.plan.layout import Layout
+from m1_stages.plan.memory import Activations
 from m1_stages.plan.shapes import expert, layers_of_stage, lightning_sublayer, local, softmax_sublayer
 
 
@@ -41,6 +42,8 @@ class StepTime:
     data: float = 0.0
     """Sum of gradients, gather of parameters."""
     optimizer: float = 0.0
+    offload: float = 0.0
+    """Copies from and to the host that nothing hides."""
 
     @property
     def total(self) -> float:
@@ -67,13 +70,16 @@ class StepModel:
         tokens: int,
         pairs: float,
         bf16: bool,
-        recompute: bool,
+        activations: Activations,
+        offload_optimizer: bool = False,
         trainer: Trainer = TRAINER,
         c: Calibration = CALIBRATION,
     ) -> None:
         """``tokens`` of a micro-batch, each attending to ``pairs`` tokens on average."""
         self.m, self.layout, self.gpu, self.trainer, self.c = m, layout, gpu, trainer, c
-        self.size, self.again = (2 if bf16 else 4), (1 if recompute else 0)
+        self.size, self.again = (2 if bf16 else 4), (1 if activations.recompute else 0)
+        self.activations, self.offload_optimizer, self.bf16 = activations, offload_optimizer, bf16
+        self.host_link = gpu.host_link * c.host_bandwidth
         self.flops = gpu.bf16_flops if bf16 else gpu.fp32_flops
         self.copy = gpu.memory_bandwidth * c.bandwidth
         self.pairs, self.tokens = pairs, tokens
@@ -105,12 +111,18 @@ class StepModel:
             gpu_busy = sum(parts.values())
             passes = (lightning + softmax) * (2 + self.again)
             parts["host"] = max(0.0, passes * self.c.host_s_per_layer_pass - gpu_busy)
+            # Inputs leave and come back while other layers compute.
+            moved = 2 * (lightning + softmax) * self.s * self.m.hidden_size * self.size * self.activations.offload
+            parts["offload"] = max(0.0, moved / self.host_link - gpu_busy)
             if sum(parts.values()) > sum(worst.values()):
                 worst = parts
         message = self.s * self.m.hidden_size * self.size
         worst["pipeline"] = self.pp.pass_on(message, times=2)
         one = sum(worst.values())
         parts = {name: seconds * micro_batches for name, seconds in worst.items()}
+        if self.offload_optimizer:
+            # Master weights and moments come for the update and leave before the next forward, waited for both times.
+            parts["offload"] += 2 * self._updated() * (12 if self.bf16 else 8) / self.host_link
         parts["host"] += self.m.num_layers // self.layout.pipeline * self.c.host_s_per_layer_step
         return StepTime(**parts, bubble=(self.layout.pipeline - 1) * one, **self._per_step())
 
@@ -190,11 +202,17 @@ class StepModel:
         expert_replicas = Group(layout.expert_replicas, layout.expert * layout.expert_tensor, self.gpu, c)
         if layout.distributed_optimizer:
             data = replicas.ring(dense * (4 + self.size)) + expert_replicas.ring(experts * (4 + self.size))
-            updated = dense / replicas.size + experts / expert_replicas.size
         else:
             data = replicas.ring(dense * 4, times=2) + expert_replicas.ring(experts * 4, times=2)
-            updated = dense + experts
-        return {"data": data, "optimizer": updated * c.optimizer_bytes_per_parameter / self.copy}
+        return {"data": data, "optimizer": self._updated() * c.optimizer_bytes_per_parameter / self.copy}
+
+    def _updated(self) -> float:
+        """Parameters that the optimizer of one rank updates, of the fullest."""
+        held = [local(self.m, self.layout, stage) for stage in (0, self.layout.pipeline - 1)]
+        dense, experts = max(x.dense for x in held), max(x.experts for x in held)
+        if not self.layout.distributed_optimizer:
+            return dense + experts
+        return dense / self.layout.dense_replicas + experts / self.layout.expert_replicas
 
 
 _H200_COPY = 4.8e12 * CALIBRATION.bandwidth

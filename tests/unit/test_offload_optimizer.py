@@ -1,0 +1,113 @@
+"""Optimizer state in host memory: the same training, bit for bit, and nothing of the model is moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from packed import packed_batch
+from torch import Tensor
+
+from m1_data.errors import ConfigError
+from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
+from m1_stages.decay import released_slopes
+from m1_stages.engine import device, parallel
+from m1_stages.engine.offload import HostState
+from m1_stages.engine.optimizer import build_optimizer, set_learning_rate
+from m1_stages.engine.step import train_step, wrap_ddp
+from m1_stages.model import build_model
+
+SHAPE = ModelConfig(
+    hidden_size=32, num_layers=8, num_heads=2, head_dim=16, num_kv_heads=1, rotary_dim=16, num_experts=4,
+    expert_hidden_size=32, vocab_size=128,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    parallel.start(ParallelConfig(), device=device.use("auto"), seed=1)
+    yield
+    parallel.stop()
+
+
+def trained(*, offload: bool, distributed: bool, precision: str) -> tuple[list[float], list[Tensor], Any]:
+    """Losses of five steps, the model's parameters, and the optimizer."""
+    where = device.use("auto")
+    model = build_model(
+        SHAPE, parallel=ParallelConfig(), precision=precision, rope_base=1e4, device=where.name, seed=7
+    )[0]
+    model.set_slopes(released_slopes(SHAPE.num_layers, SHAPE.num_heads))
+    chunks = wrap_ddp([model], distributed_optimizer=distributed)
+    optimizer = build_optimizer(chunks, OptimConfig(), bf16=precision == "bf16", distributed=distributed)
+    if offload:
+        optimizer.host_state = HostState(optimizer, chunks)
+    losses = []
+    for step in range(5):
+        tokens = torch.randint(0, SHAPE.vocab_size, (96,), generator=torch.Generator().manual_seed(step // 4))
+        set_learning_rate(optimizer, 1e-2)
+        result = train_step(chunks, optimizer, [packed_batch(tokens, [60, 36]).to(where.torch_device)])
+        result.apply(max_norm=1.0)
+        losses.append(result.loss)
+    return losses, list(model.parameters()), optimizer
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_training_is_the_same(distributed: bool, precision: str) -> None:
+    losses, weights, _ = trained(offload=False, distributed=distributed, precision=precision)
+    others, moved, optimizer = trained(offload=True, distributed=distributed, precision=precision)
+    assert losses == others
+    assert losses[3] < losses[0] != losses[4]
+    assert all(torch.equal(a, b) for a, b in zip(weights, moved, strict=True))
+    state = optimizer.host_state
+    assert not state._away, "checkpoints are written from the device"
+    before = [tensor.data_ptr() for tensor in state._tensors()]
+    values = [tensor.clone() for tensor in state._tensors()]
+    count = sum(tensor.numel() for tensor in state._tensors())
+    size = sum(weight.numel() for weight in weights)
+    assert count == size * (3 if precision == "bf16" else 2), "two moments, and master weights besides bf16 ones"
+    places = [weight.data_ptr() for weight in moved]
+    state.send_away()
+    assert all(place != tensor.data_ptr() for place, tensor in zip(before, state._tensors(), strict=True))
+    assert places == [weight.data_ptr() for weight in moved], "the model stays"
+    state.bring_back()
+    assert all(torch.equal(a, b) for a, b in zip(values, state._tensors(), strict=True))
+
+
+def test_state_left_away_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison has teeth: state that is lost on the way changes the losses."""
+    losses, _, _ = trained(offload=False, distributed=False, precision="bf16")
+    bring_back = HostState.bring_back
+
+    def lossy(self: HostState) -> None:
+        bring_back(self)
+        for tensor in self._tensors():
+            tensor.data.mul_(0.99)
+
+    monkeypatch.setattr(HostState, "bring_back", lossy)
+    assert trained(offload=True, distributed=False, precision="bf16")[0] != losses
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_key_is_refused() -> None:
+    model = build_model(SHAPE, parallel=ParallelConfig(), precision="bf16", rope_base=1e4)[0]
+    chunks = wrap_ddp([model], distributed_optimizer=False)
+    with pytest.raises(ConfigError, match="this run has none"):
+        build_optimizer(chunks, OptimConfig(offload=True), bf16=True, distributed=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_state_leaves_the_device() -> None:
+    _, weights, optimizer = trained(offload=True, distributed=False, precision="bf16")
+    size = sum(weight.numel() for weight in weights)
+    torch.cuda.synchronize()
+    here = torch.cuda.memory_allocated()
+    optimizer.host_state.send_away()
+    assert here - torch.cuda.memory_allocated() >= 12 * size
+    assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in optimizer.host_state._tensors())
+    optimizer.host_state.bring_back()
+    assert all(tensor.is_cuda for tensor in optimizer.host_state._tensors())
+    assert torch.cuda.memory_allocated() >= here
