@@ -15,7 +15,6 @@ TRAIN = {
     "torch.cuda.Stream",
     "torch.cuda.current_device",
     'device="cuda"',
-    "Tensor.type",
 }
 DISPATCH = {"torch.cuda.current_stream", "torch.cuda.stream", "token_dispatcher.maybe_move_tensor_to_cpu"}
 """Only with expert parallelism are tokens dispatched."""

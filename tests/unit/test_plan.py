@@ -24,7 +24,7 @@ from m1_stages.plan.flops import forward, generation, training
 from m1_stages.plan.hardware import GPUS, gpu_named
 from m1_stages.plan.layout import Layout, accepts
 from m1_stages.plan.memory import Activations, Memory, memory
-from m1_stages.plan.shapes import count, local
+from m1_stages.plan.shapes import count, layers_of_stage, local
 from m1_stages.plan.timing import StepModel, StepTime
 from m1_stages.plan.work import Work, model_of, works
 
@@ -281,6 +281,41 @@ def test_layouts_that_do_not_divide_are_refused(sizes: dict[str, int], fine: boo
     m = replace(TINY, num_kv_heads=2)
     work = Work(stage="32k", seq_len=24, rows=12, micro_rows=1, steps=1, mix_pairs=6.0)
     assert accepts(m, Layout(**sizes), work) is fine
+
+
+def test_uneven_and_interleaved_pipelines(tmp_path: Path) -> None:
+    """8 layers on 2 ranks; the softmax layer is the last."""
+    m = model_of(resolved(tmp_path, "700m").config)
+    split = {
+        Layout(pipeline=2): [(4, 0), (3, 1)],
+        Layout(pipeline=2, pipeline_layers=(3, 5)): [(3, 0), (4, 1)],
+        Layout(pipeline=2, virtual_pipeline=2): [(4, 0), (3, 1)],
+        Layout(pipeline=2, virtual_pipeline=2, pipeline_layers=(2, 2, 3, 1)): [(5, 0), (2, 1)],
+        Layout(pipeline=3): [(3, 0), (3, 0), (1, 1)],
+    }
+    for layout, wanted in split.items():
+        assert [layers_of_stage(m, layout, stage) for stage in range(layout.pipeline)] == wanted
+        held = [local(m, layout, stage) for stage in range(layout.pipeline)]
+        assert sum(x.dense + x.experts for x in held) == count(m).total
+
+    def of(**sizes: Any) -> tuple[Memory, StepTime]:
+        layout = Layout(pipeline=2, **sizes)
+        step = StepModel(
+            m, layout, GPUS["h200"], tokens=131_072, pairs=1024, bf16=True, activations=Activations(recompute=True)
+        )
+        held = memory(m, layout, tokens=131_072, micro_batches=8, bf16=True, activations=Activations(recompute=True))
+        return held, step.of(8)
+
+    (plain, time), (woven, woven_time) = of(), of(virtual_pipeline=2)
+    assert woven_time.bubble == pytest.approx(time.bubble / 2, rel=0.01)
+    assert woven_time.pipeline == pytest.approx(2 * time.pipeline)
+    assert woven.activations >= plain.activations
+    heavy = of(pipeline_layers=(7, 1))[1]
+    assert heavy.experts == pytest.approx(time.experts * 7 / 4)
+    work = Work(stage="32k", seq_len=1024, rows=6, micro_rows=1, steps=1, mix_pairs=256.0)
+    assert accepts(m, Layout(pipeline=2, virtual_pipeline=2), work)
+    assert not accepts(m, Layout(pipeline=4, virtual_pipeline=2), work), "six micro-batches are no groups of four"
+    assert not accepts(m, Layout(pipeline=3, virtual_pipeline=3), work), "nine chunks of eight layers"
 
 
 def test_rows_of_a_pass_are_those_of_the_training_loop() -> None:

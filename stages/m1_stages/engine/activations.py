@@ -46,6 +46,8 @@ def settle(config: Config, plan: StagePlan, topology: Topology, device: Device) 
     layout = Layout(
         tensor=topology.tp_size,
         pipeline=topology.pp_size,
+        virtual_pipeline=config.parallel.virtual_pipeline,
+        pipeline_layers=config.parallel.pipeline_layers,
         context=topology.cp_size,
         expert=topology.ep_size,
         expert_tensor=topology.etp_size,

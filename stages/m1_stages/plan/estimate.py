@@ -176,7 +176,7 @@ def make_plan(resolved: Resolved, gpu: Gpu, gpus: int | None = None) -> Plan:
         habits=habits_of(config),
         distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    measured, left_out = read_measured(resolved.run_dir, distributed_optimizer=config.parallel.distributed_optimizer)
+    measured, left_out = read_measured(resolved.run_dir, config.parallel)
     parameters = count(m)
     stages = []
     for work in works(config):

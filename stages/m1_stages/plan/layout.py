@@ -19,6 +19,10 @@ class Layout:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Chunks of layers on each pipeline rank."""
+    pipeline_layers: tuple[int, ...] = ()
+    """Layers of each chunk; empty: as even as possible."""
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
@@ -41,15 +45,24 @@ class Layout:
         """Ranks that hold the same experts."""
         return self.gpus // (self.expert * self.expert_tensor * self.pipeline)
 
-    def settings(self) -> dict[str, int | bool]:
+    def settings(self) -> dict[str, int | bool | tuple[int, ...]]:
         """Keys of ``[parallel]`` and their values."""
-        names = ("tensor", "pipeline", "context", "expert", "expert_tensor", "distributed_optimizer")
+        names = (
+            "tensor",
+            "pipeline",
+            "virtual_pipeline",
+            "pipeline_layers",
+            "context",
+            "expert",
+            "expert_tensor",
+            "distributed_optimizer",
+        )
         return {name: getattr(self, name) for name in names}
 
     def arguments(self, base: ParallelConfig | None = None) -> str:
         """The ``--set`` arguments that choose this layout; those that ``base`` has already are left out."""
         return " ".join(
-            f"--set parallel.{name}={str(value).lower()}"
+            f"--set parallel.{name}={str(list(value) if isinstance(value, tuple) else value).lower()}"
             for name, value in self.settings().items()
             if base is None or getattr(base, name) != value
         )
@@ -64,6 +77,8 @@ def of_config(parallel: ParallelConfig, gpus: int) -> Layout | None:
     return Layout(
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        virtual_pipeline=parallel.virtual_pipeline,
+        pipeline_layers=parallel.pipeline_layers,
         context=parallel.context,
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
@@ -79,13 +94,15 @@ def divisors(n: int, most: int) -> list[int]:
 
 def accepts(m: ModelConfig, layout: Layout, work: Work) -> bool:
     """Whether the trainer runs ``layout`` on the rows of ``work``."""
-    micro_tokens = work.seq_len * work.micro_rows_of(layout.data)
-    if not micro_tokens:
+    micro_rows = work.micro_rows_of(layout.data)
+    if not micro_rows or layout.pipeline * layout.virtual_pipeline > m.num_layers:
         return False
+    if layout.virtual_pipeline > 1 and work.rows // (layout.data * micro_rows) % layout.pipeline:
+        return False
+    micro_tokens = work.seq_len * micro_rows
     expert_ranks = layout.expert * layout.expert_tensor * layout.pipeline
     divides = (
         (m.num_kv_heads, layout.tensor),
-        (m.num_layers, layout.pipeline),
         (m.num_experts, layout.expert),
         (m.expert_hidden_size, layout.expert_tensor),
         (layout.gpus, expert_ranks),
@@ -102,7 +119,8 @@ FEWEST_TOKENS_PER_RANK = 1024
 def candidates(
     m: ModelConfig, work: Work, *, gpus: int, per_node: int, distributed_optimizer: bool
 ) -> Iterator[Layout]:
-    """Layouts of exactly ``gpus`` GPUs that the trainer accepts; tensor parallelism stays within a machine."""
+    """Layouts of exactly ``gpus`` GPUs that the trainer accepts; tensor parallelism stays within a machine, pipelines are
+    even and not interleaved."""
     most_context = max(1, work.seq_len * work.micro_rows // FEWEST_TOKENS_PER_RANK)
     for tensor in divisors(m.num_kv_heads, min(gpus, per_node)):
         for pipeline in divisors(m.num_layers, gpus // tensor):

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from m1_stages.config import METRICS
+from m1_stages.config import METRICS, ParallelConfig
 from m1_stages.plan.layout import Layout
 from m1_stages.plan.memory import Activations
 
@@ -25,7 +25,7 @@ class Measured:
     seq_len: int
     rows: int
     layout: Layout
-    """The distributed optimizer is not in the events: the configured one is assumed."""
+    """The distributed optimizer and uneven layers are not in the events: they are assumed as configured."""
     activations: Activations | None
     """What became of them; None in runs that did not say."""
     step_s: float
@@ -33,7 +33,7 @@ class Measured:
     peak_gib: float
 
 
-def read_measured(run_dir: Path, *, distributed_optimizer: bool) -> tuple[dict[str, Measured], dict[str, str]]:
+def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Measured], dict[str, str]]:
     """By stage, the last configuration that ran on GPUs, and why other stages that ran are left out; empty without a run.
 
     Unreadable lines are passed over.
@@ -64,7 +64,7 @@ def read_measured(run_dir: Path, *, distributed_optimizer: bool) -> tuple[dict[s
         elif len(steps) <= WARM_UP_STEPS:
             left_out[name] = f"it has {len(steps)} steps, and the first {WARM_UP_STEPS} are warm-up"
     measured = {
-        name: _summary(start, begun, steps, distributed_optimizer)
+        name: _summary(start, begun, steps, parallel)
         for name, (start, begun, steps) in found.items()
         if name not in left_out
     }
@@ -72,17 +72,20 @@ def read_measured(run_dir: Path, *, distributed_optimizer: bool) -> tuple[dict[s
 
 
 def _summary(
-    start: dict[str, Any], begun: dict[str, Any], steps: list[dict[str, Any]], distributed_optimizer: bool
+    start: dict[str, Any], begun: dict[str, Any], steps: list[dict[str, Any]], parallel: ParallelConfig
 ) -> Measured:
     sizes = start["topology"]
+    chunks = sizes["pp"] * sizes.get("vpp", 1)
     layout = Layout(
         tensor=sizes["tp"],
         pipeline=sizes["pp"],
+        virtual_pipeline=sizes.get("vpp", 1),
+        pipeline_layers=parallel.pipeline_layers if len(parallel.pipeline_layers) == chunks else (),
         context=sizes["cp"],
         expert=sizes["ep"],
         expert_tensor=sizes["etp"],
         data=sizes["dp"],
-        distributed_optimizer=distributed_optimizer,
+        distributed_optimizer=parallel.distributed_optimizer,
     )
     return Measured(
         stage=begun["stage"],

@@ -8,7 +8,7 @@ from m1_stages.config import ModelConfig
 from m1_stages.plan.activations import LayerBytes
 from m1_stages.plan.hardware import CALIBRATION, GIB, TRAINER, Calibration, Trainer
 from m1_stages.plan.layout import Layout
-from m1_stages.plan.shapes import layers_of_stage, local
+from m1_stages.plan.shapes import layers_of_stage, local, spans_of_stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,8 @@ def memory(
     c: Calibration = CALIBRATION,
 ) -> Memory:
     """Of the fullest rank, with micro-batches of ``tokens`` tokens."""
-    stages = sorted({0, layout.pipeline - 1})
+    even = m.num_layers % (layout.pipeline * layout.virtual_pipeline) == 0 and not layout.pipeline_layers
+    stages = sorted({0, layout.pipeline - 1}) if even else range(layout.pipeline)
     parts = [
         _of_stage(m, layout, stage, tokens, micro_batches, bf16, activations, offload_optimizer, trainer, c)
         for stage in stages
@@ -111,7 +112,11 @@ def _of_stage(
     kinds = {"lightning": lightning, "softmax": softmax}
     t = tokens / layout.context
     # One forward, one backward: the first stage of a pipeline runs ahead by as many micro-batches as stages follow.
-    in_flight = min(layout.pipeline - stage, micro_batches)
+    in_flight: float = min(layout.pipeline - stage, micro_batches)
+    if (chunks := layout.virtual_pipeline) > 1:
+        # Interleaved, counted in chunks: twice the stages that follow, and all but the last of its own chunks for each stage.
+        ahead = 2 * (layout.pipeline - stage - 1) + (chunks - 1) * layout.pipeline + 1
+        in_flight = min(ahead / chunks, micro_batches)
     layer = {
         kind: LayerBytes(m, layout, kind, t, tokens, size, trainer, keep=not recompute)
         for kind, n in kinds.items()
@@ -130,7 +135,8 @@ def _of_stage(
         states = sum(kinds[kind] * x.states for kind, x in layer.items()) * in_flight
         states += max(x.states for x in layer.values())
     # Layers behind the last one of a kind have let go of theirs when its backward runs.
-    end, every = (stage + 1) * (lightning + softmax), m.softmax_every
+    end = spans_of_stage(m.num_layers, layout.pipeline, layout.virtual_pipeline, layout.pipeline_layers, stage)[-1][1]
+    every = m.softmax_every
     gone = {
         kind: saved[kind] - activations.offload * x.input + (0.0 if recompute else x.states)
         for kind, x in layer.items()

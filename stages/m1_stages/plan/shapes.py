@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import accumulate
 
-from m1_stages.config import ModelConfig
+from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.plan.layout import Layout
 
 
@@ -84,11 +86,23 @@ class LocalParameters:
 
 
 def layers_of_stage(m: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
-    """(lightning, softmax) layers of pipeline stage ``stage``."""
-    share = m.num_layers // layout.pipeline
-    first, end = stage * share, (stage + 1) * share
-    softmax = end // m.softmax_every - first // m.softmax_every
-    return share - softmax, softmax
+    """(lightning, softmax) layers of pipeline rank ``stage``, in all of its chunks."""
+    spans = spans_of_stage(m.num_layers, layout.pipeline, layout.virtual_pipeline, layout.pipeline_layers, stage)
+    layers = sum(end - first for first, end in spans)
+    softmax = sum(end // m.softmax_every - first // m.softmax_every for first, end in spans)
+    return layers - softmax, softmax
+
+
+@lru_cache(maxsize=4096)
+def spans_of_stage(
+    num_layers: int, pipeline: int, virtual: int, layers: tuple[int, ...], stage: int
+) -> tuple[tuple[int, int], ...]:
+    """(first layer, one past the last) of each chunk of pipeline rank ``stage``, in model order."""
+    counts = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual, pipeline_layers=layers).chunk_layers(
+        num_layers
+    )
+    ends = list(accumulate(counts))
+    return tuple((ends[i] - counts[i], ends[i]) for i in range(stage, len(counts), pipeline))
 
 
 def local(m: ModelConfig, layout: Layout, stage: int) -> LocalParameters:

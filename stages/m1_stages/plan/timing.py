@@ -117,14 +117,16 @@ class StepModel:
             if sum(parts.values()) > sum(worst.values()):
                 worst = parts
         message = self.s * self.m.hidden_size * self.size
-        worst["pipeline"] = self.pp.pass_on(message, times=2)
+        worst["pipeline"] = self.pp.pass_on(message, times=2 * self.layout.virtual_pipeline)
         one = sum(worst.values())
         parts = {name: seconds * micro_batches for name, seconds in worst.items()}
         if self.offload_optimizer:
             # Master weights and moments come for the update and leave before the next forward, waited for both times.
             parts["offload"] += 2 * self._updated() * (12 if self.bf16 else 8) / self.host_link
-        parts["host"] += self.m.num_layers // self.layout.pipeline * self.c.host_s_per_layer_step
-        return StepTime(**parts, bubble=(self.layout.pipeline - 1) * one, **self._per_step())
+        parts["host"] += self.m.num_layers / self.layout.pipeline * self.c.host_s_per_layer_step
+        return StepTime(
+            **parts, bubble=(self.layout.pipeline - 1) / self.layout.virtual_pipeline * one, **self._per_step()
+        )
 
     def _layer(self, kind: str) -> Parts:
         m, c, size, t, again = self.m, self.c, self.size, self.t, self.again
