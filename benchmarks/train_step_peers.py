@@ -146,15 +146,15 @@ class Ours:
     """The product's path: Megatron's DDP and optimizer, ``train_step``, ``apply``, as ``engine/loop.py`` runs them."""
 
     def __init__(self, setting: Setting, chunks: ModelChunks, weights: Weights) -> None:
+        from m1_stages.engine.ddp import wrap_ddp
         from m1_stages.engine.optimizer import build_optimizer
-        from m1_stages.engine.step import wrap_ddp
 
         parallel = setting.config.parallel
         self.setting = setting
         self.notes = f"run.recompute = {setting.config.run.recompute}"
         self.recomputes = False
         self.model, self.routers, self.weights = chunks[0], chunks, weights
-        self.chunks = wrap_ddp(chunks, distributed_optimizer=parallel.distributed_optimizer)
+        self.chunks = wrap_ddp(chunks, parallel)
         self.optimizer = build_optimizer(
             self.chunks, setting.config.optim, bf16=setting.bf16, distributed=parallel.distributed_optimizer
         )

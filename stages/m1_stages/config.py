@@ -80,7 +80,19 @@ class ParallelConfig:
     timeout_s: Annotated[
         float, "seconds without a finished micro-batch after which a run is given up; three times that to start or save"
     ] = 600.0
+    dispatcher: Annotated[
+        Literal["alltoall", "allgather"],
+        "how tokens reach the experts of other ranks: alltoall sends them there; allgather gives every rank all tokens "
+        "(more traffic; for few experts per rank, or expert and expert_tensor together on a CPU)",
+    ] = "alltoall"
     distributed_optimizer: Annotated[bool, "shard optimizer state over the data-parallel ranks"] = False
+    overlap_grad_reduce: Annotated[bool, "reduce gradients over the data-parallel ranks during the backward pass"] = (
+        False
+    )
+    overlap_param_gather: Annotated[
+        bool,
+        "gather updated parameters during the next forward pass; needs distributed_optimizer and overlap_grad_reduce",
+    ] = False
 
     @property
     def chunks(self) -> int:

@@ -99,6 +99,14 @@ class _Checker:
             f"expert_tensor {p.expert_tensor} does not divide expert_hidden_size {m.expert_hidden_size}",
             "use a divisor",
         )
+        self.require(
+            not p.overlap_param_gather or (p.distributed_optimizer and p.overlap_grad_reduce),
+            "parallel.overlap_param_gather",
+            "overlap_param_gather is on without distributed_optimizer and overlap_grad_reduce: only with these are there "
+            "parameters to gather, and a place for it",
+            "set parallel.distributed_optimizer = true and parallel.overlap_grad_reduce = true, "
+            "or parallel.overlap_param_gather = false",
+        )
         self.pipeline()
 
     def pipeline(self) -> None:

@@ -19,6 +19,7 @@ import m1_kernels.shards
 import m1_kernels.softmax
 from m1_data.loader import PackedBatch
 from m1_kernels.shards import ContextShards
+from m1_stages.engine import ddp
 from m1_stages.engine import optimizer as engine_optimizer
 from m1_stages.model import chunks, norms, packing
 from m1_stages.model.attention import LightningAttention
@@ -121,6 +122,8 @@ PATCHES: dict[str, tuple[Any, str, Function]] = {
     "batched messages": (chunks, "transformer_config", _batched_messages),
     "outputs freed while they are sent": (chunks, "transformer_config", _outputs_freed),
     "balance loss over TP x CP": (Router, "_balance_loss", _balance_over_ranks),
+    "parameters used before they are gathered": (ddp, "_wait_before_use", _nothing),
+    "parameters not gathered after the last update": (ddp, "gather_parameters", _nothing),
     "one step counter for all parameters": (engine_optimizer, "finish_loading", _nothing),
     "weights drawn in module order": (chunks, "initialize", _weights_in_module_order),
 }

@@ -25,6 +25,8 @@ MODEL = ModelConfig(
     hidden_size=32, num_layers=8, num_heads=4, head_dim=8, num_kv_heads=2, rotary_dim=8, num_experts=4,
     expert_hidden_size=48, vocab_size=VOCAB, init_std=0.12, aux_loss_coef=0.02,
 )  # fmt: skip
+BUCKET = 8_000
+"""Parameters reduced together where that overlaps: several buckets of dense parameters, and of expert parameters."""
 DOCS = ((64,), (1, 20, 43), (31, 33), (10, 5, 49))
 Span = tuple[int, int, int]
 """Row, first token, end."""
@@ -68,7 +70,8 @@ def main(out: str, job: dict[str, Any]) -> None:
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """``parallel``, ``steps``, and if need be ``micro_batch`` rows, ``recompute``, ``save``, ``mutation``, ``untrained``."""
+    """``parallel``, ``steps``, and if need be ``micro_batch`` rows, ``recompute``, ``save``, ``mutation``, ``untrained``,
+    ``dropped`` (steps whose gradients are not applied)."""
     torch.set_num_threads(1)
     dev = device.use("cpu")
     from mutations import Mutation
@@ -88,20 +91,20 @@ def build(
     sizes: ParallelConfig, *, seed: int, recompute: bool = False, mutation: Any = None
 ) -> tuple[Any, list[Any], Any]:
     """Chunks of this rank, the same wrapped, and their optimizer."""
+    from m1_stages.engine.ddp import wrap_ddp
     from m1_stages.engine.optimizer import build_optimizer
-    from m1_stages.engine.step import wrap_ddp
     from m1_stages.model import build_model
 
     model = build_model(MODEL, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute)
     if mutation:
         mutation.spoil(model)
-    chunks = wrap_ddp(model, distributed_optimizer=sizes.distributed_optimizer)
+    chunks = wrap_ddp(model, sizes, bucket_size=BUCKET)
     optim = dataclasses.replace(OptimConfig(), eps=1e-8)
     return model, chunks, build_optimizer(chunks, optim, bf16=False, distributed=sizes.distributed_optimizer)
 
 
-def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch]) -> Any:
-    """One step at a fixed rate, applied."""
+def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, apply: bool = True) -> Any:
+    """One step at a fixed rate; its gradients are applied, or dropped."""
     from m1_stages.engine.optimizer import set_learning_rate
     from m1_stages.engine.step import train_step
 
@@ -109,11 +112,14 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch]) -> An
         chunk.module.set_slopes(released_slopes(MODEL.num_layers, MODEL.num_heads))
     set_learning_rate(optimizer, 3e-3)
     result = train_step(chunks, optimizer, batches)
-    result.apply(max_norm=OptimConfig().grad_clip)
+    if apply:
+        result.apply(max_norm=OptimConfig().grad_clip)
     return result
 
 
 def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topology, mutation: Any) -> dict[str, Any]:
+    from m1_stages.engine import ddp
+
     model, chunks, optimizer = build(sizes, seed=5, recompute=job.get("recompute", False), mutation=mutation)
     keys = "losses", "grad_norms", "aux", "layer_norms", "load", "trained_tokens", "own_trained_tokens"
     record: dict[str, Any] = {key: [] for key in keys}
@@ -127,7 +133,7 @@ def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topolo
         )
         whole = [packed(ids, job.get("untrained", ())) for ids in rows]
         batches = [batch.zigzag(topology.cp_rank, topology.cp_size) for batch in whole]
-        result = step_of(chunks, optimizer, batches)
+        result = step_of(chunks, optimizer, batches, apply=step not in job.get("dropped", ()))
         stats = result.routing
         record["losses"].append(result.loss)
         record["grad_norms"].append(result.grad_norm)
@@ -142,6 +148,9 @@ def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topolo
         metadata = {"non_homogeneous_layers": True}
         state = model.sharded_state_dict(metadata=metadata)
         save_in_process({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, Path(job["save"]))
+    record["buckets"] = [[len(c.bucket_groups), len(c.expert_parallel_bucket_groups)] for c in chunks]
+    ddp.gather_parameters(chunks)
+    record["weights"] = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     record["layers"] = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in model]
     record["local_parameters"] = sum(p.numel() for p in model.parameters())
     record["longest_crossing"] = _longest_crossing(whole[0], topology.cp_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -17,10 +18,18 @@ CLEARLY = 30
 
 
 def records(
-    world: int, *, steps: int = STEPS, mutation: str = "", micro_batch: int = 0, untrained: Any = (), **parallel: Any
+    world: int,
+    *,
+    steps: int = STEPS,
+    mutation: str = "",
+    micro_batch: int = 0,
+    untrained: Any = (),
+    dropped: Any = (),
+    **parallel: Any,
 ) -> list[dict[str, Any]]:
     """Of each rank. ``micro_batch`` rows at a time; 0: each rank all of its rows at once."""
     job: dict[str, Any] = {"parallel": parallel, "steps": steps, "mutation": mutation, "untrained": untrained}
+    job["dropped"] = dropped
     return run_pooled(world, json.dumps(job | ({"micro_batch": micro_batch} if micro_batch else {}), sort_keys=True))
 
 
@@ -38,6 +47,7 @@ def relative(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) / y for x, y in zip(a, b, strict=True))
 
 
+OVERLAP: dict[str, Any] = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor": 2},
     "TP2 ETP2": {"tensor": 2, "expert_tensor": 2},
@@ -53,6 +63,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 EP2": {"tensor": 2, "expert": 2},
     "TP2 PP2": {"tensor": 2, "pipeline": 2, "micro_batch": 2},
     "PP2 EP2": {"pipeline": 2, "expert": 2, "micro_batch": 1},
+    "DP2 overlap": {"overlap_grad_reduce": True, "micro_batch": 1},
+    "DP2 distributed optimizer, overlap": OVERLAP,
+    "PP2 VPP2 EP2 overlap": {"pipeline": 2, "virtual_pipeline": 2, "expert": 2, "micro_batch": 1} | OVERLAP,
+    "EP2 allgather": {"expert": 2, "dispatcher": "allgather"},
+    "TP2 EP2 ETP2 allgather": {"tensor": 2, "expert": 2, "expert_tensor": 2, "dispatcher": "allgather"},
     "PP2 uneven": {"pipeline": 2, "pipeline_layers": [5, 3], "micro_batch": 1},
     "PP2 VPP2": {"pipeline": 2, "virtual_pipeline": 2, "micro_batch": 1},
     "PP4 VPP2": {"pipeline": 4, "virtual_pipeline": 2, "micro_batch": 1},
@@ -78,7 +93,11 @@ LAYERS = {
 
 def world(layout: dict[str, Any]) -> int:
     sizes = [layout.get(axis, 1) for axis in ("tensor", "pipeline", "context")]
-    return max(2, sizes[0] * sizes[1] * sizes[2], layout.get("pipeline", 1) * layout.get("expert", 1))
+    return max(
+        2,
+        sizes[0] * sizes[1] * sizes[2],
+        math.prod(layout.get(axis, 1) for axis in ("pipeline", "expert", "expert_tensor")),
+    )
 
 
 def assert_same_run(spread: list[dict[str, Any]], alone: dict[str, Any]) -> None:
@@ -100,6 +119,8 @@ def test_layout_equals_one_process(name: str) -> None:
     assert spread[-1]["topology"]["world"] == world(layout)
     if any(layout.get(axis, 1) > 1 for axis in ("tensor", "pipeline", "expert")):
         assert spread[-1]["local_parameters"] < 0.9 * alone["local_parameters"], "the model was not sharded"
+    if layout.get("overlap_grad_reduce"):
+        assert min(spread[0]["buckets"][0]) > 1, "there is nothing to overlap with"
     if name in LAYERS:
         assert [rank["layers"] for rank in spread] == LAYERS[name]
     if layout.get("context", 1) > 1:
@@ -130,6 +151,7 @@ def times_over(wrong: list[dict[str, Any]], right: dict[str, Any]) -> float:
         ("TP2", "every rank takes the first heads' slopes"),
         ("PP2", "every stage takes the first layers' slopes"),
         ("PP2 VPP2", "batched messages"),
+        ("DP2 distributed optimizer, overlap", "parameters used before they are gathered"),
         ("TP2", "no reduction in the sharded norm, forward"),
         ("TP2", "no reduction in the sharded norm, backward"),
         ("TP2", "norm weight not sequence parallel"),
@@ -152,6 +174,24 @@ def test_weights_drawn_in_module_order_depend_on_the_layout(layout: str) -> None
     wrong, alone = records(2, **job, **LAYOUTS[layout]), alone_as(LAYOUTS[layout], **job)
     assert min(rank["mutated"] for rank in (*wrong, alone)) == 1
     assert worst(wrong[-1]["losses"], alone["losses"]) > CLEARLY * LOSS_BOUND
+
+
+@pytest.mark.parametrize("name", ["DP2 overlap", "DP2 distributed optimizer, overlap"])
+def test_dropped_updates_leave_no_trace_where_communication_overlaps(name: str) -> None:
+    """The gradients of the second and third step are looked at and dropped: the weights stay, and training goes on."""
+    layout, job = LAYOUTS[name], {"steps": 6, "dropped": [1, 2]}
+    alone = alone_as(layout, **job)
+    assert alone["losses"][1] == alone["losses"][2] == alone["losses"][3] != alone["losses"][4]
+    assert_same_run(records(2, **job, **layout), alone)
+
+
+@pytest.mark.parametrize("mutation", ["", "parameters not gathered after the last update"])
+def test_parameters_are_whole_when_they_are_read(mutation: str) -> None:
+    """Of an overlapped gather, as a checkpoint reads them: the last update is in the shards of each rank only."""
+    ranks = records(2, steps=FEW_STEPS, mutation=mutation, **LAYOUTS["DP2 distributed optimizer, overlap"])
+    assert [rank["mutated"] for rank in ranks] == [int(bool(mutation))] * 2
+    differ = abs(ranks[0]["weights"] - ranks[1]["weights"]) / ranks[0]["weights"]
+    assert differ > 1e-4 if mutation else differ == 0.0
 
 
 # Row, first token, end: what rank 0 of two holds when they share one row at a time, or two.

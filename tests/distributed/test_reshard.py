@@ -98,6 +98,8 @@ def jobs() -> list[dict[str, Any]]:
 
 def options(chain: str) -> list[str]:
     sharded = ["parallel.distributed_optimizer=true"] * ("distributed-optimizer" in chain)
+    if chain.startswith("distributed-optimizer-sharded"):  # the first job saves what its last update has not gathered
+        sharded += ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
     return sharded + ['run.precision="bf16"'] * ("bf16" in chain)
 
 

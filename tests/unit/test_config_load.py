@@ -70,6 +70,8 @@ def test_origins_name_file_line_preset_flag_and_default(tmp_path: Path) -> None:
         ('preset = "tiny"\n[parallel]\ncontext = 3', "do not divide into 6 equal parts", 3, "2 * parallel.context"),
         ('preset = "tiny"\n[parallel]\nvirtual_pipeline = 2', "there is no pipeline to interleave", 3, "parallel.pipeline to 2"),
         ('preset = "tiny"\n[parallel]\npipeline = 3\nvirtual_pipeline = 3', "9 chunks (pipeline 3 x virtual", 4, "lower"),
+        ('preset = "tiny"\n[parallel]\noverlap_param_gather = true', "without distributed_optimizer", 3, "= false"),
+        ('preset = "tiny"\n[parallel]\ndispatcher = "all2all"', "parallel.dispatcher is 'all2all'", 3, "alltoall"),
         ('preset = "tiny"\n[parallel]\npipeline = 16', "the model 8 layers: some chunks would be empty", 3, "lower"),
         ('preset = "tiny"\n[parallel]\npipeline = 2\npipeline_layers = [5, 4]', "needed are 2", 4, "leave it empty"),
         ('preset = "tiny"\n[parallel]\npipeline = 2\npipeline_layers = [8]', "1 chunks with 8 layers", 4, "leave it"),

@@ -70,7 +70,7 @@ def test_threads_are_redirected_too() -> None:
     [
         (3, {"tensor": 2}, "tensor x pipeline x context = 2 does not divide the 3 processes"),
         (2, {"expert": 4}, "expert x expert_tensor x pipeline = 4 does not divide the 2 processes"),
-        (4, {"expert": 2, "expert_tensor": 2}, "expert = 2 and expert_tensor = 2 together need GPUs"),
+        (4, {"expert": 2, "expert_tensor": 2}, "expert = 2 and expert_tensor = 2 together need GPUs with dispatcher ="),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(
@@ -81,4 +81,5 @@ def test_sizes_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError) as error:
         parallel.start(ParallelConfig(**sizes), device=GLOO, seed=1)
     assert message in error.value.what
+    assert "expert" not in sizes or world < 4 or 'set dispatcher = "allgather"' in error.value.fix
     assert not torch.distributed.is_initialized()

@@ -65,12 +65,13 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
                 where="[parallel]",
                 fix=f"start a multiple of {needed} processes (parallel.processes = {needed}) or lower the sizes",
             )
-    if device.backend == "gloo" and parallel.expert > 1 and parallel.expert_tensor > 1:
+    both = parallel.expert > 1 and parallel.expert_tensor > 1
+    if device.backend == "gloo" and both and parallel.dispatcher == "alltoall":
         raise ConfigError(
-            f"expert = {parallel.expert} and expert_tensor = {parallel.expert_tensor} together need GPUs: "
-            "gloo cannot gather the unequal numbers of tokens of the experts",
+            f"expert = {parallel.expert} and expert_tensor = {parallel.expert_tensor} together need GPUs with "
+            "dispatcher = alltoall: gloo cannot gather the unequal numbers of tokens of the experts",
             where="[parallel]",
-            fix="on a CPU set one of the two to 1",
+            fix='on a CPU set dispatcher = "allgather", or one of the two to 1',
         )
     # The watchdog knows more about a hang than the collective that times out, so it comes first.
     timeout = datetime.timedelta(seconds=PATIENCE * parallel.timeout_s + 60.0)

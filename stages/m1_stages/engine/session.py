@@ -43,7 +43,10 @@ class Session:
         run.roll_back = partial(roll_back, self)
 
     def sharded_state(self, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
-        """Model, optimizer and position as ``dist_checkpointing`` takes them."""
+        """Model, optimizer and position as ``dist_checkpointing`` takes them; every rank calls it."""
+        from m1_stages.engine.ddp import gather_parameters
+
+        gather_parameters(self.run.chunks)
         metadata: dict[str, Any] = {**_SHARDING}  # Megatron adds the data-parallel group, which ends with the session
         model = self.run.model.sharded_state_dict(metadata=metadata)
         optimizer = self.run.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
@@ -113,8 +116,8 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
     device = device_module.use(config.run.device, local_rank=parallel.local_rank())
     topology = parallel.start(config.parallel, device=device, seed=config.run.seed)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // topology.local_world))
+    from m1_stages.engine.ddp import wrap_ddp
     from m1_stages.engine.optimizer import build_optimizer
-    from m1_stages.engine.step import wrap_ddp
     from m1_stages.model import build_model
 
     run_dir = resolved.run_dir
@@ -133,7 +136,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
                 device=device.name,
                 seed=config.run.seed,
             )
-            wrapped = wrap_ddp(model, distributed_optimizer=config.parallel.distributed_optimizer)
+            wrapped = wrap_ddp(model, config.parallel)
             optimizer = build_optimizer(
                 wrapped,
                 config.optim,

@@ -56,23 +56,6 @@ class StepResult:
         self.gradients.apply(scale=clip / max(self.trained_tokens, 1))
 
 
-def wrap_ddp(chunks: Sequence[Any], *, distributed_optimizer: bool) -> list[Any]:
-    """Wrap in Megatron's DDP (fp32 gradient buffers) and hang the reduction hooks on the model's configuration."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
-    )
-    wrapped: list[Any] = [
-        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
-        for i, chunk in enumerate(chunks)
-    ]
-    config = wrapped[0].config
-    config.finalize_model_grads_func = _Finalize()
-    config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [chunk.no_sync for chunk in wrapped]
-    return wrapped
-
-
 def train_step(
     chunks: list[Any],
     optimizer: Any,
@@ -111,20 +94,6 @@ def train_step(
     )
     seconds = chunks[0].config.finalize_model_grads_func.called_at - began
     return _measured(chunks, ReadyGradients(optimizer, chunks), outputs, seconds=seconds, stop=stop())
-
-
-class _Finalize:
-    """Megatron's reductions of the gradients, without its division by the tokens: that would wait for the device and pass
-    over all gradients once more, and ``StepResult.apply`` does it together with clipping."""
-
-    called_at = 0.0
-    """``time.perf_counter()`` when the last backward pass was done."""
-
-    def __call__(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        from megatron.core.distributed import finalize_model_grads
-
-        self.called_at = time.perf_counter()
-        finalize_model_grads(chunks, None, **kwargs)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bo
         moe_router_topk=model.experts_per_token,
         moe_aux_loss_coeff=model.aux_loss_coef,
         moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type=parallel.dispatcher,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
