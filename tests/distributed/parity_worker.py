@@ -71,7 +71,7 @@ def main(out: str, job: dict[str, Any]) -> None:
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """``parallel``, ``steps``, and if need be ``micro_batch`` rows, ``recompute``, ``save``, ``mutation``, ``untrained``,
-    ``dropped`` (steps whose gradients are not applied)."""
+    ``dropped`` (steps whose gradients are not applied), ``bucket`` (parameters reduced together)."""
     torch.set_num_threads(1)
     dev = device.use("cpu")
     from mutations import Mutation
@@ -88,7 +88,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    sizes: ParallelConfig, *, seed: int, recompute: bool = False, mutation: Any = None
+    sizes: ParallelConfig, *, seed: int, recompute: bool = False, mutation: Any = None, bucket: int = BUCKET
 ) -> tuple[Any, list[Any], Any]:
     """Chunks of this rank, the same wrapped, and their optimizer."""
     from m1_stages.engine.ddp import wrap_ddp
@@ -98,7 +98,7 @@ def build(
     model = build_model(MODEL, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute)
     if mutation:
         mutation.spoil(model)
-    chunks = wrap_ddp(model, sizes, bucket_size=BUCKET)
+    chunks = wrap_ddp(model, sizes, bucket_size=bucket)
     optim = dataclasses.replace(OptimConfig(), eps=1e-8)
     return model, chunks, build_optimizer(chunks, optim, bf16=False, distributed=sizes.distributed_optimizer)
 
@@ -120,7 +120,8 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, ap
 def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topology, mutation: Any) -> dict[str, Any]:
     from m1_stages.engine import ddp
 
-    model, chunks, optimizer = build(sizes, seed=5, recompute=job.get("recompute", False), mutation=mutation)
+    options = {"recompute": job.get("recompute", False), "bucket": job.get("bucket", BUCKET)}
+    model, chunks, optimizer = build(sizes, seed=5, mutation=mutation, **options)
     keys = "losses", "grad_norms", "aux", "layer_norms", "load", "trained_tokens", "own_trained_tokens"
     record: dict[str, Any] = {key: [] for key in keys}
     for step in range(job["steps"]):
