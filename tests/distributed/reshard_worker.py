@@ -77,7 +77,7 @@ def train(session: Session, state: TrainState) -> float:
         micro_batch=ROWS // place.dp_size,
     )
     result = train_step(run.chunks, run.optimizer, [packed(ids).zigzag(place.cp_rank, place.cp_size) for ids in rows])
-    result.gradients.apply()
+    result.apply(max_norm=session.resolved.config.optim.grad_clip)
     state.stage_step += 1
     state.global_step += 1
     return result.loss
