@@ -195,8 +195,8 @@ def _layouts(plan: Plan) -> None:
 
 def _layout_cells(x: Candidate) -> list[str]:
     y = x.layout
-    sizes, acts = (y.tensor, y.pipeline, y.context, y.expert, y.expert_tensor, y.data), x.activations
-    cells = [str(size) for size in sizes]
+    pipeline, acts = f"{y.pipeline}x{y.virtual_pipeline}" if y.virtual_pipeline > 1 else y.pipeline, x.activations
+    cells = [str(size) for size in (y.tensor, pipeline, y.context, y.expert, y.expert_tensor, y.data)]
     return [
         *cells, f"{x.micro_rows}x{x.micro_batches}", "host" if acts.offload else "again" if acts.recompute else "kept",
         f"{x.memory.needed:,.0f}" if x.fits else f"[red]{x.memory.needed:,.0f}[/]", _seconds(x.time.total),

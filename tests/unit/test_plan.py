@@ -22,7 +22,7 @@ from m1_stages.plan.comm import Group
 from m1_stages.plan.estimate import make_plan
 from m1_stages.plan.flops import forward, generation, training
 from m1_stages.plan.hardware import GPUS, gpu_named
-from m1_stages.plan.layout import Layout, accepts
+from m1_stages.plan.layout import Layout, accepts, of_config
 from m1_stages.plan.memory import Activations, Memory, memory
 from m1_stages.plan.shapes import count, layers_of_stage, local
 from m1_stages.plan.timing import StepModel, StepTime
@@ -69,6 +69,18 @@ def test_ranks_hold_the_whole_model_together(tmp_path: Path) -> None:
     assert sum(x.experts for x in held) * 32 == count(m).experts
     copied = 80 * (32 + 2) * 6144 + 6144  # routers and norms are on every tensor rank
     assert sum(x.dense for x in held) * 8 - 7 * copied == count(m).total - count(m).experts
+
+
+def test_a_configured_layout_is_written_as_the_shell_takes_it(tmp_path: Path) -> None:
+    keys = ("pipeline=2", "virtual_pipeline=2", "pipeline_layers=[1,3,3,1]", "expert=2", 'dispatcher="allgather"')
+    config = resolved(tmp_path, "tiny", *(f"parallel.{key}" for key in keys)).config
+    layout = of_config(config.parallel, 4)
+    assert layout == Layout(
+        pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 3, 3, 1), expert=2, data=2, dispatcher="allgather"
+    )
+    assert layout.arguments(config.parallel) == ""
+    assert "--set 'parallel.pipeline_layers=[1, 3, 3, 1]' " in layout.arguments()
+    assert "--set 'parallel.pipeline_layers=[]'" in Layout(pipeline=4).arguments(config.parallel)
 
 
 def test_flops_of_a_model_counted_by_hand() -> None:
@@ -246,6 +258,8 @@ def test_time_adds_up_and_moves_the_right_way(tmp_path: Path) -> None:
     assert step(Layout(), pairs=1000).total < one.total
     busy = step(Layout(pipeline=4)).bubble / step(Layout(pipeline=4), micro_batches=80).bubble
     assert busy == pytest.approx(1.0), "the bubble does not depend on the number of micro-batches"
+    sent, gathered = (step(Layout(expert=8, data=8, dispatcher=x)) for x in ("alltoall", "allgather"))  # type: ignore[arg-type]
+    assert gathered.expert / sent.expert > 3, "every token goes to every rank, not to the two experts it wants"
     spread = step(Layout(tensor=2, pipeline=2, context=2, expert=2, data=2))
     assert min(spread.tensor, spread.pipeline, spread.context, spread.expert, spread.bubble, spread.data) > 0
 

@@ -53,6 +53,7 @@ def settle(config: Config, plan: StagePlan, topology: Topology, device: Device) 
         expert_tensor=topology.etp_size,
         data=topology.dp_size,
         distributed_optimizer=config.parallel.distributed_optimizer,
+        dispatcher=config.parallel.dispatcher,
     )
     chosen = choose(config.model, work, layout, habits, agree_min(_free_gib(device)))
     return Settled(activations=chosen.activations, why=chosen.why)

@@ -96,4 +96,5 @@ def _experts(
             weights *= 1 + 4 / size  # sums over tiles are fp32
     # Rows and their gradients; gate and up unless kept, activation, and their gradients (m1_kernels.experts).
     inside = rows * size * (2 * h + (4 if keep else 6) * f)
-    return kept, max(inside + weights, router), 2 * rows * h * size if moved else 0.0
+    arrived = s * layout.expert * layout.expert_tensor if layout.dispatcher == "allgather" else rows
+    return kept, max(inside + weights, router), 2 * arrived * h * size if moved else 0.0

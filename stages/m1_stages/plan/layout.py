@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from shlex import quote
+from typing import Any, Literal
 
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.plan.work import Work
@@ -29,6 +31,7 @@ class Layout:
     data: int = 1
     """Ranks that see different rows."""
     distributed_optimizer: bool = False
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
     @property
     def gpus(self) -> int:
@@ -45,7 +48,7 @@ class Layout:
         """Ranks that hold the same experts."""
         return self.gpus // (self.expert * self.expert_tensor * self.pipeline)
 
-    def settings(self) -> dict[str, int | bool | tuple[int, ...]]:
+    def settings(self) -> dict[str, Any]:
         """Keys of ``[parallel]`` and their values."""
         names = (
             "tensor",
@@ -55,6 +58,7 @@ class Layout:
             "context",
             "expert",
             "expert_tensor",
+            "dispatcher",
             "distributed_optimizer",
         )
         return {name: getattr(self, name) for name in names}
@@ -62,7 +66,7 @@ class Layout:
     def arguments(self, base: ParallelConfig | None = None) -> str:
         """The ``--set`` arguments that choose this layout; those that ``base`` has already are left out."""
         return " ".join(
-            f"--set parallel.{name}={str(list(value) if isinstance(value, tuple) else value).lower()}"
+            f"--set {quote(f'parallel.{name}={_toml(value)}')}"
             for name, value in self.settings().items()
             if base is None or getattr(base, name) != value
         )
@@ -84,7 +88,12 @@ def of_config(parallel: ParallelConfig, gpus: int) -> Layout | None:
         expert_tensor=parallel.expert_tensor,
         data=gpus // model_ranks,
         distributed_optimizer=parallel.distributed_optimizer,
+        dispatcher=parallel.dispatcher,
     )
+
+
+def _toml(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value).lower()
 
 
 def divisors(n: int, most: int) -> list[int]:

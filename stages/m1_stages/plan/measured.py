@@ -25,7 +25,7 @@ class Measured:
     seq_len: int
     rows: int
     layout: Layout
-    """The distributed optimizer and uneven layers are not in the events: they are assumed as configured."""
+    """Distributed optimizer, uneven layers and dispatcher are not in the events: they are assumed as configured."""
     activations: Activations | None
     """What became of them; None in runs that did not say."""
     step_s: float
@@ -86,6 +86,7 @@ def _summary(
         expert_tensor=sizes["etp"],
         data=sizes["dp"],
         distributed_optimizer=parallel.distributed_optimizer,
+        dispatcher=parallel.dispatcher,
     )
     return Measured(
         stage=begun["stage"],

@@ -90,6 +90,7 @@ class StepModel:
         self.cp = Group(layout.context, layout.tensor, gpu, c)
         self.ep = Group(layout.expert, layout.expert_tensor, gpu, c)
         self.etp = Group(layout.expert_tensor, 1, gpu, c)
+        self.all_experts = Group(layout.expert * layout.expert_tensor, 1, gpu, c)
         self.pp = Group(layout.pipeline, layout.gpus // layout.pipeline, gpu, c)
 
     def of(self, micro_batches: int) -> StepTime:
@@ -181,9 +182,15 @@ class StepModel:
             "experts": 2.0 * slots * expert(m) * passes / (self.flops * c.experts),
             "element_wise": (s * h * channel + slots * per_slot) / (self.copy * c.element_wise),
             "moe_index": slots * (2 + again * moved) * c.moe_index_s_per_slot * _H200_COPY / self.copy,
-            "expert": self.ep.exchange(slots * h * size, times=4 + 2 * again)
-            + self.etp.ring(slots * tensor * h * size, times=4 + 2 * again),
+            "expert": self._dispatch(s, slots) * (4 + 2 * again),
         }
+
+    def _dispatch(self, s: float, slots: float) -> float:
+        """Tokens to the experts, or back, once."""
+        row, tensor = self.m.hidden_size * self.size, self.layout.expert_tensor
+        if self.layout.dispatcher == "allgather":
+            return self.all_experts.ring(s * self.all_experts.size * row)
+        return self.ep.exchange(slots * row) + self.etp.ring(slots * tensor * row)
 
     def _head(self) -> Parts:
         m, c = self.m, self.c
@@ -198,7 +205,7 @@ class StepModel:
 
     def _per_step(self) -> dict[str, float]:
         layout, c = self.layout, self.c
-        held = [local(self.m, layout, stage) for stage in (0, layout.pipeline - 1)]
+        held = [local(self.m, layout, stage) for stage in range(layout.pipeline)]
         dense, experts = max(x.dense for x in held), max(x.experts for x in held)
         replicas = Group(layout.dense_replicas, layout.tensor, self.gpu, c)
         expert_replicas = Group(layout.expert_replicas, layout.expert * layout.expert_tensor, self.gpu, c)
