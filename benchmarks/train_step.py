@@ -199,8 +199,10 @@ class Bench:
     def run(self) -> None:
         print_head(self)
         chunks, weights = build_chunks(self.setting, rope_base=1e4)
+        built = [chunks]
+        del chunks
         makers: dict[str, Callable[[], Any]] = {
-            "ours": lambda: Ours(self.setting, chunks, weights),
+            "ours": lambda: Ours(self.setting, built[0], weights),
             "baseline": lambda: BaselinePeer(self.setting, weights),
             "transformers": lambda: TransformersPeer(self.setting),
         }
@@ -210,7 +212,7 @@ class Bench:
             self.deadline = time.perf_counter() + max(0.0, left) * share
             peer = self._make(name, makers[name])
             if name == "ours" or "ours" not in self.peers:
-                chunks.clear()  # the peer holds the model now, or nobody
+                built.clear()  # the peer holds the model now, or nobody
             if peer is not None:
                 self._run_peer(name, peer)
             gone = weakref.ref(peer) if peer is not None else None

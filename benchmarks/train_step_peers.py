@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.engine.activations import settle
 from m1_stages.engine.device import Device
 from m1_stages.engine.parallel import Topology
-from m1_stages.model import ModelChunks
+
+if TYPE_CHECKING:
+    from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
 
 LR = 1e-4
 SIGMA, SEED = 1.4, 1234

@@ -59,7 +59,9 @@ def tables(run: dict[str, Any]) -> list[str]:
         what = f"{documents(ours)}{kept}"
         lines.append(f"| {tokens:,} | {rows}, {what} | {' | '.join((*cells, *ratios))} |")
     profiles = [c for c in found.values() if c["peer"] == "ours" and "profile" in c]
-    names = list(profiles[0]["profile"]["groups"]) if profiles else []
+    if not profiles:
+        return lines
+    names = list(profiles[0]["profile"]["groups"])
     names.sort(key=lambda name: -sum(c["profile"]["groups"][name]["ms"] for c in profiles))
     sizes = " | ".join(f"{c['tokens']:,}" for c in profiles)
     lines += ["", f"| ms (share) of a step of ours | {sizes} |", f"|---|{'---|' * len(profiles)}"]
