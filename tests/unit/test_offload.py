@@ -15,9 +15,10 @@ from m1_data.errors import ConfigError
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
 from m1_stages.decay import released_slopes
 from m1_stages.engine import device, parallel
+from m1_stages.engine.ddp import wrap_ddp
 from m1_stages.engine.offload import HostState
 from m1_stages.engine.optimizer import build_optimizer, set_learning_rate
-from m1_stages.engine.step import train_step, wrap_ddp
+from m1_stages.engine.step import train_step
 from m1_stages.model import build_model
 
 SHAPE = ModelConfig(
@@ -40,7 +41,7 @@ def trained(*, offload: bool, distributed: bool, precision: str) -> tuple[list[f
         SHAPE, parallel=ParallelConfig(), precision=precision, rope_base=1e4, device=where.name, seed=7
     )[0]
     model.set_slopes(released_slopes(SHAPE.num_layers, SHAPE.num_heads))
-    chunks = wrap_ddp([model], distributed_optimizer=distributed)
+    chunks = wrap_ddp([model], ParallelConfig(distributed_optimizer=distributed))
     optimizer = build_optimizer(chunks, OptimConfig(), bf16=precision == "bf16", distributed=distributed)
     if offload:
         optimizer.host_state = HostState(optimizer, chunks)
@@ -94,7 +95,7 @@ def test_state_left_away_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_key_is_refused() -> None:
     model = build_model(SHAPE, parallel=ParallelConfig(), precision="bf16", rope_base=1e4)[0]
-    chunks = wrap_ddp([model], distributed_optimizer=False)
+    chunks = wrap_ddp([model], ParallelConfig())
     with pytest.raises(ConfigError, match="this run has none"):
         build_optimizer(chunks, OptimConfig(offload=True), bf16=True, distributed=False)
 
@@ -122,7 +123,7 @@ def steps_on_a_gpu(*, offload: bool) -> tuple[list[float], int]:
     chunks = build_model(WIDE, parallel=ParallelConfig(), precision="bf16", rope_base=1e4, device="cuda", seed=7)
     chunks.set_slopes(released_slopes(WIDE.num_layers, WIDE.num_heads))
     chunks.set_recompute(True, offload=offload)
-    wrapped = wrap_ddp(chunks, distributed_optimizer=False)
+    wrapped = wrap_ddp(chunks, ParallelConfig())
     optimizer = build_optimizer(wrapped, OptimConfig(), bf16=True, distributed=False)
     tokens = torch.randint(0, WIDE.vocab_size, (65_536,), generator=torch.Generator().manual_seed(3))
     batch = packed_batch(tokens, [2048] * 32).to(torch.device("cuda"))
