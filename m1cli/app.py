@@ -35,6 +35,9 @@ GpusOption = Annotated[
         help="Processes on this machine: one per GPU, or that many on a CPU; default: parallel.processes, or all GPUs.",
     ),
 ]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Start a stage although the one before it recalls less than evaluate.gate.")
+]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Put existing checkpoints aside and start over.")]
 DEFAULT_CONFIG = Path("m1.toml")
 
@@ -126,13 +129,29 @@ def pretrain(
     overrides: SetOption = None,
     gpus: GpusOption = None,
     fresh: FreshOption = False,
+    force: ForceOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Train one stage of the context curriculum, or all; the same command continues an interrupted run."""
     with reported(debug):
         from m1cli.commands.train import pretrain_command
 
-        pretrain_command(config, overrides or [], stage, gpus=gpus, fresh=fresh)
+        pretrain_command(config, overrides or [], stage, gpus=gpus, fresh=fresh, force=force)
+
+
+@app.command()
+def evaluate(
+    stage: Annotated[str, typer.Option(help="Finished stage: 32k, 128k, 256k, 512k or 1m.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    gpus: GpusOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure a finished stage at long range: needles by length and depth, loss by position in held-out documents."""
+    with reported(debug):
+        from m1cli.commands.train import evaluate_command
+
+        evaluate_command(config, overrides or [], stage, gpus=gpus)
 
 
 @app.command()

@@ -20,17 +20,20 @@ from m1_stages.engine.events import (
     CheckpointRejected,
     CheckpointSaved,
     Event,
+    GateForced,
     GuardNoticed,
     RolledBack,
     RunStarted,
     RunStopped,
     SaveFailed,
+    StageEvaluated,
     StageFinished,
     StageStarted,
     StepDone,
     StepRepeated,
 )
 from m1cli.console import console
+from m1cli.evaluation import evaluation_view
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -80,6 +83,15 @@ class TrainingDisplay:
             console.print(
                 f"[green]stage {event.stage} done[/] in {event.seconds:.0f} s: loss {event.first_loss:.3f} → "
                 f"{event.last_loss:.3f}; checkpoint {escape(event.checkpoint)}",
+                soft_wrap=True,
+            )
+        elif isinstance(event, StageEvaluated):
+            console.print(evaluation_view(event))
+        elif isinstance(event, GateForced):
+            known = "is not known" if event.recall is None else f"is {event.recall:.1%}"
+            console.print(
+                f"[bold yellow]stage {event.stage} is forced:[/] the recall of stage {event.before} {known}, "
+                f"evaluate.gate asks for {event.gate:.1%}; this is recorded in its checkpoints",
                 soft_wrap=True,
             )
         elif isinstance(event, CheckpointRejected):

@@ -31,6 +31,8 @@ name = "words"
 domain = "general"
 format = "jsonl"
 path = "words.jsonl"
+[evaluate]
+enabled = false
 [curriculum]
 decay_ramp_share = 0.5
 [run]

@@ -17,7 +17,7 @@ from m1_stages.config import PRESETS, STAGE_NAMES, Config, Resolved
 from m1_stages.configload import load_config
 from m1cli.console import console
 
-_SECTIONS = ("run", "model", "tokenizer", "data", "curriculum", "optim", "parallel", "sft", "export")
+_SECTIONS = ("run", "model", "tokenizer", "data", "curriculum", "optim", "parallel", "sft", "evaluate", "export")
 
 
 def init_command(folder: Path, preset: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from m1_data.errors import ConfigError, EnvironmentProblem
-from m1_stages.config import Resolved
+from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.configload import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.engine.events import Sink
@@ -24,7 +24,9 @@ from m1cli.launch import LAUNCHER, adopt_slurm, die_with_launcher, is_worker, nu
 _LAUNCHER_ENDS_US_S = 3.0
 
 
-def pretrain_command(config: Path, overrides: list[str], stage: str, *, gpus: int | None, fresh: bool) -> None:
+def pretrain_command(
+    config: Path, overrides: list[str], stage: str, *, gpus: int | None, fresh: bool, force: bool
+) -> None:
     """Train one stage or all."""
     resolved = load_config(config, [*overrides, *_processes(gpus)])
     stages = stages_of(stage)
@@ -32,9 +34,23 @@ def pretrain_command(config: Path, overrides: list[str], stage: str, *, gpus: in
     def train(sinks: list[Sink]) -> None:
         from m1_stages.engine import pretrain
 
-        pretrain.run(resolved, stages, sinks, fresh=fresh)
+        pretrain.run(resolved, stages, sinks, fresh=fresh, force=force)
 
     _start(resolved, train)
+
+
+def evaluate_command(config: Path, overrides: list[str], stage: str, *, gpus: int | None) -> None:
+    """Evaluate the final checkpoint of one stage."""
+    resolved = load_config(config, [*overrides, *_processes(gpus)])
+    if stage not in STAGE_NAMES:
+        raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join(STAGE_NAMES)}")
+
+    def measure(sinks: list[Sink]) -> None:
+        from m1_stages.engine import evaluate
+
+        evaluate.run(resolved, stage, sinks)
+
+    _start(resolved, measure)
 
 
 def sft_command(config: Path, overrides: list[str], *, gpus: int | None, fresh: bool) -> None:

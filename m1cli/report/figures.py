@@ -159,6 +159,66 @@ def length_mix(history: History) -> go.Figure:
     return _styled(figure, "Length of the documents")
 
 
+def needle_maps(history: History) -> go.Figure:
+    """Needle recall of each stage, depth by length."""
+    maps = {stage: r["needles"] for stage, r in history.evaluated.items() if r["needles"]}
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = make_subplots(
+        rows=rows, cols=columns, horizontal_spacing=0.08, vertical_spacing=0.36 / rows,
+        subplot_titles=[f"{stage}: mean {100 * _mean(m['recall']):.0f} %" for stage, m in maps.items()],
+    )  # fmt: skip
+    for index, needles in enumerate(maps.values()):
+        recall = [[100 * row[depth] for row in needles["recall"]] for depth in range(len(needles["depths"]))]
+        facts = [
+            [
+                f"loss {loss[depth]:.3f}, {control:.3f} with nothing hidden"
+                for loss, control in zip(needles["loss"], needles["control_loss"], strict=True)
+            ]
+            for depth in range(len(needles["depths"]))
+        ]
+        figure.add_trace(
+            go.Heatmap(
+                x=[f"{length:,}" for length in needles["lengths"]],
+                y=[f"{depth:.0%}" for depth in needles["depths"]],
+                z=recall,
+                coloraxis="coloraxis",
+                texttemplate="%{z:.0f}",
+                customdata=facts,
+                hovertemplate="%{x} tokens, hidden at %{y}: %{z:.1f} %<br>%{customdata}<extra></extra>",
+            ),
+            row=index // columns + 1,
+            col=index % columns + 1,
+        )
+    figure.update_layout(coloraxis={"colorscale": "RdYlGn", "cmin": 0, "cmax": 100, "colorbar": {"title": "recall %"}})
+    figure.update_yaxes(autorange="reversed", title="hidden at", type="category")
+    figure.update_xaxes(title="tokens", type="category")
+    return _styled(figure, "Needles found, by length and depth", height=300 * rows + 80)
+
+
+def position_losses(history: History) -> go.Figure:
+    """Loss of held-out documents by position; dotted, of the same tokens without the far context."""
+    figure = go.Figure()
+    for index, (stage, record) in enumerate(history.evaluated.items()):
+        if positions := record["positions"]:
+            colour = COLOURS[index % len(COLOURS)]
+            near = f"{stage}, seeing at most {positions['near_tokens']:,}"
+            for name, key, dash in ((stage, "loss", "solid"), (near, "near_loss", "dot")):
+                figure.add_scatter(
+                    x=positions["first"], y=positions[key], name=name, mode="lines+markers",
+                    line={"color": colour, "width": 2, "dash": dash}, showlegend=key == "loss",
+                    customdata=positions["documents"],
+                    hovertemplate="from %{x} tokens on: %{y:.4f} (%{customdata} documents)<extra>" + name + "</extra>",
+                )  # fmt: skip
+    figure.update_xaxes(title="tokens before, from", type="log")
+    figure.update_yaxes(title="loss")
+    return _styled(figure, "Loss by position; dotted: the same tokens without the far context")
+
+
+def _mean(grid: list[list[float]]) -> float:
+    return sum(sum(row) for row in grid) / sum(len(row) for row in grid)
+
+
 def _styled(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
     return figure.update_layout(
         title={"text": title, "x": 0.0, "xanchor": "left", "font": {"size": 16}},

@@ -63,6 +63,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         "<h2>Memory of the lightning layers</h2>",
         "<p>ln 2 / slope: after so many tokens a head has forgotten half. Empty rows are softmax layers, which do not decay.</p>",
         drawn[1],
+        *_long_range(history),
         "<h2>Gradients</h2>",
         sides[0],
         "<h2>Data</h2>",
@@ -83,6 +84,28 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
     temporary.write_text(page, encoding="utf-8")
     temporary.rename(out)
     return out
+
+
+def _long_range(history: History) -> list[str]:
+    """Needles and loss by position of the stages that were evaluated."""
+    from m1cli.report import figures
+
+    parts = ["<h2>Learning at long range</h2>"]
+    if not history.evaluated:
+        return [*parts, "<p>No stage was evaluated.</p>"]
+    records = history.evaluated.values()
+    if any(r["needles"] for r in records):
+        guessed = max(max(r["needles"]["control_recall"]) for r in records if r["needles"])
+        parts += [
+            "<p>A key and its value are hidden in a text, the key is repeated at its end: the share of the value's "
+            f"tokens that the model then says. With nothing hidden it says at most {guessed:.0%} of them.</p>",
+            _draw(figures.needle_maps(history)),
+        ]
+    if any(r["positions"] for r in records):
+        parts.append(_draw(figures.position_losses(history)))
+    for reason in sorted({f"{r['stage']}: not measured: {reason}" for r in records for reason in r["skipped"]}):
+        parts.append(f"<p>{escape(reason)}</p>")
+    return parts
 
 
 def _draw(figure: object, *, inline: bool = False) -> str:
@@ -172,6 +195,10 @@ def _events(history: History) -> str:
         text = {
             "StageStarted": lambda r: f"continued stage {r['stage']} at step {r['step']}",
             "CheckpointRejected": lambda r: f"checkpoint {r['path']} rejected: {r['reason']}",
+            "GateForced": lambda r: (
+                f"stage {r['stage']} was forced: recall of stage {r['before']} is "
+                f"{'not known' if r['recall'] is None else format(r['recall'], '.1%')}, the gate {r['gate']:.1%}"
+            ),
             "SaveFailed": lambda r: f"checkpoint at step {r['step']} not written: {r['reason']}",
             "RunStopped": lambda r: f"stopped: {r['reason']}",
         }[kind](record)

@@ -24,6 +24,8 @@ class History:
     steps: dict[str, list[Record]] = field(default_factory=dict)
     """Steps by stage; a step repeated after a resume counts once, the last time."""
     finished: dict[str, Record] = field(default_factory=dict)
+    evaluated: dict[str, Record] = field(default_factory=dict)
+    """The last ``StageEvaluated`` of each stage."""
     other: list[Record] = field(default_factory=list)
     """Everything worth a line in the list of events."""
 
@@ -55,9 +57,13 @@ def read_history(run_dir: Path) -> History:
                 history.other.append(record)
         elif kind == "StageFinished":
             history.finished[record["stage"]] = record
+        elif kind == "StageEvaluated":
+            history.evaluated[record["stage"]] = record
         elif kind == "RunStarted":
             history.starts.append(record)
-        elif kind in ("CheckpointRejected", "SaveFailed") or (kind == "RunStopped" and record["exit_code"]):
+        elif kind in ("CheckpointRejected", "SaveFailed", "GateForced") or (
+            kind == "RunStopped" and record["exit_code"]
+        ):
             history.other.append(record)
     for _, record in sorted(steps.items()):
         history.steps.setdefault(record["stage"], []).append(record)

@@ -208,6 +208,30 @@ class SftConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """What is measured after each stage: recall of needles by length and depth, loss by position in held-out documents."""
+
+    enabled: Annotated[bool, "measure each stage after its last step; m1 evaluate does it at any time"] = True
+    lengths: Annotated[tuple[float, ...], "lengths of the needle documents, as shares of the stage's context"] = (
+        0.0625,
+        0.125,
+        0.25,
+        0.5,
+        1.0,
+    )
+    depths: Annotated[tuple[float, ...], "where needles are hidden: 0 is the beginning of the text, 1 its end"] = (
+        0.0,
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    )
+    samples: Annotated[int, "needle documents for each length and depth"] = 4
+    documents: Annotated[int, "held-out documents for the loss by position, the longest ones"] = 8
+    gate: Annotated[float, "mean recall a stage must reach before the next one starts; 0 asks for none"] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """Hugging Face export."""
 
@@ -253,6 +277,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def seq_len(self, stage: str) -> int:

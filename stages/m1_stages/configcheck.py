@@ -37,6 +37,7 @@ class _Checker:
             key = f"stages.{name}"
             self.require(name in self.config.stages, key, f"stage {name} is missing", f"add a [{key}] table")
             self.stage(name)
+        self.evaluate()
         self.rest()
 
     def model(self) -> None:
@@ -220,6 +221,27 @@ class _Checker:
             f"{where} has rows of {seq_len} tokens, which do not divide into {parts} equal parts "
             f"(tensor = {p.tensor}, context = {p.context}: two for each context-parallel rank)",
             "choose sizes by which 2 * parallel.context * parallel.tensor divides every context length",
+        )
+
+    def evaluate(self) -> None:
+        e = self.config.evaluate
+        self.positive("evaluate", "samples")
+        self.require(e.documents >= 0, "evaluate.documents", "evaluate.documents is negative", "0 leaves it out")
+        for name in ("lengths", "depths"):
+            values, key = getattr(e, name), f"evaluate.{name}"
+            self.require(
+                bool(values), key, f"{key} is empty", "give one share or more, or set evaluate.enabled = false"
+            )
+            for value in values:
+                self.share(key, value)
+            self.require(len(set(values)) == len(values), key, f"{key} names a share twice", "name each once")
+        self.require(min(e.lengths) > 0, "evaluate.lengths", "evaluate.lengths has a 0", "give shares above 0")
+        self.share("evaluate.gate", e.gate)
+        self.require(
+            e.enabled or not e.gate,
+            "evaluate.gate",
+            f"evaluate.gate asks for a recall of {e.gate:g}, but nothing is measured: evaluate.enabled is false",
+            "switch one of the two: enabled = true, or gate = 0",
         )
 
     def rest(self) -> None:

@@ -194,6 +194,72 @@ class StageFinished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageEvaluated:
+    """What a stage's final checkpoint makes of a long context; also ``RUN_DIR/evaluation/STAGE.json``."""
+
+    stage: str
+    checkpoint: str
+    checkpoint_sha256: str
+    """Of its manifest."""
+    global_step: int
+    seq_len: int
+    recall: float | None
+    """Share of value tokens that are the likeliest token, mean over the map; None when nothing could be measured."""
+    needles: NeedleMap | None
+    positions: PositionLoss | None
+    skipped: list[str]
+    """What was not measured, and why."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleMap:
+    """Needle documents of every length and depth; ``[length][depth]``, means over samples."""
+
+    lengths: list[int]
+    """Tokens."""
+    depths: list[float]
+    samples: int
+    haystack: str
+    """What the needles were hidden in."""
+    recall: list[list[float]]
+    exact: list[list[float]]
+    """Share of values that are right in every token."""
+    loss: list[list[float]]
+    """Of the value's tokens, nats."""
+    control_recall: list[float]
+    """``[length]``: the same questions with nothing hidden, what guessing gives."""
+    control_loss: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionLoss:
+    """Loss of held-out documents by the number of tokens before the predicted one; a value per bucket."""
+
+    first: list[int]
+    """Smallest number of tokens before; a bucket ends where the next begins, the last one at the context."""
+    loss: list[float]
+    """Mean, nats."""
+    near_loss: list[float]
+    """Of the same tokens, when the documents are cut into pieces of ``near_tokens``: without the far context."""
+    tokens: list[int]
+    documents: list[int]
+    """That reach into the bucket."""
+    near_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateForced:
+    """A stage starts although the one before recalls too little."""
+
+    stage: str
+    before: str
+    recall: float | None
+    """None: it was not evaluated."""
+    gate: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunStopped:
     """The process is about to leave."""
 
@@ -213,6 +279,8 @@ Event = (
     | CheckpointRejected
     | SaveFailed
     | StageFinished
+    | StageEvaluated
+    | GateForced
     | RunStopped
 )
 Sink = Callable[[Event], None]

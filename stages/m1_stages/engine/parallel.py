@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -134,6 +135,14 @@ def agree_min(value: float) -> float:
     number = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_reduce(number, dist.ReduceOp.MIN)
     return float(number.item())
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank: what it read from a file, say, that others may not see yet."""
+    values = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def agree_max(value: bool) -> bool:

@@ -12,6 +12,7 @@ from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.engine.activations import Settled, settle
 from m1_stages.engine.batches import refuse_uneven_pipeline
+from m1_stages.engine.evaluate import evaluate_finished, pass_gate
 from m1_stages.engine.events import Sink, StageStarted
 from m1_stages.engine.loop import Rows, train_stage
 from m1_stages.engine.rollback import recorded
@@ -19,15 +20,18 @@ from m1_stages.engine.session import Session, open_session, with_vocab
 from m1_stages.engine.state import TrainState, enter_stage
 
 
-def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: bool = False) -> None:
-    """Train ``stages`` in order; finished ones are passed over, an interrupted one is continued.
+def run(
+    resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: bool = False, force: bool = False
+) -> None:
+    """Train and evaluate ``stages`` in order; finished ones are passed over, an interrupted one is continued.
 
     Args:
         fresh: put existing checkpoints and metrics aside (renamed, not deleted) and start over.
+        force: start a stage although the one before it recalls less than ``evaluate.gate``.
 
     Raises:
-        M1Error: no data, no checkpoint to start from, nothing usable among the checkpoints, numbers out of range,
-            or stopped on request after saving (``Preempted``).
+        M1Error: no data, no checkpoint to start from, nothing usable among the checkpoints, numbers out of range, a
+            stage before that recalls too little, or stopped on request after saving (``Preempted``).
     """
     data_dir = resolved.path(resolved.config.data.out)
     manifest = load_manifest(data_dir)
@@ -39,11 +43,14 @@ def run(resolved: Resolved, stages: list[str], sinks: Sequence[Sink], *, fresh: 
         for plan in plans:
             rows = stage_rows(resolved, plan, manifest)
             state = start_stage(session, plan, rows)
+            if state.stage_step == 0:
+                pass_gate(session, plan, force=force)
             if state.ramp_from:
                 plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
                 begin(session, resolved, plan, rows.mix_plan.as_dict(), state)
-                train_stage(session.run, plan, rows, state)
+                state = train_stage(session.run, plan, rows, state)
+            evaluate_finished(session, plan, state.slopes)
 
 
 def _refuse_other_scale(resolved: Resolved, manifest: Manifest) -> None:

@@ -39,6 +39,8 @@ class Session:
 
     def __init__(self, resolved: Resolved, run: Run, store: CheckpointStore) -> None:
         self.resolved, self.run, self.store = resolved, run, store
+        self.forced_gates: list[dict[str, Any]] = []
+        """Stages on the way to these weights that were started although the one before recalled too little."""
         run.save = self.save
         run.roll_back = partial(roll_back, self)
 
@@ -67,6 +69,7 @@ class Session:
                 "tokens_seen": state.tokens_seen,
                 "model": self.model_shape(),
                 "rope_base": self.run.model.rope_base,
+                "forced_gates": self.forced_gates,
             },
         )
         return str(self.store.save(self.sharded_state(state, is_loading=False), meta))
@@ -96,6 +99,8 @@ class Session:
         self.run.model.load_state_dict(loaded["model"])
         self.run.optimizer.load_state_dict(loaded["optimizer"])
         finish_loading(self.run.optimizer)
+        saved = committed.meta.extra.get("forced_gates", [])
+        self.forced_gates = saved + [gate for gate in self.forced_gates if gate not in saved]  # also after a roll back
         return committed, TrainState.from_dict(loaded["train_state"])
 
     def _refuse_other_shape(self, committed: Committed) -> None:

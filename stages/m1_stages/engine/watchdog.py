@@ -27,7 +27,7 @@ PATIENCE = 3.0
 RANKS, STACKS = "ranks", "stacks"
 """Names inside the run directory."""
 
-_PHASES = {"join": PATIENCE, "build": PATIENCE, "data": 1.0, "train": 1.0, "save": PATIENCE}
+_PHASES = {"join": PATIENCE, "build": PATIENCE, "data": 1.0, "train": 1.0, "save": PATIENCE, "evaluate": 1.0}
 """In the order of a step, with the deadlines each may take."""
 _current: Watchdog | None = None
 
@@ -42,7 +42,8 @@ def beat(phase: str, step: int = 0) -> None:
     """Say that this rank moves and where it is; nothing happens without a watchdog.
 
     Args:
-        phase: "join" (the process group), "build" (model, checkpoint), "data", "train" (a micro-batch) or "save".
+        phase: "join" (the process group), "build" (model, checkpoint), "data", "train" (a micro-batch), "save" or
+            "evaluate" (a micro-batch).
         step: optimizer steps done in the whole run.
     """
     if _current is not None:

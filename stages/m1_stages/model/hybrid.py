@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -95,25 +96,30 @@ class HybridModel(GPTModel):
         for layer in self.decoder.layers:
             layer.set_recompute(recompute, host=self._host)
 
-    def forward(self, batch: PackedBatch, *, logits: bool = False) -> Tensor:
+    def forward(self, batch: PackedBatch, *, logits: bool = False, predict_at: Tensor | None = None) -> Tensor:
         """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32.
 
         In all but the last chunk of a pipeline: hidden states.
 
-        Logits of all tokens exist only when asked for: meant for verification, not for training.
+        Logits of all tokens exist only when asked for: meant for verification, not for training. With ``predict_at``, P
+        indices into this rank's tokens, [P, 2] fp32: the loss there, and 1 where the label is the likeliest token, else 0.
         """
         if self._host is not None:
             self._host.begin()
+        packing = Packing.of(batch, self._groups.cp)
+        packing.predict_at = predict_at
         out: Tensor = super().forward(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
             attention_mask=None,
             labels=None if logits else batch.labels,
-            packed_seq_params=Packing.of(batch, self._groups.cp),
+            packed_seq_params=packing,
         )
         return out
 
-    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, *, packed_seq_params: Packing, labels: Tensor | None = None, **_: Any
+    ) -> Tensor:
         if not self.post_process:
             return hidden_states
         tp = self._groups.tp
@@ -123,10 +129,9 @@ class HybridModel(GPTModel):
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp)
         hidden, weight = hidden_states.squeeze(1), self.output_layer.weight
         if labels is None:
-            scores = hidden.float() @ weight.float().T
-            if tp.size() > 1:
-                scores = gather_from_tensor_model_parallel_region(scores, group=tp)
-            return scores[None, :, : self.model_config.vocab_size]
+            return self._logits(hidden)[None]
+        if (at := packed_seq_params.predict_at) is not None:
+            return self._predictions(hidden[at], labels.view(-1)[at])
         loss = linear_cross_entropy(
             hidden,
             weight,
@@ -135,3 +140,17 @@ class HybridModel(GPTModel):
             tp_group=tp if tp.size() > 1 else None,
         )
         return loss[None]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[P, hidden] to [P, vocab] fp32, on every tensor-parallel rank."""
+        scores = hidden.float() @ self.output_layer.weight.float().T
+        if self._groups.tp.size() > 1:
+            scores = gather_from_tensor_model_parallel_region(scores, group=self._groups.tp)
+        return scores[:, : self.model_config.vocab_size]
+
+    def _predictions(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if not len(labels):
+            return hidden.new_zeros(0, 2, dtype=torch.float32)
+        scores = self._logits(hidden)
+        loss = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+        return torch.stack([loss, (scores.argmax(-1) == labels).float()], 1)

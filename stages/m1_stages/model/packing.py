@@ -27,6 +27,8 @@ class Packing(PackedSeqParams):
     """Tokens of this micro-batch that carry loss, on this rank."""
     shards: ContextShards | None = None
     """How the sequence is spread over the context-parallel ranks; None when it is not."""
+    predict_at: Tensor | None = None
+    """[P] int64 of this rank's tokens whose predictions are wanted; None: the loss of all tokens."""
 
     @classmethod
     def of(cls, batch: PackedBatch, cp_group: ProcessGroup) -> Packing:
