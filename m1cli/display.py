@@ -31,6 +31,7 @@ from m1_stages.engine.events import (
     StageStarted,
     StepDone,
     StepRepeated,
+    StragglerNoticed,
 )
 from m1cli.console import console
 from m1cli.evaluation import evaluation_view
@@ -73,6 +74,12 @@ class TrainingDisplay:
             console.print(f"[dim]saved {escape(event.path)} in {event.seconds:.1f} s[/]", soft_wrap=True)
         elif isinstance(event, (GuardNoticed, StepRepeated, RolledBack)):
             _guard(event)
+        elif isinstance(event, StragglerNoticed):
+            console.print(
+                f"[bold yellow]rank {event.rank} keeps the others waiting:[/] {event.seconds:.2f} s of a step, "
+                f"{event.usual:.2f} s on the others",
+                soft_wrap=True,
+            )
         elif isinstance(event, StageFinished):
             if event.ramp_progress < 0.999:
                 console.print(

@@ -251,6 +251,9 @@ class RunSection:
     ] = "fp32"
     threads: Annotated[int, "CPU threads per process; 0: cores / processes"] = 0
     save_every_steps: Annotated[int, "steps between checkpoints; stage ends are always saved"] = 100
+    check_replicas_every: Annotated[
+        int, "steps between comparisons of the weights of data-parallel replicas; 0: never"
+    ] = 100
     keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2
     recompute: Annotated[
         Literal["auto", "always", "never"],

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 from m1_stages.config import GuardConfig
 
@@ -61,7 +61,7 @@ class Verdict:
 
 @dataclass(kw_only=True, slots=True)
 class GuardState:
-    """JSON-ready; in every checkpoint."""
+    """Plain values; in every checkpoint."""
 
     series: dict[str, list[float]] = field(default_factory=dict)
     """Logarithms of accepted steps, oldest first."""
@@ -71,15 +71,6 @@ class GuardState:
     """Spikes without an accepted step between them."""
     calm: int = 0
     """Steps in the band since the ramp was last held or reversed."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GuardState:
-        """Rebuild from ``as_dict``."""
-        return cls(**values)
 
 
 class Guard:

@@ -103,7 +103,7 @@ def test_budget_counts_within_its_steps_and_survives_a_checkpoint() -> None:
     step = calm(g)
     actions = []
     for n in (0, 50, 90):
-        state = GuardState.from_dict(json.loads(json.dumps(g.state.as_dict())))
+        state = GuardState(**json.loads(json.dumps(dataclasses.asdict(g.state))))
         g = Guard(g.config, state)
         actions.append(g.judge(seen(step + n, norm=50.0)).action)
         g.judge(seen(step + n + 1))
@@ -147,7 +147,7 @@ def test_cut_and_continued_judges_as_uncut(norms: list[float], cut: int) -> None
     whole, first = guard(), guard()
     expected = [whole.judge(seen(n, norm=x)) for n, x in enumerate(norms)]
     verdicts = [first.judge(seen(n, norm=x)) for n, x in enumerate(norms[:cut])]
-    second = Guard(CONFIG, GuardState.from_dict(json.loads(json.dumps(first.state.as_dict()))))
+    second = Guard(CONFIG, GuardState(**json.loads(json.dumps(dataclasses.asdict(first.state)))))
     verdicts += [second.judge(seen(n + cut, norm=x)) for n, x in enumerate(norms[cut:])]
     assert verdicts == expected
     assert second.state == whole.state

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from m1_stages.config import ParallelConfig
+from m1_stages.engine.clock import LayerClock
 
 
 def wrap_ddp(chunks: Sequence[Any], parallel: ParallelConfig, *, bucket_size: int | None = None) -> list[Any]:
@@ -35,6 +35,7 @@ def wrap_ddp(chunks: Sequence[Any], parallel: ParallelConfig, *, bucket_size: in
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
+    wrapped[0].layer_clock = LayerClock(chunks)
     config = wrapped[0].config
     config.finalize_model_grads_func = Finalize()
     config.no_sync_func = _per_chunk([chunk.no_sync for chunk in wrapped])
@@ -53,13 +54,9 @@ class Finalize:
     """Megatron's reductions of the gradients, without its division by the tokens: that would wait for the device and pass
     over all gradients once more, and ``StepResult.apply`` does it together with clipping."""
 
-    called_at = 0.0
-    """``time.perf_counter()`` when the last backward pass was done."""
-
     def __call__(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         from megatron.core.distributed import finalize_model_grads
 
-        self.called_at = time.perf_counter()
         finalize_model_grads(chunks, None, **kwargs)
 
 

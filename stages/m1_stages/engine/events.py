@@ -151,6 +151,20 @@ class RolledBack:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StragglerNoticed:
+    """A rank that keeps the others waiting."""
+
+    stage: str
+    step: int
+    global_step: int
+    rank: int
+    seconds: float
+    """Of its own work in a step, median of the last steps."""
+    usual: float
+    """The same of all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointSaved:
     """A checkpoint was committed."""
 
@@ -275,6 +289,7 @@ Event = (
     | GuardNoticed
     | StepLeftOut
     | RolledBack
+    | StragglerNoticed
     | CheckpointSaved
     | CheckpointRejected
     | SaveFailed

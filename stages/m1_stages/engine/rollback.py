@@ -63,8 +63,8 @@ def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, 
     """
     run, config = session.run, session.run.guard
     first_step = state.global_step - state.stage_step
-    skipped = state.guard["skipped"]
-    trouble = skipped[-max(1, state.guard["in_a_row"]) :][0] - config.leave_out_before
+    skipped = state.guard.skipped
+    trouble = skipped[-max(1, state.guard.in_a_row) :][0] - config.leave_out_before
     where = f"stage {plan.stage}, step {state.stage_step}"
     done = recorded(session.resolved.run_dir, plan.stage, rows.fingerprint)
     if len(done) >= config.max_rollbacks:

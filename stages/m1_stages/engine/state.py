@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from m1_stages.curriculum import StagePlan
+from m1_stages.guard import GuardState
 
 
 @dataclass(kw_only=True, slots=True)
@@ -22,8 +23,7 @@ class TrainState:
     """Slopes of the last step, exactly as used."""
     ramp_from: list[list[float]] = field(default_factory=list)
     """Slopes that the stage's ramp starts from: those of the last step of the stage before."""
-    guard: dict[str, Any] = field(default_factory=dict)
-    """``GuardState.as_dict``."""
+    guard: GuardState = field(default_factory=GuardState)
     left_out: list[int] = field(default_factory=list)
     """Steps of the stage whose samples are passed over after a roll back."""
     data_fingerprint: str = ""
@@ -37,7 +37,7 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """Rebuild from ``as_dict``."""
-        return cls(**values)
+        return cls(**{**values, "guard": GuardState(**values.get("guard", {}))})
 
 
 def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | None) -> TrainState:

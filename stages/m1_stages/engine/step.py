@@ -37,7 +37,7 @@ class StepResult:
     gradients: ReadyGradients
     routing: RoutingStats
     rank_seconds: list[float]
-    """Of each rank: host seconds from the start of its step to the end of its backward pass, before gradients are reduced."""
+    """Of each rank: its work before the forward pass (reading rows), and on a GPU the attention of its layers."""
     bad_ranks: list[int]
     """Ranks on which the loss of a micro-batch was not finite."""
     bad_micro_batches: dict[int, int]
@@ -78,6 +78,7 @@ def train_step(
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     began = time.perf_counter() if began is None else began
+    seconds = time.perf_counter() - began + chunks[0].layer_clock.seconds()
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -92,7 +93,6 @@ def train_step(
         micro_batch_size=1,
         forward_only=False,
     )
-    seconds = chunks[0].config.finalize_model_grads_func.called_at - began
     return _measured(chunks, ReadyGradients(optimizer, chunks), outputs, seconds=seconds, stop=stop())
 
 
