@@ -84,12 +84,17 @@ def doctor(
 
 
 @app.command()
-def stages(config: ConfigOption = DEFAULT_CONFIG, overrides: SetOption = None, debug: DebugOption = False) -> None:
-    """Show the chain of stages: context, mix, rates, decay half-lives, and what is done."""
+def stages(
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show the chain of stages: state, context, mix, rates, decay half-lives, layout, checkpoints, needle recall."""
     with reported(debug):
         from m1cli.commands.stages import stages_command
 
-        stages_command(config, overrides or [])
+        stages_command(config, overrides or [], as_json=as_json)
 
 
 @app.command()

@@ -63,7 +63,8 @@ def position_table(stage: str, seq_len: int, positions: PositionLoss) -> Table:
     rows: Any = zip(positions.first, ends, positions.loss, positions.near_loss, positions.documents, strict=True)
     for first, end, loss, near, documents in rows:
         far = end >= positions.near_tokens
-        gain = f"[{'green' if near > loss else 'red'}]{near - loss:+.3f}[/]" if far else ""
+        colour = "dim" if abs(near - loss) < 0.0005 else "green" if near > loss else "red"
+        gain = f"[{colour}]{near - loss:+.3f}[/]" if far else ""
         table.add_row(f"{first:,}–{end:,}", f"{loss:.3f}", f"{near:.3f}" if far else "", gain, f"{documents}")
     return table
 

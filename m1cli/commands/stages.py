@@ -1,53 +1,41 @@
-"""``m1 stages``: the chain, what each stage changes, and how far the run is."""
+"""``m1 stages``: the chain, what each stage changes and takes over, and how far the run is."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from m1_stages.checkpoint import CheckpointStore
-from m1_stages.config import CHECKPOINTS, STAGE_NAMES, Resolved
+from m1_stages.checkpoint import CheckpointStore, Committed
+from m1_stages.config import CHECKPOINTS, STAGE_NAMES, ParallelConfig, Resolved
 from m1_stages.configload import load_config
-from m1_stages.curriculum import plan_stage
+from m1_stages.curriculum import plan_stage, previous_stage
 from m1_stages.decay import half_life_tokens, is_released
+from m1_stages.evaluation import read_result
 from m1cli.console import console
+from m1cli.evaluation import recall_text
+
+_SHORT_HASH = 8
+TAKES_OVER = "weights, optimizer moments, decay rates (moved by a ramp) and the token count"
 
 
-def stages_command(path: Path, overrides: list[str]) -> None:
-    """Print one row per stage."""
+def stages_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
+    """Print one column per stage, or all of it as JSON."""
     resolved = load_config(path, overrides)
-    state = _states(resolved)
-    model = resolved.config.model
-    rows: dict[str, list[str]] = {}
-    for name in STAGE_NAMES:
-        plan, stage = plan_stage(resolved, name), resolved.config.stages[name]
-        rates = [s for layer in range(model.num_layers) if not model.is_softmax(layer) for s in plan.slopes_new[layer]]
-        column = {
-            "tokens per row": f"{plan.seq_len:,}",
-            "RoPE base": f"{plan.rope_base / 1e6:g}M",
-            "short %": f"{stage.short:.0%}",
-            "medium %": f"{stage.medium:.0%}",
-            "long %": f"{stage.long:.0%}",
-            "rows per step": f"{plan.global_batch_rows:,}",
-            "steps": f"{plan.num_steps:,}",
-            "tokens": _short(plan.tokens),
-            "lr from": f"{plan.lr.peak:g}",
-            "lr to": f"{plan.lr.final:g}",
-            "half-life from": f"{half_life_tokens(max(rates)):.1f}",
-            "half-life to": f"{half_life_tokens(min(rates)):,.0f}",
-            "state": state.get(name, "to do"),
-        }
-        for key, value in column.items():
-            rows.setdefault(key, []).append(value)
-    table = Table(
-        title=f"{resolved.config.preset}: decay policy {resolved.config.curriculum.decay}", title_justify="left"
-    )
-    for column_name in ("", *STAGE_NAMES):
-        table.add_column(column_name, justify="right" if column_name else "left", no_wrap=True)
-    for key, values in rows.items():
-        table.add_row(f"[dim]{key}[/]", *values)
-    console.print(table)
+    chain = stage_chain(resolved)
+    if as_json:
+        console.print_json(json.dumps(chain))
+        return
+    console.print(_table(resolved, chain))
+    console.print(f"[dim]A stage takes over {TAKES_OVER}; data order and learning rates are its own.[/]")
+    for stage in chain:
+        for gate in stage["forced_gates"]:
+            if gate["stage"] == stage["stage"]:
+                known = "unknown" if gate["recall"] is None else f"{gate['recall']:.1%}"
+                console.print(f"[yellow]Stage {gate['stage']} was forced: the recall of stage {gate['before']} was {known}, "
+                              f"the gate {gate['gate']:.1%}.[/]")  # fmt: skip
     final = plan_stage(resolved, STAGE_NAMES[-1])
     if is_released(final.slopes_new, resolved.config.model):
         console.print(
@@ -58,13 +46,84 @@ def stages_command(path: Path, overrides: list[str]) -> None:
                       "which only transformers reads.[/]")  # fmt: skip
 
 
-def _states(resolved: Resolved) -> dict[str, str]:
-    states: dict[str, str] = {}
+def stage_chain(resolved: Resolved) -> list[dict[str, Any]]:
+    """What is known of each stage from the configuration, its newest checkpoint and its evaluation; JSON-ready."""
+    newest: dict[str, Committed] = {}
     for committed in CheckpointStore(resolved.run_dir / CHECKPOINTS).committed():
-        meta = committed.meta
-        word = "done" if meta.stage_final else f"step {meta.stage_step}"
-        states.setdefault(meta.stage, word)
-    return states
+        newest.setdefault(committed.meta.stage, committed)
+    finals = {stage: c for stage, c in newest.items() if c.meta.stage_final}
+    model = resolved.config.model
+    chain = []
+    for name in STAGE_NAMES:
+        plan, stage, checkpoint = plan_stage(resolved, name), resolved.config.stages[name], newest.get(name)
+        slopes = checkpoint.meta.decay["slopes"] if checkpoint else plan.slopes_new
+        rates = [s for layer in range(model.num_layers) if not model.is_softmax(layer) for s in slopes[layer]]
+        before = previous_stage(name)
+        result = read_result(resolved.run_dir, name, finals[name].sha256) if name in finals else None
+        chain.append(
+            {
+                "stage": name,
+                "state": "to do" if checkpoint is None else "done" if name in finals else "started",
+                "steps_done": checkpoint.meta.stage_step if checkpoint else 0,
+                "steps": plan.num_steps,
+                "tokens": plan.tokens,
+                "seq_len": plan.seq_len,
+                "context_tokens": plan.context_tokens,
+                "rope_base": plan.rope_base,
+                "rows_per_step": plan.global_batch_rows,
+                "mix": {"short": stage.short, "medium": stage.medium, "long": stage.long, "core": stage.core_share},
+                "lr_peak": plan.lr.peak,
+                "lr_final": plan.lr.final,
+                "half_life_tokens": [half_life_tokens(max(rates)), half_life_tokens(min(rates))],
+                "layout": checkpoint.meta.topology if checkpoint else _planned(resolved.config.parallel),
+                "checkpoint": checkpoint.path.name if checkpoint else None,
+                "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
+                "starts_from": before,
+                "starts_from_sha256": finals[before].sha256 if before in finals else None,
+                "takes_over": TAKES_OVER if before else "nothing; its weights are random",
+                "needle_recall": result["recall"] if result else None,
+                "forced_gates": checkpoint.meta.extra.get("forced_gates", []) if checkpoint else [],
+            }
+        )
+    return chain
+
+
+def _planned(p: ParallelConfig) -> dict[str, int]:
+    return {"tp": p.tensor, "pp": p.pipeline, "cp": p.context, "ep": p.expert, "etp": p.expert_tensor}
+
+
+def _table(resolved: Resolved, chain: list[dict[str, Any]]) -> Table:
+    config = resolved.config
+    table = Table(title=f"{config.preset}: decay policy {config.curriculum.decay}", title_justify="left")
+    for name in ("", *STAGE_NAMES):
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name, overflow="fold")
+    columns = [_column(stage) for stage in chain]
+    for label in columns[0]:
+        table.add_row(f"[dim]{label}[/]", *(column[label] for column in columns))
+    return table
+
+
+def _column(s: dict[str, Any]) -> dict[str, Any]:
+    mix, lives, recall = s["mix"], s["half_life_tokens"], s["needle_recall"]
+    return {
+        "state": {"started": f"[yellow]step {s['steps_done']}[/]", "done": "[green]done[/]"}.get(s["state"], "to do"),
+        "tokens per row": f"{s['seq_len']:,}",
+        "RoPE base": f"{s['rope_base'] / 1e6:g}M",
+        "short/med/long": "/".join(f"{100 * mix[k]:.0f}" for k in ("short", "medium", "long")),
+        "rows per step": f"{s['rows_per_step']:,}",
+        "steps": f"{s['steps']:,}",
+        "tokens": _short(s["tokens"]),
+        "lr from": f"{s['lr_peak']:g}",
+        "lr to": f"{s['lr_final']:g}",
+        "half-life from": f"{lives[0]:.1f}",
+        "half-life to": f"{lives[1]:,.0f}",
+        "layout": " ".join(f"{k.upper()}{n}" for k, n in s["layout"].items() if n > 1 and k != "world") or "alone",
+        "starts from": f"{s['starts_from']} {(s['starts_from_sha256'] or '')[:_SHORT_HASH]}".strip()
+        if s["starts_from"]
+        else "random",
+        "checkpoint": (s["checkpoint_sha256"] or "")[:_SHORT_HASH],
+        "needle recall %": "" if recall is None else recall_text(recall),
+    }
 
 
 def _short(count: int) -> str:

@@ -191,7 +191,8 @@ def needle_maps(history: History) -> go.Figure:
             col=index % columns + 1,
         )
     figure.update_layout(coloraxis={"colorscale": "RdYlGn", "cmin": 0, "cmax": 100, "colorbar": {"title": "recall %"}})
-    figure.update_yaxes(autorange="reversed", title="hidden at", type="category")
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_yaxes(title="hidden at", col=1)
     figure.update_xaxes(title="tokens", type="category")
     return _styled(figure, "Needles found, by length and depth", height=300 * rows + 80)
 

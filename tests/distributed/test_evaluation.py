@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ from tiny_run import make_run
 
 from m1_data.needles import PAIR_TOKENS
 from m1_stages.checkpoint import CheckpointStore
+from m1_stages.configload import load_config
+from m1cli.commands.stages import stage_chain
+from m1cli.report.html import write_report
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor": 2},
@@ -212,3 +218,32 @@ def test_without_held_out_documents_only_that_part_is_left_out(prepared: Path, t
     assert event["needles"]["haystack"] == "random token ids"
     assert event["positions"] is None
     assert event["skipped"][0].startswith("loss by position: the prepared data holds no documents out")
+
+
+def test_the_command_measures_again_and_the_chain_shows_it(
+    prepared: Path, evaluated: tuple[dict[str, Any], Path]
+) -> None:
+    run_dir = evaluated[1]
+    overrides = [*SMALL, f"run.dir={run_dir}"]
+    written = run_dir / "evaluation" / "128k.json"
+    before = json.loads(written.read_text())
+    written.unlink()
+    options = [part for text in overrides for part in ("--set", text)]
+    done = subprocess.run(
+        [sys.executable, "-m", "m1cli", "evaluate", "--stage", "128k", "--config", str(prepared), *options],
+        capture_output=True, text=True, timeout=200, env={**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for part in ("stage 128k: needle recall %", "nothing hidden", "end 100 %", "loss by position in held-out"):
+        assert part in done.stdout, done.stdout
+    after = json.loads(written.read_text())
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}, "the same checkpoint gives the same numbers"
+    chain = stage_chain(load_config(prepared, overrides))
+    assert [stage["state"] for stage in chain] == ["done", "done", "to do", "to do", "to do"]
+    finals = [c.sha256 for c in CheckpointStore(run_dir / "checkpoints").committed() if c.meta.stage_final]
+    assert [stage["checkpoint_sha256"] for stage in chain] == [*finals[::-1], None, None, None]
+    assert [stage["starts_from_sha256"] for stage in chain] == [None, *finals[::-1], None, None]
+    assert [stage["needle_recall"] for stage in chain[:3]] == [0.0, after["recall"], None]
+    page = write_report(run_dir, None, run_dir / "report.html").read_text()
+    assert "Learning at long range" in page
+    assert "Needles found, by length and depth" in page

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from m1_data.errors import DataError
 from m1_stages.decay import released_slopes
-from m1_stages.engine.events import JsonLines, RunStarted, StageFinished, StageStarted, StepDone
+from m1_stages.engine.events import (
+    GateForced,
+    JsonLines,
+    NeedleMap,
+    PositionLoss,
+    RunStarted,
+    StageEvaluated,
+    StageFinished,
+    StageStarted,
+    StepDone,
+)
+from m1cli.evaluation import evaluation_view
+from m1cli.report.figures import needle_maps, position_losses
 from m1cli.report.html import write_report
 from m1cli.report.read import read_history
 
@@ -89,6 +103,53 @@ def test_the_page_stands_alone_and_shows_the_values(tmp_path: Path) -> None:
         assert shown in text, shown
     last_five = (1.5 + 6.4 + 6.3 + 6.2 + 6.1) / 5
     assert f"{last_five:.3f}" in text
+
+
+def evaluated(name: str, lengths: list[int], *, positions: bool = True) -> StageEvaluated:
+    """Recall falls with length and rises with depth."""
+    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
+    recall = [[max(0.0, min(1.0, 0.2 + d - 0.15 * n)) for d in depths] for n in range(len(lengths))]
+    first = [1] + [16 << n for n in range(9)]
+    return StageEvaluated(
+        stage=name, checkpoint="step_00000010", checkpoint_sha256="a" * 64, global_step=10, seq_len=8192,
+        recall=sum(map(sum, recall)) / (5 * len(lengths)), seconds=1.5,
+        skipped=[] if positions else ["loss by position: the prepared data holds no documents out"],
+        needles=NeedleMap(
+            lengths=lengths, depths=depths, samples=4, haystack="held-out text", recall=recall, exact=recall,
+            loss=[[7.0 - 5 * r for r in row] for row in recall], control_recall=[0.01] * len(lengths),
+            control_loss=[7.5] * len(lengths),
+        ),
+        positions=PositionLoss(
+            first=first, loss=[5.0 - 0.2 * n for n in range(10)], near_loss=[max(3.8, 5.0 - 0.2 * n) for n in range(10)],
+            tokens=[100] * 10, documents=[8] * 10, near_tokens=256,
+        ) if positions else None,
+    )  # fmt: skip
+
+
+def test_long_range_on_the_page_and_on_a_terminal(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    text = re.sub(r"<script.*?</script>", "", write_report(tmp_path, None, tmp_path / "r.html").read_text(), flags=re.S)
+    assert "No stage was evaluated" in text
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines(evaluated("32k", [64, 128], positions=False))
+    lines(evaluated("128k", [64, 128, 256, 512]))
+    lines(GateForced(stage="128k", before="32k", recall=0.25, gate=0.5))
+    lines.close()
+    page = write_report(tmp_path, None, tmp_path / "r.html").read_text()
+    for part in ("32k: not measured: loss by position", "stage 128k was forced: recall of stage 32k is 25.0%"):
+        assert part in page
+    history = read_history(tmp_path)
+    maps = needle_maps(history).data
+    assert [list(m.x) for m in maps] == [["64", "128"], ["64", "128", "256", "512"]]
+    assert [round(z) for z in maps[1].z[2]] == [70, 55, 40, 25], "a row is a depth"
+    whole, near = position_losses(history).data
+    assert (list(whole.y)[-1], list(near.y)[-1]) == (pytest.approx(3.2), pytest.approx(3.8))
+    console = Console(width=80, file=io.StringIO())
+    console.print(evaluation_view(evaluated("128k", [64, 128, 256, 512])))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"50 % │ +70 +│ +55 +│ +40 +│ +25 +│", shown), shown
+    assert re.search(r"1,024–2,047 │ 3.600 │ +3.800 │ \+0.200 │ +8", shown), shown
+    assert "with nothing" in shown
 
 
 def test_refusals(tmp_path: Path) -> None:
