@@ -77,11 +77,13 @@ class _Bars:
                 console.print(f"{phase} {source}")
         since, first = self._rate
         speed = (size - first) / 1e6 / max(time.perf_counter() - since, 1e-6)
-        words = {"train": "training the tokenizer on", "encode": "encoding", "reuse": "already done:", "done": "done"}
+        words = {"train": "training the tokenizer on", "encode": "encoding", "generate": "generating",
+                 "reuse": "already done:", "done": "done"}  # fmt: skip
         self._progress.update(
             self._task,
             description=f"{words[phase]} {source}",
-            completed=sum(1 for k in self._seen if k.startswith(("encode", "reuse"))) - (phase == "encode"),
+            completed=sum(1 for k in self._seen if k.startswith(("encode", "generate", "reuse")))
+            - (phase in ("encode", "generate")),
             detail=f"{documents:,} documents, {size / 1e6:,.1f} MB"
             + (f", {speed:.0f} MB/s" if phase == "encode" else ""),
         )
