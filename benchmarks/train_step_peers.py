@@ -22,6 +22,7 @@ from m1_stages.engine.device import Device
 from m1_stages.engine.parallel import Topology
 
 if TYPE_CHECKING:
+    from m1_stages.engine.step import StepResult
     from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
 
 LR = 1e-4
@@ -189,14 +190,18 @@ class Ours:
         out: Tensor = self.model(batch)
         return out[0]
 
-    def step(self, batch: PackedBatch) -> tuple[float, float]:
+    def measured(self, batch: PackedBatch) -> StepResult:
+        """A step that is not applied yet."""
         from m1_stages.engine.optimizer import set_learning_rate
         from m1_stages.engine.step import train_step
 
         assert self.plan is not None
         self.model.set_slopes(self.plan.slopes_at(1.0))
         set_learning_rate(self.optimizer, LR)
-        result = train_step(self.chunks, self.optimizer, [batch])
+        return train_step(self.chunks, self.optimizer, [batch])
+
+    def step(self, batch: PackedBatch) -> tuple[float, float]:
+        result = self.measured(batch)
         if not result.finite:
             raise RuntimeError(f"loss {result.loss}, gradient norm {result.grad_norm}")
         result.apply(max_norm=self.setting.config.optim.grad_clip)
