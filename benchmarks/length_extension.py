@@ -11,7 +11,7 @@ processes of their own; ``WORK/NAME/`` holds configuration, events and checkpoin
 
 Variants, by the experiment they belong to:
   1  jump*           32K to 1M in one step, the rates of decay in one step too, the guard off; at 1, 3 and 10 times the learning
-                     rate, three times as deep, with an eighth of the batch: ways to make it explode
+                     rate, twice as deep, with half of the batch: ways to make it explode
   2  fixed           five stages, released rates throughout
   3  relax, stretch  five stages, rates on a ramp that follows the clock
   4  relax-guard, stretch-guard   the same, the ramp coupled to the guard
@@ -47,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "micro": (64, 16, 8, 4, 2), "model": {}, "precision": "fp32",
     },
     "small": {
-        "scale": 1 / 32, "batch": 32_768, "lr": 1e-3, "steps": (600, 150, 120, 120, 120), "needles": 2_500, "samples": 4,
+        "scale": 1 / 32, "batch": 32_768, "lr": 1e-3, "steps": (500, 100, 80, 80, 80), "needles": 2_500, "samples": 2,
         "micro": (32, 8, 4, 2, 1), "precision": "bf16",
         "model": {"hidden_size": 256, "num_heads": 4, "head_dim": 64, "rotary_dim": 64, "num_kv_heads": 2,
                   "num_experts": 8, "expert_hidden_size": 512},
@@ -58,8 +58,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jump": JUMP,
     "jump-lr3": JUMP | {"lr": 3.0},
     "jump-lr10": JUMP | {"lr": 10.0},
-    "jump-deep": JUMP | {"lr": 3.0, "layers": 24},
-    "jump-batch": JUMP | {"lr": 3.0, "batch": 8},
+    "jump-deep": JUMP | {"lr": 3.0, "layers": 16},
+    "jump-batch": JUMP | {"lr": 3.0, "batch": 2},
     "fixed": {"decay": "fixed", "guard": False},
     "relax": {"decay": "relax", "guard": False},
     "stretch": {"decay": "stretch", "guard": False},
