@@ -254,6 +254,11 @@ class RunSection:
     check_replicas_every: Annotated[
         int, "steps between comparisons of the weights of data-parallel replicas; 0: never"
     ] = 100
+    async_save: Annotated[
+        Literal["auto", "on", "off"],
+        "train on while a checkpoint is written from a copy in host memory; auto: with CUDA (a CPU would only share its cores)",
+    ] = "auto"
+    max_failed_saves: Annotated[int, "periodic checkpoints in a row that may fail before the run stops"] = 3
     keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2
     recompute: Annotated[
         Literal["auto", "always", "never"],
@@ -263,6 +268,10 @@ class RunSection:
         bool, "in stages that recompute, the layers' inputs wait in host memory between forward and backward"
     ] = False
     tensorboard: Annotated[bool, "also write TensorBoard events (needs the 'tensorboard' extra)"] = False
+
+    def saves_in_background(self, device: str) -> bool:
+        """``async_save`` on ``device``, "cpu" or "cuda"."""
+        return device == "cuda" if self.async_save == "auto" else self.async_save == "on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

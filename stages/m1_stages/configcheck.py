@@ -246,7 +246,7 @@ class _Checker:
 
     def rest(self) -> None:
         r, o, x = self.config.run, self.config.optim, self.config.sft
-        self.positive("run", "save_every_steps")
+        self.positive("run", "save_every_steps", "max_failed_saves")
         self.require(r.check_replicas_every >= 0, "run.check_replicas_every", "it is negative", "0 never compares")
         self.require(r.keep_last >= 2, "run.keep_last", f"keep_last is {r.keep_last}", "keep at least 2")
         self.require(r.threads >= 0, "run.threads", "run.threads is negative", "0 chooses itself")

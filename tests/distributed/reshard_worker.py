@@ -32,7 +32,7 @@ def work(job: dict[str, Any], folder: Path) -> None:
         state = restored(session, folder / job["load"]) if job["load"] else begun(session)
         same = [i for i, param in enumerate(run.model.parameters()) if torch.equal(param, before[i])]
         mutate(job.get("mutation", ""), session)
-        session.save(state, stage_final=False)
+        session.saver.save_now(state, stage_final=False)
         record = {
             "unchanged": same,
             "losses": [train(session, state), train(session, state)],

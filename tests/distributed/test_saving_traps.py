@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
+import pytest
 from resident_ranks import POOL
+
+from m1_data.errors import EnvironmentProblem
+from m1_stages.checkpoint import CheckpointStore
 
 
 def resumed(folder: Path, mutation: str = "") -> dict[str, Any]:
@@ -29,10 +34,17 @@ def test_one_step_counter_for_all_parameters_is_found(tmp_path: Path) -> None:
     assert found["counters"] != [7.0]
 
 
-def test_saving_without_psutil_fails_and_does_not_hang(tmp_path: Path) -> None:
-    """Megatron's own writers are processes that die of it, and the save waits for them for ever; ours says it."""
+def test_saving_without_psutil_does_not_hang(tmp_path: Path) -> None:
+    """Megatron's own writers are processes that die of it, and the save waits for them for ever; ours need none."""
     (answer,) = POOL.run(1, "saving_worker:save_without_psutil", {"folder": str(tmp_path)})
-    assert "psutil is not installed" in answer
+    assert answer == [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
+
+
+def test_starting_without_psutil_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(EnvironmentProblem, match="checkpoints need psutil") as caught:
+        CheckpointStore(tmp_path)
+    assert caught.value.fix == "pip install psutil"
 
 
 def test_psutil_is_declared() -> None:

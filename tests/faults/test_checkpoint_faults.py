@@ -18,6 +18,7 @@ import torch
 from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
 from m1_stages.checkpoint import store as store_module
+from m1_stages.checkpoint.files import sha256_of
 from m1_stages.checkpoint.manifest import MANIFEST, read_manifest
 from m1_stages.config import ParallelConfig
 from m1_stages.engine import device, parallel
@@ -135,7 +136,7 @@ def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, n
     newest, proof = saved.root / "step_00000020", tmp_path / "proof"
     (newest / name).write_bytes(pickle.dumps(Evil(proof)))
     committed = read_manifest(newest)
-    files = {**committed.files, name: ((newest / name).stat().st_size, store_module._sha256(newest / name))}
+    files = {**committed.files, name: ((newest / name).stat().st_size, sha256_of(newest / name))}
     (newest / MANIFEST).write_text(store_module.manifest_text(committed.meta, files))
     seen: list[str] = []
     store = CheckpointStore(saved.root, on_rejected=lambda path, reason, moved: seen.append(reason))
@@ -145,7 +146,7 @@ def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, n
         assert "posix.system is not allowed" in seen[0]
 
 
-@pytest.mark.parametrize("point", ["save_in_process", "_hash_files", "manifest_text", "_fsync"])
+@pytest.mark.parametrize("point", ["Snapshot", "Writer", "manifest_text", "flush", "write_durably"])
 def test_dying_at_any_point_leaves_the_older_checkpoint(
     saved: CheckpointStore, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
@@ -155,9 +156,8 @@ def test_dying_at_any_point_leaves_the_older_checkpoint(
     def die(*args: Any, **kwargs: Any) -> Any:
         raise Dead
 
-    owner = CheckpointStore if point == "_hash_files" else store_module
     with monkeypatch.context() as patch:
-        patch.setattr(owner, point, die)
+        patch.setattr(store_module, point, die)
         with pytest.raises(Dead):
             saved.save(state(30.0), meta(30))
     assert load(CheckpointStore(saved.root)) == (20, 20.0)

@@ -49,31 +49,45 @@ class Committed:
     """Hash of the manifest; names the checkpoint's content."""
 
 
+class OtherFormat(CheckpointError):
+    """Written by a version whose manifests are not the ones this version reads; not damaged, and left where it is."""
+
+
 def manifest_text(meta: CheckpointMeta, files: dict[str, tuple[int, str]]) -> str:
     """The manifest with its own hash."""
-    body = {"format": FORMAT, "meta": dataclasses.asdict(meta), "files": {k: list(v) for k, v in sorted(files.items())}}
-    return json.dumps({**body, "sha256": _hash(body)}, indent=1) + "\n"
+    return _text(
+        {"format": FORMAT, "meta": dataclasses.asdict(meta), "files": {k: list(v) for k, v in sorted(files.items())}}
+    )
 
 
 def read_manifest(directory: Path) -> Committed:
-    """Read and check the manifest of ``directory``.
+    """Read and check the manifest of ``directory``; every byte of it counts.
 
     Raises:
-        CheckpointError: missing, damaged, or of another format.
+        OtherFormat: of another format, which is named, with the version that wrote it.
+        CheckpointError: missing or damaged.
     """
     path = directory / MANIFEST
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        body = {key: values[key] for key in ("format", "meta", "files")}
-        if values["sha256"] != _hash(body):
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        body = {key: value for key, value in values.items() if key != "sha256"}
+        if text != _text(body):
             raise ValueError("its own hash does not match")
         if body["format"] != FORMAT:
-            raise ValueError(f"format {body['format']}, this version reads {FORMAT}")
+            raise OtherFormat(
+                f"the checkpoint has manifest format {body['format']}, "
+                f"written by m1cli {body.get('meta', {}).get('versions', {}).get('m1cli', 'of another version')}; "
+                f"this is m1cli {version('m1cli')}, which reads format {FORMAT}",
+                where=str(path),
+                fix="use the version that wrote it, or another run.dir",
+            )
         files = {name: (int(size), str(sha)) for name, (size, sha) in body["files"].items()}
         return Committed(directory, CheckpointMeta(**body["meta"]), files, values["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the checkpoint manifest is missing or damaged: {error}", where=str(path)) from error
 
 
-def _hash(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def _text(body: dict[str, Any]) -> str:
+    sha256 = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": sha256}, indent=1) + "\n"

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from m1_data.errors import CheckpointError, EnvironmentProblem
 from m1_stages.checkpoint.alone import without_collectives
-from m1_stages.checkpoint.manifest import MANIFEST, CheckpointMeta, Committed, manifest_text, read_manifest
-from m1_stages.checkpoint.unpickle import check_metadata
-from m1_stages.checkpoint.write import save_in_process
+from m1_stages.checkpoint.background import Progress, Writer
+from m1_stages.checkpoint.files import flush, sha256_of, write_durably
+from m1_stages.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointMeta,
+    Committed,
+    OtherFormat,
+    manifest_text,
+    read_manifest,
+)
+from m1_stages.checkpoint.together import barrier, gather, largest, rank, run_together, world
+from m1_stages.checkpoint.unpickle import check_metadata, objects_restricted
+from m1_stages.checkpoint.write import Files, Snapshot
 
 LATEST = "LATEST"
 _STEP = re.compile(r"step_(\d{8,})$")
+_LOOK_S = 0.2
+"""Seconds between two looks at a writer that is waited for."""
 
 OnRejected = Callable[[Path, str, Path], None]
 """Called on every rank with (checkpoint, reason, where it was put)."""
+
+
+@dataclass(slots=True)
+class _Save:
+    """A checkpoint that is being written."""
+
+    snapshot: Snapshot
+    writer: Writer
+    meta: CheckpointMeta
+    temporary: Path
+    final: Path
 
 
 class CheckpointStore:
@@ -31,27 +55,48 @@ class CheckpointStore:
 
     Args:
         keep_last: unfinished-stage checkpoints kept; the final ones of each stage are kept for ever.
+        deadline_s: seconds without progress after which the writer of a checkpoint is given up as stuck.
         on_rejected: told about every checkpoint that fails verification.
+        on_waiting: called again and again while a save is waited for.
+        on_stuck: told on every rank that a writer does not move, before the save is given up.
 
     Raises:
-        EnvironmentProblem: psutil is missing (Megatron's writer needs it and does not say so).
+        EnvironmentProblem: psutil is missing (Megatron's checkpointing needs it and does not say so).
     """
 
     def __init__(
-        self, root: Path, *, keep_last: int = 2, on_rejected: OnRejected = lambda path, reason, moved: None
+        self,
+        root: Path,
+        *,
+        keep_last: int = 2,
+        deadline_s: float = 1800.0,
+        on_rejected: OnRejected = lambda path, reason, moved: None,
+        on_waiting: Callable[[], None] = lambda: None,
+        on_stuck: Callable[[str], object] = lambda reason: None,
     ) -> None:
         try:
             import psutil  # noqa: F401
         except ImportError as error:
             raise EnvironmentProblem("checkpoints need psutil", fix="pip install psutil") from error
-        self.root, self._keep_last, self._on_rejected = root, max(2, keep_last), on_rejected
+        self.root, self._keep_last, self._deadline_s = root, max(2, keep_last), deadline_s
+        self._on_rejected, self._on_waiting, self._on_stuck = on_rejected, on_waiting, on_stuck
+        self._saving: _Save | None = None
+        self._given_up: list[Writer] = []
+        self._verified: set[Path] = set()
+        """Whose files this process has read and found to be what the manifest says."""
 
     def committed(self) -> list[Committed]:
-        """Checkpoints with a valid manifest, newest first."""
+        """Checkpoints with a valid manifest, newest first.
+
+        Raises:
+            OtherFormat: there is one of another version, which is neither damaged nor to be passed over.
+        """
         found = []
         for path in self._step_dirs():
             try:
                 found.append(read_manifest(path))
+            except OtherFormat:
+                raise
             except CheckpointError:
                 continue
         return sorted(found, key=lambda c: c.meta.global_step, reverse=True)
@@ -61,36 +106,111 @@ class CheckpointStore:
         return next(iter(self.committed()), None)
 
     def save(self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta) -> Path:
-        """Write and commit one checkpoint.
+        """Write and commit one checkpoint, and wait for it.
 
         Raises:
             CheckpointError: the step is committed already, or it could not be written; older ones are untouched.
         """
+        self.begin(sharded_state_dict, meta)
+        path = self.poll(wait=True)
+        assert path is not None
+        return path
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written; the same on all ranks."""
+        return self._saving is not None
+
+    def begin(self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta) -> None:
+        """Copy the state and start to write it; training may go on, and ``poll`` commits it.
+
+        Raises:
+            CheckpointError: the step is committed already, the writer of an earlier save is still stuck, or there is no room.
+        """
+        assert self._saving is None, "one save at a time: poll(wait=True) first"
         final = self.root / f"step_{meta.global_step:08d}"
         newest = self.latest()
         if final.exists():
             raise CheckpointError("this step is committed already", where=str(final), fix="use another run.dir")
-        temporary = Path(_from_rank_0(str(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"))))
-        self._sweep()
+        temporary = gather(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"))[0]
         meta = dataclasses.replace(meta, parent=newest.path.name if newest else "")
+        with self._failing(temporary, final):
+            run_together(self._refuse_while_stuck)
+            self.sweep()
+            run_together(lambda: temporary.mkdir(parents=True) if rank() == 0 else None)
+            snapshot = _planned(sharded_state_dict, temporary)
+            run_together(snapshot.copy)
+            self._saving = _Save(snapshot, Writer(snapshot.write, deadline_s=self._deadline_s), meta, temporary, final)
+
+    def poll(self, *, wait: bool = False) -> Path | None:
+        """Commit the checkpoint that is being written if all ranks have written it, and say where it is.
+
+        Args:
+            wait: until it is committed.
+
+        Returns:
+            None when there is nothing to commit yet.
+
+        Raises:
+            CheckpointError: it could not be written, or a writer is stuck; the save is given up, older ones are untouched.
+        """
+        if self._saving is None:
+            return None
+        mine, progress = self._progress(wait)
+        if progress == Progress.WRITING:
+            return None
+        save, self._saving = self._saving, None
+        with self._failing(save.temporary, save.final, keep=progress == Progress.STUCK):
+            if progress != Progress.DONE:
+                run_together(lambda: self._give_up(save.writer, mine))
+            run_together(save.snapshot.finish)
+            files = {name: value for part in gather(save.writer.files) for name, value in part.items()}
+            run_together(lambda: self._commit(save, files) if rank() == 0 else None)
+        self._verified.add(save.final)
+        if rank() == 0:
+            self._retain()
+        return save.final
+
+    def _progress(self, wait: bool) -> tuple[Progress, Progress]:
+        """Of this rank's writer, and of all."""
+        assert self._saving is not None
+        while True:
+            mine = self._saving.writer.progress(_LOOK_S if wait else 0.0)
+            progress = Progress(largest(mine))
+            if progress != Progress.WRITING or not wait:
+                return mine, progress
+            self._on_waiting()
+
+    def _give_up(self, writer: Writer, mine: Progress) -> None:
+        """On every rank when the save failed on any; a rank that has nothing to say returns."""
+        if mine == Progress.STUCK:
+            reason = f"its writer has not moved for {writer.stuck_for():.0f} s"
+            self._on_stuck(reason)
+        self._given_up.append(writer)
+        if mine == Progress.STUCK:
+            raise CheckpointError(reason)
+        if mine == Progress.FAILED:
+            raise CheckpointError(writer.reason)
+
+    def _refuse_while_stuck(self) -> None:
+        """A stuck writer cannot be ended and keeps its copy of the state in memory: no second one beside it."""
+        self._given_up = [writer for writer in self._given_up if writer.alive]
+        if self._given_up:
+            raise CheckpointError("the writer of an earlier checkpoint is still stuck in the file system")
+
+    @contextmanager
+    def _failing(self, temporary: Path, final: Path, *, keep: bool = False) -> Iterator[None]:
         try:
-            _together(lambda: temporary.mkdir(parents=True) if _rank() == 0 else None)
-            with without_collectives(_world()):
-                _together(lambda: save_in_process(sharded_state_dict, temporary))
-            files = self._hash_files(temporary)
-            _together(lambda: self._commit(temporary, final, meta, files) if _rank() == 0 else None)
+            yield
         except CheckpointError as error:
             free = shutil.disk_usage(self.root if self.root.is_dir() else self.root.parent).free >> 20
-            if _rank() == 0:
+            if rank() == 0 and not keep:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint could not be written: {error.what} ({free:,} MiB are free there)",
                 where=f"{final}, {error.where}",
                 fix="free some space or repair the file system; older checkpoints are untouched",
             ) from error
-        if _rank() == 0:
-            self._retain()
-        return final
 
     def load_first_verified(
         self, candidates: Sequence[Committed], build: Callable[[], dict[str, Any]]
@@ -108,16 +228,17 @@ class CheckpointStore:
                 loaded (no memory, another shape) is not its fault and passes through.
         """
         from megatron.core import dist_checkpointing
+        from torch.distributed.checkpoint.api import CheckpointException
 
         reasons = self._put_aside_broken_manifests()
         for candidate in candidates:
             try:
                 self.verify(candidate)
                 try:
-                    with without_collectives(_world()):
+                    with without_collectives(world()), objects_restricted():
                         return candidate, dist_checkpointing.load(build(), str(candidate.path))
-                except pickle.UnpicklingError as error:
-                    raise CheckpointError(f"refused to unpickle it: {str(error).splitlines()[0]}") from error
+                except (pickle.UnpicklingError, CheckpointException) as error:
+                    raise _refused(error) from error
             except CheckpointError as error:
                 reasons.append(f"{candidate.path.name}: {error.what}")
                 self._put_aside(candidate.path, error.what)
@@ -136,85 +257,93 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank, naming the first file that differs.
         """
-        _together(lambda: self._verify_share(committed))
+        run_together(lambda: self._verify_share(committed))
+        self._verified.add(committed.path)
 
     def _verify_share(self, committed: Committed) -> None:
         present = {p.relative_to(committed.path).as_posix() for p in committed.path.rglob("*") if p.is_file()}
         for name in sorted(present - committed.files.keys() - {MANIFEST}):
             raise CheckpointError(f"{name} does not belong to the checkpoint", where=str(committed.path))
         names = sorted(committed.files)
-        for name in names[_rank() :: _world()]:
+        for name in names[rank() :: world()]:
             size, expected = committed.files[name]
             path = committed.path / name
             if name not in present:
                 raise CheckpointError(f"{name} is missing", where=str(committed.path))
-            if path.stat().st_size != size or _sha256(path) != expected:
+            if path.stat().st_size != size or sha256_of(path, self._on_waiting) != expected:
                 raise CheckpointError(f"{name} is not what was written", where=str(committed.path))
             if name == ".metadata":
                 check_metadata(path)
 
-    def _hash_files(self, directory: Path) -> dict[str, tuple[int, str]]:
-        names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
-        mine = {
-            name: ((directory / name).stat().st_size, _sha256(directory / name)) for name in names[_rank() :: _world()]
-        }
-        return {name: value for part in _gather(mine) for name, value in part.items()}
-
-    def _commit(self, temporary: Path, final: Path, meta: CheckpointMeta, files: dict[str, tuple[int, str]]) -> None:
-        for name in files:
-            _fsync(temporary / name)
-        text = manifest_text(meta, files)
-        _write(temporary / MANIFEST, text)
-        _fsync(temporary)
-        temporary.rename(final)
-        _fsync(self.root)
-        _write(self.root / f"{LATEST}.tmp", f"{final.name}\n")
+    def _commit(self, save: _Save, files: Files) -> None:
+        """On rank 0: the ranks' files are flushed and hashed; what rank 0 wrote besides is now."""
+        temporary = save.temporary
+        present = {p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file()}
+        for name in sorted(files):
+            if name not in present or (temporary / name).stat().st_size != files[name][0]:
+                raise CheckpointError(f"{name} was written, and is not there")
+        for name in sorted(present - files.keys()):
+            flush(temporary / name)
+            files[name] = (temporary / name).stat().st_size, sha256_of(temporary / name)
+        write_durably(temporary / MANIFEST, manifest_text(save.meta, files))
+        flush(temporary)
+        temporary.rename(save.final)
+        flush(self.root)
+        write_durably(self.root / f"{LATEST}.tmp", f"{save.final.name}\n")
         (self.root / f"{LATEST}.tmp").rename(self.root / LATEST)
-        _fsync(self.root)
+        flush(self.root)
 
     def _retain(self) -> None:
-        passing = [c for c in self.committed() if not c.meta.stage_final]
-        newest_two = {c.path for c in self.committed()[:2]}
+        """Remove old checkpoints, as long as two newer ones are known to be good."""
+        committed = self.committed()
+        good = list(islice((c for c in committed if c.path in self._verified and _complete(c)), 2))
+        if len(good) < 2:
+            return
+        passing = [c for c in committed if not c.meta.stage_final]
         for old in passing[self._keep_last :]:
-            if old.path not in newest_two:
-                shutil.rmtree(old.path, ignore_errors=True)
+            if old.meta.global_step < good[1].meta.global_step:
+                removed = old.path.with_name(f"{old.path.name}.tmp-removed")  # at once, then file by file
+                old.path.rename(removed)
+                shutil.rmtree(removed, ignore_errors=True)
 
-    def _sweep(self) -> None:
-        """Remove what an interrupted save left behind."""
-        if _rank() == 0 and self.root.is_dir():
+    def sweep(self) -> None:
+        """Remove what interrupted saves and removals left behind; not while another process saves here."""
+        if rank() == 0 and self.root.is_dir():
             for path in self.root.glob("step_*.tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def set_aside_newer(self, committed: Committed) -> None:
         """Rename the checkpoints after ``committed``: the run goes another way from there. Every rank calls it."""
         newer = [c.path for c in self.committed() if c.meta.global_step > committed.meta.global_step]
-        _barrier()
-        for path in newer if _rank() == 0 else ():
+        barrier()
+        for path in newer if rank() == 0 else ():
             number = 1
             while (moved := path.with_name(f"{path.name}.rolled-back-{number}")).exists():
                 number += 1
             path.rename(moved)
-        _barrier()
+        barrier()
 
     def _put_aside_broken_manifests(self) -> list[str]:
         reasons = []
         for path in self._step_dirs():
             try:
                 read_manifest(path)
+            except OtherFormat:
+                raise
             except CheckpointError as error:
                 reasons.append(f"{path.name}: {error.what}")
                 self._put_aside(path, error.what)
         return reasons
 
     def _put_aside(self, path: Path, reason: str) -> None:
-        _barrier()
+        barrier()
         number = 1
         while (moved := path.with_name(f"{path.name}.quarantined-{number}")).exists():
             number += 1
-        _barrier()
-        if _rank() == 0:
+        barrier()
+        if rank() == 0:
             path.rename(moved)
-        _barrier()
+        barrier()
         self._on_rejected(path, reason, moved)
 
     def _step_dirs(self) -> list[Path]:
@@ -223,76 +352,24 @@ class CheckpointStore:
         return sorted(path for path in self.root.iterdir() if path.is_dir() and _STEP.match(path.name))
 
 
-def _rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_initialized() else 1
+def _planned(sharded_state_dict: dict[str, Any], directory: Path) -> Snapshot:
+    planned: list[Snapshot] = []
+    run_together(lambda: planned.append(Snapshot(sharded_state_dict, directory)))
+    return planned[0]
 
 
-def _barrier() -> None:
-    if _world() > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-
-def _gather(value: Any) -> list[Any]:
-    if _world() == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * _world()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_rank_0(value: Any) -> Any:
-    return _gather(value)[0]
-
-
-def _together(action: Callable[[], Any]) -> None:
-    """Run ``action`` on every rank; when it fails on any, fail on all with the first rank's reason."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    failure = ""
+def _complete(committed: Committed) -> bool:
+    """Whether every file is there in its size."""
     try:
-        action()
-    except CheckpointError as error:
-        failure = error.what
-    except (Exception, CheckpointException) as error:  # torch's is no Exception; no other rank may go on
-        failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, OSError):
-                failure = f"{cause.strerror or cause}: {cause.filename or ''}".rstrip(": ")
-                break
-            cause = cause.__cause__ or cause.__context__
-    for rank, text in enumerate(_gather(failure)):
-        if text:
-            raise CheckpointError(text, where=f"rank {rank}", fix="")
+        return all((committed.path / name).stat().st_size == size for name, (size, _) in committed.files.items())
+    except OSError:
+        return False
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _refused(error: BaseException) -> BaseException:
+    """A checkpoint's fault as such; anything else as it is."""
+    found = [error, *(wrapped for wrapped, _ in getattr(error, "failures", {}).values())]
+    for one in found:
+        if isinstance(one, pickle.UnpicklingError):
+            return CheckpointError(f"refused to unpickle it: {str(one).splitlines()[0]}")
+    return error

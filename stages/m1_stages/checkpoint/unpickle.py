@@ -1,12 +1,15 @@
-"""Reads the pickled ``.metadata`` of a checkpoint with an allow-list, so that a planted pickle cannot run code.
+"""Keeps planted pickles from running code: torch's readers trust a checkpoint in two places.
 
-torch's reader calls plain ``pickle.load`` on it; here the file is parsed first and refused by the name of the global.
+``.metadata`` goes through plain ``pickle.load``: it is parsed first with an allow-list and refused by the name of the global.
+Objects inside the shards go through ``torch.load(weights_only=False)`` (``default_planner.py``): they are read restricted.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +52,27 @@ def check_metadata(path: Path) -> None:
         _Restricted(io.BytesIO(path.read_bytes())).load()
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"refused to read the checkpoint's metadata: {error}", where=str(path)) from error
+
+
+@contextmanager
+def objects_restricted() -> Iterator[None]:
+    """While a checkpoint is loaded, the objects in its shards must be plain values, as its tensors must be tensors.
+
+    Raises:
+        pickle.UnpicklingError: from the load, naming the global that has no place there.
+    """
+    import torch
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    def load_bytes(planner: DefaultLoadPlanner, read_item: Any, value: io.BytesIO) -> None:
+        start = value.tell()
+        torch.load(value, weights_only=True)
+        value.seek(start)
+        original(planner, read_item, value)
+
+    original = DefaultLoadPlanner.load_bytes
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        DefaultLoadPlanner.load_bytes = original  # type: ignore[method-assign]

@@ -174,6 +174,9 @@ class CheckpointSaved:
     global_step: int
     stage_final: bool
     seconds: float
+    """From the copy of the state to the commit."""
+    stall_s: float
+    """Seconds of these that training stood still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from m1_data.errors import CheckpointError, Preempted
+from m1_data.errors import Preempted
 from m1_data.loader import PackedBatch
 from m1_stages.config import GuardConfig
 from m1_stages.curriculum import StagePlan, move_ramp
 from m1_stages.engine.device import Device
-from m1_stages.engine.events import (
-    CheckpointSaved,
-    SaveFailed,
-    Sink,
-    StageFinished,
-    StepRepeated,
-)
+from m1_stages.engine.events import Sink, StageFinished, StepRepeated
 from m1_stages.engine.optimizer import set_learning_rate
 from m1_stages.engine.parallel import Topology, agree_max
 from m1_stages.engine.records import bad_samples, left_out, noticed, numeric_stop, row_ids, step_done, straggler
 from m1_stages.engine.replicas import check_replicas
+from m1_stages.engine.saving import Saver
 from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
 from m1_stages.engine.step import StepResult, train_step
@@ -55,8 +50,6 @@ class Run:
     """The same as Megatron's schedules take it: each chunk wrapped for data parallelism."""
     optimizer: Any
     emit: Sink
-    save: Callable[[TrainState, bool], str]
-    """Commit a checkpoint of (state, stage_final) and return its path."""
     save_every_steps: int
     stop: StopRequest
     check_replicas_every: int
@@ -65,6 +58,7 @@ class Run:
     """Clip to this; 0: not at all."""
     roll_back: Callable[[StagePlan, Rows, TrainState, Verdict], TrainState]
     """Load the newest checkpoint from before the trouble and return where it stands."""
+    saver: Saver = field(init=False)
 
 
 def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> TrainState:
@@ -127,15 +121,13 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Tra
             _advance(plan, state, verdict.ramp if run.guard.ramp == "guarded" else "advance")
         if state.stage_step == plan.num_steps:
             break
+        run.saver.poll()
         if stop:
-            _leave_if_asked(run, state, _save(run, state, stage_final=False))
+            _leave_if_asked(run, state, run.saver.save_now(state, stage_final=False))
         if state.stage_step % run.save_every_steps == 0:
-            try:
-                _save(run, state, stage_final=False)
-            except CheckpointError as error:
-                run.emit(SaveFailed(step=state.global_step, reason=str(error)))
+            run.saver.save(state)
     end_beats()
-    path = _save(run, state, stage_final=True)
+    path = run.saver.save_now(state, stage_final=True)
     run.emit(
         StageFinished(
             stage=plan.stage,
@@ -181,20 +173,3 @@ def _leave_if_asked(run: Run, state: TrainState, saved_as: str) -> None:
             where=saved_as,
             fix="run the same command again to continue",
         )
-
-
-def _save(run: Run, state: TrainState, *, stage_final: bool) -> str:
-    began = time.perf_counter()
-    beat("save", state.global_step)
-    path = run.save(state, stage_final)
-    run.emit(
-        CheckpointSaved(
-            path=path,
-            stage=state.stage,
-            step=state.stage_step,
-            global_step=state.global_step,
-            stage_final=stage_final,
-            seconds=time.perf_counter() - began,
-        )
-    )
-    return path

@@ -7,7 +7,7 @@ import datetime
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from m1_data.errors import CheckpointError, ConfigError, M1Error
+from m1_data.errors import CheckpointError, ConfigError, M1Error, NumericStop
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
 from m1_stages.config import CHECKPOINTS, METRICS, Resolved
 from m1_stages.engine import device as device_module
@@ -23,8 +23,10 @@ from m1_stages.engine import parallel
 from m1_stages.engine.events import CheckpointRejected, Event, JsonLines, RunStarted, RunStopped, Sink
 from m1_stages.engine.loop import Run
 from m1_stages.engine.rollback import ROLLBACKS, roll_back
+from m1_stages.engine.saving import Saver
 from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
+from m1_stages.engine.watchdog import PATIENCE, dump_stacks, moved
 from m1_stages.model import count_parameters
 
 _SHARDING = {
@@ -41,7 +43,14 @@ class Session:
         self.resolved, self.run, self.store = resolved, run, store
         self.forced_gates: list[dict[str, Any]] = []
         """Stages on the way to these weights that were started although the one before recalled too little."""
-        run.save = self.save
+        self.saver = run.saver = Saver(
+            store,
+            sharded_state=lambda state: self.sharded_state(state, is_loading=False),
+            meta=self.meta,
+            emit=run.emit,
+            background=resolved.config.run.saves_in_background(run.device.name),
+            max_failed=resolved.config.run.max_failed_saves,
+        )
         run.roll_back = partial(roll_back, self)
 
     def sharded_state(self, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
@@ -54,9 +63,9 @@ class Session:
         optimizer = self.run.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "train_state": state.as_dict()}
 
-    def save(self, state: TrainState, stage_final: bool) -> str:
-        """Commit a checkpoint; every rank calls it."""
-        meta = CheckpointMeta(
+    def meta(self, state: TrainState, stage_final: bool) -> CheckpointMeta:
+        """What a checkpoint of ``state`` says about itself."""
+        return CheckpointMeta(
             stage=state.stage,
             stage_step=state.stage_step,
             global_step=state.global_step,
@@ -72,7 +81,6 @@ class Session:
                 "forced_gates": self.forced_gates,
             },
         )
-        return str(self.store.save(self.sharded_state(state, is_loading=False), meta))
 
     def model_shape(self) -> dict[str, Any]:
         """The resolved model section: a checkpoint of another shape is refused by name, not by a shape error."""
@@ -86,6 +94,7 @@ class Session:
         """
         from m1_stages.engine.optimizer import finish_loading, make_loadable
 
+        self.saver.settle()
         for committed in candidates:
             self._refuse_other_shape(committed)
         if candidates:
@@ -155,7 +164,6 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
                 chunks=wrapped,
                 optimizer=optimizer,
                 emit=emit,
-                save=lambda state, final: "",
                 save_every_steps=config.run.save_every_steps,
                 stop=stop,
                 check_replicas_every=config.run.check_replicas_every,
@@ -166,12 +174,22 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
             store = CheckpointStore(
                 run_dir / CHECKPOINTS,
                 keep_last=config.run.keep_last,
+                deadline_s=PATIENCE * config.parallel.timeout_s,
+                on_waiting=moved,
+                on_stuck=dump_stacks,
                 on_rejected=lambda path, reason, moved: emit(
                     CheckpointRejected(path=str(path), reason=reason, quarantined_as=str(moved))
                 ),
             )
+            store.sweep()
             emit(_run_started(resolved, device, topology, store))
-            yield Session(resolved, run, store)
+            session = Session(resolved, run, store)
+            try:
+                yield session
+            except NumericStop:  # on all ranks at the same step; what is being written is from before it
+                with suppress(CheckpointError):
+                    session.saver.settle()
+                raise
             emit(RunStopped(reason="done", exit_code=0))
     except M1Error as error:
         emit(RunStopped(reason=str(error), exit_code=error.exit_code))

@@ -50,6 +50,17 @@ def beat(phase: str, step: int = 0) -> None:
         _current.beat(phase, step)
 
 
+def moved() -> None:
+    """Say that this rank moves, in the phase and step it is in."""
+    if _current is not None:
+        _current.moved()
+
+
+def dump_stacks(reason: str) -> str:
+    """Write this rank's stacks beside those of the other ranks; says where, or nothing without a watchdog."""
+    return _current.dump(reason) if _current is not None else ""
+
+
 class Watchdog:
     """Context manager around a rank's work; the watch begins with the first beat.
 
@@ -104,6 +115,19 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
+    def moved(self) -> None:
+        """See :func:`moved`."""
+        self._moved = time.monotonic()
+
+    def dump(self, reason: str) -> str:
+        """See :func:`dump_stacks`."""
+        if self._stacks is None:
+            return ""
+        title = f"rank {self._rank}, process {os.getpid()} on {self._host}, step {self._step} ({self._phase}), {reason}"
+        self._stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n".encode())
+        faulthandler.dump_traceback(self._stacks)
+        return str(self._stack_path())
+
     def verdict(self, what: str) -> RankLost:
         """Who is to blame, from what all ranks last wrote; waits for ever when this process is being ended already."""
         while self._expired.is_set() and threading.current_thread() is not self._thread:
@@ -130,12 +154,8 @@ class Watchdog:
 
     def _expire(self, waited: float, interval: float) -> None:
         self._expired.set()
-        assert self._stacks is not None
-        where = f"step {self._step} ({self._phase})"
-        title = f"rank {self._rank}, process {os.getpid()} on {self._host}, {where}, {waited:.0f} s without progress"
-        self._stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n".encode())
-        faulthandler.dump_traceback(self._stacks)
-        error = self.verdict(f"no progress for {waited:.0f} s in {where}")
+        self.dump(f"{waited:.0f} s without progress")
+        error = self.verdict(f"no progress for {waited:.0f} s in step {self._step} ({self._phase})")
         first_awake = min(set(range(self._world)) - self._silent().keys(), default=self._rank)
         if self._rank == first_awake:
             reporter = threading.Thread(target=self._on_expired, args=(error,), daemon=True)

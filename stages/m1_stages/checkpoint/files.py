@@ -1,0 +1,89 @@
+"""Files that are hashed, flushed and written so that a crash leaves either the old or the new content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 8 << 20
+
+
+class HashedFile:
+    """Append-only binary file that hashes what is written and says whenever it got further; a context manager.
+
+    Raises:
+        OSError: the file system failed, or gives back something else than was written.
+    """
+
+    def __init__(self, path: Path, moved: Callable[[], None]) -> None:
+        self._path, self._moved, self._size = path, moved, 0
+        self._file, self._sha = open(path, "wb"), hashlib.sha256()  # noqa: SIM115 - closed in ``__exit__``
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with suppress(OSError):  # after a failure the buffer cannot be written either
+            self._file.close()
+
+    def write(self, data: Any) -> int:
+        """Append ``data``."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _CHUNK):
+            piece = view[start : start + _CHUNK]
+            self._file.write(piece)
+            self._sha.update(piece)
+            self._moved()
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self._size
+
+    def flush(self) -> None:
+        """Hand the buffer to the operating system."""
+        self._file.flush()
+
+    def commit(self) -> tuple[int, str]:
+        """Bring it to the disk, read it back from there and compare; returns size and SHA-256."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.close()
+        self._moved()
+        if sha256_of(self._path, self._moved) != self._sha.hexdigest():
+            raise OSError(None, "the disk gives back something else than was written", str(self._path))
+        return self._size, self._sha.hexdigest()
+
+
+def sha256_of(path: Path, moved: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file, in pieces."""
+    sha = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_CHUNK):
+            sha.update(piece)
+            moved()
+    return sha.hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write ``text`` and flush it to the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush(path: Path) -> None:
+    """Flush a file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

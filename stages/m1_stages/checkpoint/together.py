@@ -1,0 +1,87 @@
+"""What the ranks of a run do together around a checkpoint; one process needs no process group.
+
+Everything here is collective and belongs to the main thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from m1_data.errors import CheckpointError
+
+
+def rank() -> int:
+    """This process's rank."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of ranks."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's ``value``, on every rank."""
+    if world() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def largest(value: int) -> int:
+    """The largest of the ranks' small numbers: one all-reduce."""
+    if world() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def run_together(action: Callable[[], Any]) -> None:
+    """Run ``action`` on every rank; when it fails on any, fail on all with the first rank's reason.
+
+    Raises:
+        CheckpointError: naming the rank and what went wrong there.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    failure = ""
+    try:
+        action()
+    except (Exception, CheckpointException) as error:  # torch's is no Exception; no other rank may go on
+        failure = reason_of(error)
+    for number, text in enumerate(gather(failure)):
+        if text:
+            raise CheckpointError(text, where=f"rank {number}", fix="")
+
+
+def reason_of(error: BaseException) -> str:
+    """One line: the operating system's reason where there is one, else the error's own first line."""
+    if isinstance(error, CheckpointError):
+        return error.what
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return f"{cause.strerror or cause}: {cause.filename or ''}".rstrip(": ")
+        cause = cause.__cause__ or cause.__context__
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else repr(error)}"
