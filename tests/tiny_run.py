@@ -38,7 +38,6 @@ decay_ramp_share = 0.5
 [run]
 save_every_steps = 100
 threads = 1
-threads = 1
 [stages.32k]
 tokens = 6144
 global_batch_tokens = 1024

@@ -78,6 +78,8 @@ def reason_of(error: BaseException) -> str:
     """One line: the operating system's reason where there is one, else the error's own first line."""
     if isinstance(error, CheckpointError):
         return error.what
+    for wrapped, _ in getattr(error, "failures", {}).values():  # torch's CheckpointException holds those of all ranks
+        return reason_of(wrapped)
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):

@@ -86,7 +86,7 @@ class Snapshot:
                 hashes[key] = file.commit()
         if self._results is not None:
             self._results.put(written)
-        self._files.clear()
+        self._files = []
         return hashes
 
     def finish(self) -> None:

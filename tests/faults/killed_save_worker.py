@@ -1,0 +1,72 @@
+"""Saves checkpoints in children that kill themselves at one point each; the imports are paid once.
+
+Usage: python killed_save_worker.py ROOT; below ROOT/<number> steps 10 and 20 are committed, 30 is not.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from m1_stages.checkpoint import CheckpointStore, write
+from m1_stages.checkpoint import store as store_module
+from m1_stages.config import ParallelConfig
+from m1_stages.engine import device, parallel
+
+DEVICE = device.use("cpu")
+
+from megatron.core import dist_checkpointing  # noqa: E402, F401 - before the first fork
+from tiny_checkpoint import save  # noqa: E402
+
+
+def die(*args: Any, **kwargs: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_writing(name: str) -> Callable[[Path, str], None]:
+    original = store_module.write_durably
+
+    def write_durably(path: Path, text: str) -> None:
+        if path.name == name:
+            die()
+        original(path, text)
+
+    return write_durably
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "in the snapshot": lambda: setattr(write.Snapshot, "copy", die),
+    "in the writer": lambda: setattr(write.HashedFile, "commit", die),
+    "before the manifest": lambda: setattr(store_module, "write_durably", before_writing("MANIFEST.json")),
+    "before the rename": lambda: setattr(Path, "rename", die),
+    "before LATEST": lambda: setattr(store_module, "write_durably", before_writing("LATEST.tmp")),
+}
+
+
+def attempt(root: Path, spoil: Callable[[], None]) -> None:
+    parallel.start(ParallelConfig(), device=DEVICE, seed=1)
+    store = CheckpointStore(root)
+    for step in (10, 20):
+        save(store, step)
+    spoil()
+    save(store, 30)
+
+
+def main(root: Path) -> None:
+    for number, (name, spoil) in enumerate(POINTS.items()):
+        child = os.fork()
+        if child == 0:
+            try:
+                attempt(root / str(number), spoil)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        print(f"{name}: {os.waitstatus_to_exitcode(status)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
