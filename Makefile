@@ -8,7 +8,7 @@ DEMO ?= demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-gpu bench bench-gpu docs clean
+.PHONY: help setup demo check format test faults test-gpu bench bench-gpu docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,7 +40,10 @@ format: setup ## rewrite the sources in the house format
 
 test: setup ## all tests that need no GPU
 	@echo "== running the tests (a few minutes; none needs a GPU or a network)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu and not faults"
+
+faults: setup ## fault campaigns: hundreds of flipped bits, fifty kills (about 2 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

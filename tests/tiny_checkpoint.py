@@ -54,3 +54,24 @@ def rehash(checkpoint: Path) -> None:
     committed = read_manifest(checkpoint)
     files = {name: ((checkpoint / name).stat().st_size, sha256_of(checkpoint / name)) for name in committed.files}
     (checkpoint / MANIFEST).write_text(manifest_text(committed.meta, files))
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and both Adam moments among them, read without Megatron."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    nested: dict[str, Any] = {}
+    reader = FileSystemReader(checkpoint)
+    _load_state_dict(nested, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        for key, item in value.items() if isinstance(value, dict) else ():
+            walk(f"{prefix}.{key}", item)
+        if isinstance(value, torch.Tensor):
+            flat[prefix] = value
+
+    walk("", nested)
+    return flat

@@ -80,3 +80,82 @@ def save_without_psutil(job: dict[str, Any]) -> list[str]:
         with mock.patch.object(filesystem_async, "HAVE_PSUTIL", False):
             save_in_process(state_of(model, optimizer, is_loading=False), Path(job["folder"]))
         return sorted(path.name for path in Path(job["folder"]).iterdir())
+
+
+def background_saves(job: dict[str, Any]) -> list[Any]:
+    """What a rank sees of background saves when rank 1 is slow, then fails, then is stuck."""
+    import builtins
+    import threading
+    import time
+
+    from m1_data.errors import CheckpointError
+    from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, files
+
+    torch.set_num_threads(1)
+    topology = parallel.start(ParallelConfig(), device=device.use("cpu"), seed=1)
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    go, fails = threading.Event(), threading.Event()
+
+    def slow_open(*args: Any) -> Any:
+        assert go.wait(60)
+        if fails.is_set():
+            raise OSError(28, "No space left on device", args[0])
+        return builtins.open(*args)
+
+    if topology.rank == 1:
+        files.open = slow_open  # type: ignore[attr-defined]
+    stuck: list[str] = []
+    store = CheckpointStore(Path(job["folder"]), deadline_s=1.0, on_stuck=stuck.append)
+
+    def begin(step: int) -> torch.Tensor:
+        mine = torch.full((4,), float(10 * step + topology.rank))
+        weights = {"w": ShardedTensor.from_rank_offsets("w", mine, (0, topology.rank, topology.world_size))}
+        meta = CheckpointMeta(
+            stage="32k", stage_step=step, global_step=step, stage_final=False, config_sha256="", data_fingerprint="",
+            topology={}, decay={},
+        )  # fmt: skip
+        store.begin({"model": weights}, meta)
+        return mine
+
+    def outcome() -> str:
+        try:
+            path = store.poll(wait=True)
+            return path.name if path else ""
+        except CheckpointError as error:
+            return f"{error.what}, {error.where.split(', ')[-1]}"
+
+    try:
+        seen: list[Any] = []
+        mine = begin(1)
+        mine.zero_()  # training goes on
+        time.sleep(0.2)  # rank 0 has written by now
+        seen.append(store.poll())
+        go.set()
+        seen.append(outcome())
+        fails.set()
+        begin(2)
+        seen.append(outcome())
+        fails.clear()
+        go.clear()
+        begin(3)
+        seen += [outcome(), len(stuck)]
+        try:
+            begin(4)
+        except CheckpointError as error:
+            seen.append(error.what)
+        go.set()
+        for writer in store._given_up:
+            writer._thread.join(60)
+        begin(5)
+        seen.append(outcome())
+        loaded = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(8))} if topology.rank == 0 else {}
+        found = store.load_first_verified(store.committed()[1:], lambda: {"model": loaded})
+        assert found is not None
+        if topology.rank == 0:
+            seen += [found[0].path.name, found[1]["model"]["w"].tolist()]
+        return seen
+    finally:
+        if topology.rank == 1:
+            del files.open  # type: ignore[attr-defined]
+        parallel.stop()

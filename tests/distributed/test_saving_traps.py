@@ -51,3 +51,21 @@ def test_psutil_is_declared() -> None:
     """megatron-core needs it and does not say so."""
     assert any(line.startswith("psutil") and "extra" not in line for line in requires("m1cli") or ())
     assert not any(line.startswith("psutil") for line in requires("megatron-core") or ()), "ours may go now"
+
+
+def test_background_saves_of_two_ranks(tmp_path: Path) -> None:
+    """Nothing is committed before both have written; what goes wrong on one is told by both, and the next save works."""
+    seen = POOL.run(2, "saving_worker:background_saves", {"folder": str(tmp_path)})
+    for rank in (0, 1):
+        early, first, full, stuck, dumped, refused, again, *loaded = seen[rank]
+        assert early is None
+        assert first == "step_00000001"
+        assert "No space left on device" in full
+        assert full.endswith("rank 1")
+        assert "its writer has not moved for" in stuck
+        assert stuck.endswith("rank 1")
+        assert dumped == rank, "only the rank whose writer is stuck writes its stacks"
+        assert "still stuck" in refused
+        assert again == "step_00000005"
+        assert loaded == ([] if rank else ["step_00000001", [10.0] * 4 + [11.0] * 4])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000001", "step_00000005"]

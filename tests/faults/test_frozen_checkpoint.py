@@ -1,0 +1,70 @@
+"""A checkpoint of version 0.1.0 that is kept in the repository still loads; one of another format is refused by name.
+
+Number 7 of docs/reliability.md. ``frozen/make.py`` wrote it; a change of the format needs a new one beside it, not instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m1_data.errors import CheckpointError
+from m1_stages.checkpoint import CheckpointStore
+from m1_stages.checkpoint import manifest as manifest_module
+from m1_stages.checkpoint.manifest import MANIFEST, read_manifest
+
+FROZEN = Path(__file__).with_name("frozen")
+
+
+def _make() -> Any:
+    spec = importlib.util.spec_from_file_location("make_frozen", FROZEN / "make.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    target = tmp_path / "run" / "checkpoints" / "step_00000007"
+    shutil.copytree(FROZEN / "step_00000007", target)
+    return tmp_path / "run"
+
+
+def test_it_still_loads(run_dir: Path) -> None:
+    make = _make()
+    with make.session(run_dir.parent) as opened:
+        found = opened.restore(opened.store.committed())
+        assert found is not None
+        committed, state = found
+        values = dict(make.tensors(opened))
+        parameters = sum(1 for _ in opened.run.model.parameters())
+    assert committed.meta.versions["m1cli"] == "0.1.0"
+    assert state == make.position()
+    assert len(values) == 3 * parameters == 54, "each with both moments"
+    wrong = [name for name, tensor in values.items() if not torch.equal(tensor, make.expected(name, tensor))]
+    assert wrong == []
+    assert len({float(tensor.sum()) for tensor in values.values()}) > len(values) // 2, "they differ from each other"
+
+
+def test_another_format_is_refused_by_name_and_left_alone(run_dir: Path) -> None:
+    path = run_dir / "checkpoints" / "step_00000007"
+    values = json.loads((path / MANIFEST).read_text())
+    del values["sha256"]
+    later = {**values, "format": 2, "meta": {**values["meta"], "versions": {"m1cli": "3.1.4"}}, "shards": []}
+    (path / MANIFEST).write_text(manifest_module._text(later))
+    store = CheckpointStore(path.parent)
+    for listing in (store.committed, store.latest, lambda: store.load_first_verified([], dict)):
+        with pytest.raises(CheckpointError, match=r"manifest format 2, written by m1cli 3\.1\.4; this is .* format 1"):
+            listing()
+    assert [p.name for p in path.parent.iterdir()] == ["step_00000007"], "not put aside: nothing is wrong with it"
+    (path / MANIFEST).write_text(json.dumps(later | {"sha256": "0"}))
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        read_manifest(path)
