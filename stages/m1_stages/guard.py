@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
@@ -22,6 +22,8 @@ from m1_stages.config import GuardConfig
 Action = Literal["apply", "skip", "roll_back", "stop"]
 Ramp = Literal["advance", "hold", "reverse"]
 
+CARRIED_STEPS = 16
+"""Of a stage, known to the next one."""
 _MAD_TO_SIGMA = 1.4826
 _SCALE_FLOOR = 0.02
 """Of a series' logarithm: steps that differ by less than 2 % are not told apart, however steady the past was."""
@@ -71,6 +73,12 @@ class GuardState:
     """Spikes without an accepted step between them."""
     calm: int = 0
     """Steps in the band since the ramp was last held or reversed."""
+
+    def at_stage_change(self) -> GuardState:
+        """What the next stage starts with. Its data are others, so the losses are forgotten; of the gradient norms as many
+        steps stay as it takes to judge the first step and to get used to a new level soon."""
+        kept = {name: past[-CARRIED_STEPS:] for name, past in self.series.items() if name != "loss"}
+        return replace(self, series=kept)
 
 
 class Guard:

@@ -53,6 +53,6 @@ def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | Non
         tokens_seen=before.tokens_seen,
         slopes=before.slopes,
         ramp_from=before.slopes,
-        guard=before.guard,
+        guard=before.guard.at_stage_change(),
         data_fingerprint=data_fingerprint,
     )
