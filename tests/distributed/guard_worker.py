@@ -69,10 +69,11 @@ def _train(job: dict[str, Any], dev: Any, topology: parallel.Topology) -> dict[s
     events: list[Event] = []
     run = Run(
         device=dev, topology=topology, model=model, chunks=chunks, optimizer=optimizer, emit=events.append,
-        save=lambda state, final: "", save_every_steps=10**6, stop=StopRequest(),
+        save_every_steps=10**6, stop=StopRequest(),
         guard=dataclasses.replace(GuardConfig(), **job.get("guard", {})), max_grad_norm=1.0,
         roll_back=lambda plan, rows, state, verdict: state, **{"check_replicas_every": 0} | job.get("run", {}),
     )  # fmt: skip
+    run.saver = mock.Mock(save_now=lambda state, stage_final: "")
     fault = job.get("fault", "") if mine else ""
     state, error = TrainState(stage="32k", slopes=slopes), {}
     with _faulty(fault, job.get("step", 0), chunks, state):

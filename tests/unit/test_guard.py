@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m1_stages.config import GuardConfig
-from m1_stages.guard import Guard, GuardState, Observation, Verdict
+from m1_stages.guard import CARRIED_STEPS, Guard, GuardState, Observation, Verdict
 
 LAYERS = 8
 CONFIG = GuardConfig(window=32, min_steps=8)
@@ -152,3 +152,17 @@ def test_cut_and_continued_judges_as_uncut(norms: list[float], cut: int) -> None
     assert verdicts == expected
     assert second.state == whole.state
     assert all(len(s) <= CONFIG.window for s in whole.state.series.values())
+
+
+def test_the_next_stage_knows_norms_but_no_losses() -> None:
+    """Another stage reads other data: its losses may be twice those before, a gradient norm ten times them may not."""
+    g = guard(min_steps=8, window=128)
+    step = calm(g, 100)
+    following = Guard(g.config, g.state.at_stage_change())
+    assert "loss" not in following.state.series
+    assert {len(past) for past in following.state.series.values()} == {CARRIED_STEPS}
+    assert following.judge(seen(step, loss=6.0)).action == "apply"
+    assert following.judge(seen(step + 1, loss=6.0, norm=10.0)).action == "skip"
+    shifted = [following.judge(seen(step + 2 + n, loss=6.0, norm=2.4)) for n in range(20)]
+    assert shifted[0].ramp == "hold"
+    assert shifted[-1].ramp == "advance", "a new level is the usual one after as many steps"

