@@ -45,7 +45,7 @@ _BATCH_CHARS = 8_000_000
 _BATCH_DOCS = 2_048
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with (phase, source, documents, utf8 bytes) as work goes on; phase is reuse, train, encode or done."""
+"""Called with (phase, source, documents, utf8 bytes) as work goes on; phase is reuse, train, encode, generate or done."""
 
 
 def prepare(

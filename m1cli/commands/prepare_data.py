@@ -106,6 +106,8 @@ def _account(manifest: Manifest) -> None:
     console.print(table)
     lengths = ", ".join(f"{name} {count:,}" for name, count in manifest.tokens_by_bucket.items() if count)
     console.print(f"tokens by document length: {lengths}", soft_wrap=True)
+    held_out = sum(source.held_out for source in manifest.sources)
+    console.print(f"held out from training: {held_out:,} documents" + ("" if held_out else " (no loss by position)"))
     verified = sum(source.verified_ids for source in manifest.sources)
     console.print(
         f"vocabulary {manifest.vocab_size:,}, encoder {manifest.engine}"
