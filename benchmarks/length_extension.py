@@ -43,7 +43,7 @@ max_docs = {needles}
 """
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "scale": 1 / 256, "batch": 8_192, "lr": 2e-3, "steps": (120, 30, 30, 30, 30), "needles": 4_000, "samples": 2,
+        "scale": 1 / 256, "batch": 4_096, "lr": 2e-3, "steps": (110, 24, 24, 24, 24), "needles": 4_000, "samples": 2,
         "micro": (64, 16, 8, 4, 2), "model": {}, "precision": "fp32",
     },
     "small": {

@@ -1,6 +1,7 @@
 """One rank of a short run on four rows, with a fault on one of the ranks: what each rank saw and decided.
 
-``train`` is run by the pool. ``fault``: "nan loss", "nan gradient", "flipped bit" or "slow", on rank ``rank`` at step ``step``.
+``train`` is run by the pool. ``fault``: "nan loss", "nan gradient", "flipped bit", "slow" or
+"stop asked", on rank ``rank`` at step ``step``.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def _train(job: dict[str, Any], dev: Any, topology: parallel.Topology) -> dict[s
     run.saver = mock.Mock(save_now=lambda state, stage_final: "")
     fault = job.get("fault", "") if mine else ""
     state, error = TrainState(stage="32k", slopes=slopes), {}
+    if fault == "stop asked":
+        model.before_each_forward(lambda: setattr(run.stop, "received", "SIGTERM" * (state.global_step >= job["step"])))
     with _faulty(fault, job.get("step", 0), chunks, state):
         try:
             train_stage(run, plan, Rows(steps, 0.1 if fault == "slow" else 0.0), state)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoint import tensors_of
 from tiny_run import make_run
 
 WORKER = Path(__file__).with_name("guard_run_worker.py")
@@ -59,23 +60,7 @@ class Run:
         return [event for event in self.events("GuardNoticed") if event["action"] != "apply"]
 
     def final(self) -> dict[str, torch.Tensor]:
-        from torch.distributed.checkpoint import FileSystemReader
-        from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-        from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-        state: dict[str, Any] = {}
-        newest = sorted(p for p in (self.folder / "run" / "checkpoints").glob("step_*") if p.suffix == "")[-1]
-        planner = _EmptyStateDictLoadPlanner()
-        _load_state_dict(state, storage_reader=FileSystemReader(newest), planner=planner, no_dist=True)
-        return dict(_flat("", state))
-
-
-def _flat(prefix: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _flat(f"{prefix}.{key}", item)
-    elif isinstance(value, torch.Tensor):
-        yield prefix, value
+        return tensors_of(sorted((self.folder / "run" / "checkpoints").glob("step_????????"))[-1])
 
 
 def differing(a: Run, b: Run) -> list[str]:

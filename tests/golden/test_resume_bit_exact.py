@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoint import tensors_of
 from tiny_run import make_run
 
 from m1_stages.checkpoint.manifest import read_manifest
@@ -31,29 +32,6 @@ def train(config: Path, stages: str, out: Path, stop_at: int = -1) -> int:
 
 def steps(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, read without Megatron."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    state: dict[str, Any] = {}
-    _load_state_dict(
-        state, storage_reader=FileSystemReader(checkpoint), planner=_EmptyStateDictLoadPlanner(), no_dist=True
-    )
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                walk(f"{prefix}.{key}", item)
-        elif isinstance(value, torch.Tensor):
-            flat[prefix] = value
-
-    walk("", state)
-    return flat
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +68,7 @@ def test_cut_and_continued(
     assert steps(out) == expected
     assert expected[-1][1] == 19
     final = sorted((config.parent / "run" / "checkpoints").glob("step_*"))[-1]
-    mine, theirs = tensors(final), tensors(checkpoints / final.name)
+    mine, theirs = tensors_of(final), tensors_of(checkpoints / final.name)
     assert mine.keys() == theirs.keys()
     assert len(mine) > 100, "weights and both Adam moments"
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
