@@ -128,7 +128,7 @@ class CurriculumConfig:
         Literal["fixed", "relax", "stretch", "custom"],
         "fixed: released slopes; relax: faster decay in short stages, released slopes at 1m (portable); "
         "stretch: memory beyond the released slopes; custom: a table",
-    ] = "relax"
+    ] = "fixed"
     relax_exponent: Annotated[float, "relax: slope = released * (1M / context) ** exponent"] = 0.25
     stretch_exponent: Annotated[
         tuple[float, ...],
