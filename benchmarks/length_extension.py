@@ -4,7 +4,7 @@
     python benchmarks/length_extension.py run WORK [--size small] [--only NAME,NAME] [--at-once 4]
     python benchmarks/length_extension.py table WORK                # what was seen, as Markdown
 
-Two sizes: ``tiny`` (a CPU: contexts of 128 to 4,096 tokens) and ``small`` (a GPU: 1,024 to 32,768, a model of 15M parameters).
+Two sizes: ``tiny`` (a CPU: contexts of 128 to 4,096 tokens) and ``small`` (a GPU: 1,024 to 32,768, 29M parameters).
 CORPUS: ``*.jsonl.zst`` files named DOMAIN_*; 30 % of what is trained on are documents that hide keys and ask for them. Every
 variant trains the same tokens from the same initial weights and is evaluated at the longest context. All of them run in
 processes of their own; ``WORK/NAME/`` holds configuration, events and checkpoints. Pictures: ``plot_length_extension.py``.
@@ -82,7 +82,7 @@ def configuration(size: str, variant: dict[str, Any]) -> str:
     """The whole m1.toml of a variant."""
     s, stretch_out = SIZES[size], variant.get("batch", 1)
     lr, batch = s["lr"] * variant.get("lr", 1.0), s["batch"] // stretch_out
-    jump = variant.get("stages") == "jump"
+    jump, guard = variant.get("stages") == "jump", variant.get("guard", True)
     model = s["model"] | ({"num_layers": variant["layers"]} if "layers" in variant else {})
     sections: dict[str, dict[str, Any]] = {
         "model": model,
@@ -93,7 +93,7 @@ def configuration(size: str, variant: dict[str, Any]) -> str:
             "length_scale": s["scale"], "decay": variant.get("decay", "relax"), "relax_exponent": 0.5,
             "stretch_exponent": [0.25], "decay_ramp_share": variant.get("ramp_share", 0.4),
         },
-        "guard": {"enabled": variant.get("guard", True), "ramp": "guarded" if variant.get("guard", True) else "clock"},
+        "guard": {"enabled": guard, "min_steps": 8, "ramp": "guarded" if guard else "clock"},
         "evaluate": {"samples": s["samples"], "lengths": [0.125, 0.25, 0.5, 1.0], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]},
     }  # fmt: skip
     mixes = {"32k": (1, 0, 0), "128k": (0.3, 0.7, 0), "256k": (0.35, 0.45, 0.2), "512k": (0.35, 0.35, 0.3),

@@ -147,11 +147,11 @@ class GuardConfig:
         Literal["guarded", "clock"], "guarded: decay rates move only while gradient norms stay in their band"
     ] = "guarded"
     window: Annotated[int, "accepted steps that a number is compared with"] = 128
-    min_steps: Annotated[int, "accepted steps before anything is judged"] = 16
+    min_steps: Annotated[int, "accepted steps of a stage before its own numbers are judged"] = 16
     warn_z: Annotated[float, "robust standard deviations from which a norm or the loss holds the ramp"] = 4.0
     warn_factor: Annotated[float, "and it must be so many times the median"] = 1.5
     spike_z: Annotated[float, "robust standard deviations from which a step is a spike"] = 6.0
-    loss_factor: Annotated[float, "and the loss so many times its median"] = 1.5
+    loss_factor: Annotated[float, "and the loss so many times its median"] = 2.0
     norm_factor: Annotated[float, "or the gradient norm, or early over late layers, so many times its median"] = 5.0
     calm_steps: Annotated[int, "steps in the band before a held ramp moves again"] = 2
     on_spike: Annotated[

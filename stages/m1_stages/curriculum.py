@@ -164,4 +164,5 @@ def move_ramp(progress: float, ramp_steps: int, direction: Literal["advance", "h
     if direction == "hold" or ramp_steps == 0:
         return progress
     steps = 1.0 if direction == "advance" else -2.0
-    return min(1.0, max(0.0, progress + steps / ramp_steps))
+    moved = min(1.0, max(0.0, progress + steps / ramp_steps))
+    return 1.0 if moved > 1.0 - 1e-9 else moved  # ten tenths are a hair less than one

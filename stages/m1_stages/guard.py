@@ -4,7 +4,8 @@ Every rank sees the same numbers and the same state, so every rank reaches the s
 at random numbers: a run that is cut and continued judges as one that was not.
 
 Each series (loss, global gradient norm, norm of every layer, early over late layers) is compared with its own recent past:
-``z = (log x - median) / max(1.4826 MAD, floor)`` over a window of accepted steps, so a few outliers do not widen the band.
+``z = (log x - median) / max(1.4826 MAD, floor)`` over a window of accepted steps, so a few outliers do not widen the band. In the
+first steps of a stage there is no such past: only the global norm is judged, by its factor over the stage before.
 Source of the rule's shape: OLMo skips steps beyond 6 standard deviations of 128 steps; the robust form and the per-layer
 bands are ours.
 """
@@ -22,8 +23,8 @@ from m1_stages.config import GuardConfig
 Action = Literal["apply", "skip", "roll_back", "stop"]
 Ramp = Literal["advance", "hold", "reverse"]
 
-CARRIED_STEPS = 16
-"""Of a stage, known to the next one."""
+FIRST_STEPS_FACTOR = 4.0
+"""In the first steps of a stage a norm must be so many times ``norm_factor`` times the last stage's median to be a spike."""
 _MAD_TO_SIGMA = 1.4826
 _SCALE_FLOOR = 0.02
 """Of a series' logarithm: steps that differ by less than 2 % are not told apart, however steady the past was."""
@@ -73,12 +74,14 @@ class GuardState:
     """Spikes without an accepted step between them."""
     calm: int = 0
     """Steps in the band since the ramp was last held or reversed."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Medians of the logarithms of the stage before."""
 
     def at_stage_change(self) -> GuardState:
-        """What the next stage starts with. Its data are others, so the losses are forgotten; of the gradient norms as many
-        steps stay as it takes to judge the first step and to get used to a new level soon."""
-        kept = {name: past[-CARRIED_STEPS:] for name, past in self.series.items() if name != "loss"}
-        return replace(self, series=kept)
+        """What the next stage starts with. It reads other data, in fewer and longer rows, so neither level nor spread of the
+        last stage's numbers is its own; only the medians stay, to tell an explosion in its first steps."""
+        medians = {name: median(past) for name, past in self.series.items() if name != "loss"}
+        return replace(self, series={}, before=medians or self.before, in_a_row=0)
 
 
 class Guard:
@@ -93,15 +96,16 @@ class Guard:
             return Verdict(action="apply" if seen.finite else "stop", ramp="advance", reason=_not_finite(seen))
         if not seen.finite:
             return self._drop(
-                seen, _Distance("loss" if not math.isfinite(seen.loss) else "grad_norm", math.inf, 0.0, 0.0)
+                seen, _Distance("loss" if not math.isfinite(seen.loss) else "grad_norm", math.inf, 0.0, math.inf)
             )
         values = _series(seen)
         distances = [self._distance(name, value) for name, value in values.items()]
-        if spikes := [d for d in distances if self._is_spike(d)]:
+        known = len(self.state.series.get("loss", [])) >= self.config.min_steps
+        if spikes := [d for d in distances if (self._is_spike(d) if known else self._explodes(d))]:
             return self._drop(seen, max(spikes, key=lambda d: d.z))
         self._accept(values)
         self.state.in_a_row = 0
-        if warnings := [d for d in distances if self._is_warning(d)]:
+        if warnings := [d for d in distances if (self._is_warning(d) if known else self._jumps(d))]:
             self.state.calm = 0
             return _verdict("apply", "hold", max(warnings, key=lambda d: d.z), "outside of its band")
         self.state.calm += 1
@@ -131,7 +135,7 @@ class Guard:
     def _distance(self, name: str, value: float) -> _Distance:
         past = self.state.series.get(name, [])
         if len(past) < self.config.min_steps:
-            return _Distance(name, value, 0.0, 0.0)
+            return _Distance(name, value, self.state.before.get(name, _log(value)), 0.0)
         middle = median(past)
         scale = max(_MAD_TO_SIGMA * median(abs(x - middle) for x in past), _SCALE_FLOOR)
         away = _log(value) - middle
@@ -147,6 +151,12 @@ class Guard:
 
     def _is_warning(self, d: _Distance) -> bool:
         return d.z > self.config.warn_z and abs(d.away) > math.log(self.config.warn_factor)
+
+    def _explodes(self, d: _Distance) -> bool:
+        return d.name == "grad_norm" and d.away > math.log(FIRST_STEPS_FACTOR * self.config.norm_factor)
+
+    def _jumps(self, d: _Distance) -> bool:
+        return d.name == "grad_norm" and d.away > math.log(self.config.norm_factor)
 
     def _accept(self, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -191,6 +201,6 @@ def _verdict(action: Action, ramp: Ramp, why: _Distance, reason: str) -> Verdict
         reason=reason,
         series=why.name,
         value=why.value,
-        usual=math.exp(why.middle) if why.z else 0.0,
+        usual=math.exp(why.middle),
         z=why.z,
     )

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m1_stages.config import GuardConfig
-from m1_stages.guard import CARRIED_STEPS, Guard, GuardState, Observation, Verdict
+from m1_stages.guard import Guard, GuardState, Observation, Verdict
 
 LAYERS = 8
 CONFIG = GuardConfig(window=32, min_steps=8)
@@ -154,15 +154,24 @@ def test_cut_and_continued_judges_as_uncut(norms: list[float], cut: int) -> None
     assert all(len(s) <= CONFIG.window for s in whole.state.series.values())
 
 
-def test_the_next_stage_knows_norms_but_no_losses() -> None:
-    """Another stage reads other data: its losses may be twice those before, a gradient norm ten times them may not."""
-    g = guard(min_steps=8, window=128)
-    step = calm(g, 100)
-    following = Guard(g.config, g.state.at_stage_change())
-    assert "loss" not in following.state.series
-    assert {len(past) for past in following.state.series.values()} == {CARRIED_STEPS}
-    assert following.judge(seen(step, loss=6.0)).action == "apply"
-    assert following.judge(seen(step + 1, loss=6.0, norm=10.0)).action == "skip"
-    shifted = [following.judge(seen(step + 2 + n, loss=6.0, norm=2.4)) for n in range(20)]
-    assert shifted[0].ramp == "hold"
-    assert shifted[-1].ramp == "advance", "a new level is the usual one after as many steps"
+def test_another_stage_has_another_level_and_spread() -> None:
+    """Fewer, longer rows of other text: losses and norms a few times those before are no spikes, an explosion is."""
+    g = guard(min_steps=8)
+    step = calm(g, 60)
+    state = g.state.at_stage_change()
+    assert state.series == {}
+    assert set(state.before) == {"grad_norm", "early/late", *(f"layer {n}" for n in range(LAYERS))}
+    following = Guard(g.config, GuardState(**json.loads(json.dumps(dataclasses.asdict(state)))))
+    assert following.judge(seen(step, loss=7.0, norm=4.0)).ramp == "advance"
+    held = following.judge(seen(step + 1, loss=7.0, norm=7.0))
+    assert (held.action, held.ramp, held.series) == ("apply", "hold", "grad_norm")
+    exploded = following.judge(seen(step + 2, norm=25.0))
+    assert (exploded.action, exploded.ramp, round(exploded.usual)) == ("skip", "reverse", 1)
+    for n in range(3, 20):
+        assert following.judge(seen(step + n, loss=7.0 if n % 3 else 3.0, norm=4.0 if n % 2 else 1.0)).action == "apply"
+    assert following.judge(seen(step + 20, loss=60.0, norm=4.0)).action == "skip", "the stage's own past counts by now"
+
+
+def test_a_stage_too_short_to_have_a_past_hands_on_the_one_before() -> None:
+    state = GuardState(before={"grad_norm": 0.5})
+    assert state.at_stage_change().before == {"grad_norm": 0.5}

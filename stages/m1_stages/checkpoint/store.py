@@ -312,9 +312,10 @@ class CheckpointStore:
             for path in self.root.glob("step_*.tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def set_aside_newer(self, committed: Committed) -> None:
-        """Rename the checkpoints after ``committed``: the run goes another way from there. Every rank calls it."""
-        newer = [c.path for c in self.committed() if c.meta.global_step > committed.meta.global_step]
+    def set_aside_newer(self, committed: Committed, stage: str) -> None:
+        """Rename the checkpoints of ``stage`` after ``committed``: it goes another way from there. Every rank calls it."""
+        later = [c for c in self.committed() if c.meta.global_step > committed.meta.global_step]
+        newer = [c.path for c in later if c.meta.stage == stage]
         barrier()
         for path in newer if rank() == 0 else ():
             number = 1

@@ -161,7 +161,7 @@ class StragglerNoticed:
     seconds: float
     """Of its own work in a step, median of the last steps."""
     usual: float
-    """The same of all ranks."""
+    """The same of the ranks of its pipeline stage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,7 +74,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Tra
     began, last_loss = time.perf_counter(), float("nan")
     run.model.set_rope_base(plan.rope_base)
     end_beats = run.model.before_each_forward(lambda: beat("train", state.global_step))
-    guard, stragglers = Guard(run.guard, state.guard), Stragglers()
+    guard, stragglers = Guard(run.guard, state.guard), Stragglers(pipeline=run.topology.pp_size)
     while state.stage_step < plan.num_steps:
         step_began = time.perf_counter()
         beat("data", state.global_step)
@@ -124,7 +124,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Tra
         run.saver.poll()
         if stop:
             _leave_if_asked(run, state, run.saver.save_now(state, stage_final=False))
-        if state.stage_step % run.save_every_steps == 0:
+        if state.stage_step % run.save_every_steps == 0 and not state.guard.in_a_row:  # not in the middle of trouble
             run.saver.save(state)
     end_beats()
     path = run.saver.save_now(state, stage_final=True)
@@ -136,7 +136,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Tra
             last_loss=last_loss,
             seconds=time.perf_counter() - began,
             checkpoint=path,
-            ramp_progress=state.ramp_progress if plan.ramp_steps else 1.0,
+            ramp_progress=1.0 if state.slopes == plan.slopes_new else min(state.ramp_progress, 0.99),
         )
     )
     _leave_if_asked(run, state, path)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from m1_data.errors import CheckpointError, NumericStop
+from m1_stages.checkpoint.together import run_together
 from m1_stages.curriculum import StagePlan
 from m1_stages.engine.events import RolledBack
 from m1_stages.engine.state import TrainState, enter_stage
@@ -66,14 +67,15 @@ def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, 
     session.saver.settle()
     first_step = state.global_step - state.stage_step
     skipped = state.guard.skipped
-    trouble = skipped[-max(1, state.guard.in_a_row) :][0] - config.leave_out_before
+    trouble = max(first_step, skipped[-max(1, state.guard.in_a_row) :][0] - config.leave_out_before)
     where = f"stage {plan.stage}, step {state.stage_step}"
     done = recorded(session.resolved.run_dir, plan.stage, rows.fingerprint)
     if len(done) >= config.max_rollbacks:
         raise NumericStop(
             f"{verdict.reason}: the stage was rolled back {len(done)} times already",
             where=where,
-            fix="lower the learning rate or lengthen the decay ramp; metrics.jsonl names the samples that were left out",
+            fix="lower the learning rate or lengthen the decay ramp, and raise guard.max_rollbacks for another try; "
+            "metrics.jsonl names the samples that were left out",
         )
     candidates = [
         c
@@ -92,12 +94,14 @@ def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, 
     committed, loaded = restored
     if loaded.stage != plan.stage:
         loaded = enter_stage(plan, rows.fingerprint, loaded)
+    else:  # what the guard took back stays back: the ramp may have been the cause
+        loaded.ramp_progress = min(loaded.ramp_progress, state.ramp_progress)
+    loaded.guard.skipped = []  # they will not be met again, so the budget is whole again
     steps = {*range(trouble, skipped[-1] + 1), *skipped}
     left_out = sorted(set(state.left_out) | {s - first_step for s in steps if s >= loaded.global_step})
     record = _Record(plan.stage, rows.fingerprint, loaded.global_step, left_out, verdict.reason)
-    if dist.get_rank() == 0:
-        _append(session.resolved.run_dir, record)
-    session.store.set_aside_newer(committed)
+    session.store.set_aside_newer(committed, plan.stage)
+    run_together(lambda: _append(session.resolved.run_dir, record) if dist.get_rank() == 0 else None)
     batch = plan.global_batch_rows
     run.emit(
         RolledBack(

@@ -26,7 +26,7 @@ from m1_stages.engine.rollback import ROLLBACKS, roll_back
 from m1_stages.engine.saving import Saver
 from m1_stages.engine.signals import StopRequest
 from m1_stages.engine.state import TrainState
-from m1_stages.engine.watchdog import PATIENCE, dump_stacks, moved
+from m1_stages.engine.watchdog import PATIENCE, beat, dump_stacks, moved
 from m1_stages.model import count_parameters
 
 _SHARDING = {
@@ -95,6 +95,7 @@ class Session:
         from m1_stages.engine.optimizer import finish_loading, make_loadable
 
         self.saver.settle()
+        beat("build")
         for committed in candidates:
             self._refuse_other_shape(committed)
         if candidates:

@@ -93,12 +93,19 @@ def train_step(
         micro_batch_size=1,
         forward_only=False,
     )
-    return _measured(chunks, ReadyGradients(optimizer, chunks), outputs, seconds=seconds, stop=stop())
+    gradients = ReadyGradients(optimizer, chunks)
+    return _measured(chunks, gradients, outputs, micro_batches=len(micro_batches), seconds=seconds, stop=stop())
 
 
 @torch.no_grad()
 def _measured(
-    chunks: list[Any], gradients: ReadyGradients, outputs: list[Tensor], *, seconds: float, stop: bool
+    chunks: list[Any],
+    gradients: ReadyGradients,
+    outputs: list[Tensor],
+    *,
+    micro_batches: int,
+    seconds: float,
+    stop: bool,
 ) -> StepResult:
     from megatron.core import parallel_state as mpu
 
@@ -114,7 +121,8 @@ def _measured(
         group = mpu.get_pipeline_model_parallel_group()
         torch.distributed.broadcast(total, src=mpu.get_pipeline_model_parallel_last_rank(), group=group)
     bad = ~per_micro_batch[:, 0].isfinite()
-    first_bad = torch.where(bad.any(), 1.0 + bad.double().argmax(), 0.0).double()
+    # The earlier the larger: context-parallel ranks share a slot, and the largest number is kept.
+    first_bad = torch.where(bad.any(), float(len(bad)) - bad.double().argmax(), 0.0).double()
     own = torch.zeros(2 * world + dp + 1, dtype=torch.float64)
     own[rank], own[-1] = seconds, float(stop)
     own = own.to(device, non_blocking=True)
@@ -137,7 +145,7 @@ def _measured(
         routing=RoutingStats.of([routed[i * width : (i + 1) * width] for i in range(layers)]),
         rank_seconds=rank_seconds,
         bad_ranks=[r for r, value in enumerate(bad_ranks) if value],
-        bad_micro_batches={r: int(value) - 1 for r, value in enumerate(bad_dp) if value},
+        bad_micro_batches={r: micro_batches - int(value) for r, value in enumerate(bad_dp) if value},
         stop_requested=bool(stopped),
     )
 

@@ -15,14 +15,19 @@ SLOWER, AT_LEAST_S = 1.2, 0.02
 
 
 class Stragglers:
-    """Feed it every step; it names ranks whose median over the last ``WINDOW`` steps is far above everyone's."""
+    """Feed it every step; it names ranks whose median over the last ``WINDOW`` steps is far above their peers'.
 
-    def __init__(self) -> None:
+    Args:
+        pipeline: stages; only ranks of the same one have the same kinds and number of layers.
+    """
+
+    def __init__(self, *, pipeline: int = 1) -> None:
         self._steps: deque[Sequence[float]] = deque(maxlen=WINDOW)
         self._named: dict[int, int] = {}
+        self._pipeline = pipeline
 
     def notice(self, step: int, rank_seconds: Sequence[float]) -> list[tuple[int, float, float]]:
-        """(rank, its seconds, the median of all ranks) of every straggler that was not named lately.
+        """(rank, its seconds, the median of its pipeline stage) of every straggler that was not named lately.
 
         Args:
             step: of the whole run.
@@ -30,12 +35,14 @@ class Stragglers:
                 backward pass ranks wait for each other in every layer and all take the same time.
         """
         self._steps.append(rank_seconds)
-        if len(rank_seconds) == 1 or len(self._steps) < WINDOW:
+        if len(self._steps) < WINDOW:
             return []
         own = [median(seconds) for seconds in zip(*self._steps, strict=True)]
-        usual = median(own) if len(own) > 2 else min(own)
+        size = len(own) // self._pipeline
         found = []
         for rank, seconds in enumerate(own):
+            peers = own[rank // size * size :][:size]  # Megatron numbers the ranks of a pipeline stage in a row
+            usual = median(peers) if len(peers) > 2 else min(peers)
             late = seconds > SLOWER * usual + AT_LEAST_S
             if late and step - self._named.get(rank, -REPORT_EVERY) >= REPORT_EVERY:
                 self._named[rank] = step

@@ -66,11 +66,14 @@ class LightningAttention(_Attention):
         self.linear_in = self._input_projection()
         self.norm = HeadShardedRMSNorm(config, width // tp, width, model.lightning_norm_eps, self.tp_group)
         self.log_decay: Tensor | None = None
+        self._slopes: list[float] = []
 
     def set_slopes(self, slopes: list[float], device: torch.device) -> None:
         """Take this rank's heads of ``slopes`` [all heads]; kept fp32 whatever the model's dtype."""
         first = self.tp_group.rank() * self.num_heads
-        self.log_decay = -torch.tensor(slopes[first : first + self.num_heads], dtype=torch.float32, device=device)
+        mine = slopes[first : first + self.num_heads]
+        if self.log_decay is None or mine != self._slopes:  # a copy to the device waits for all that is queued
+            self._slopes, self.log_decay = mine, -torch.tensor(mine, dtype=torch.float32, device=device)
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
         """[this rank's tokens, 1, hidden] to the same."""

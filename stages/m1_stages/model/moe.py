@@ -64,7 +64,9 @@ class Router(MegatronRouter):
             [
                 chosen.sum(0, dtype=torch.float64),
                 probs.detach().sum(0, dtype=torch.float64),
-                probs.new_tensor([probs.shape[0], self.trained_tokens / self.tp_group.size()], dtype=torch.float64),
+                # Filled on the device: a copy from the host would wait for all that is queued, in every layer.
+                probs.new_full((1,), probs.shape[0], dtype=torch.float64),
+                probs.new_full((1,), self.trained_tokens / self.tp_group.size(), dtype=torch.float64),
             ]
         )
         if group.size() > 1:
