@@ -188,6 +188,10 @@ def _data(path: Path | None) -> str:
     )
 
 
+def _few(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if numbers[8:] else "")
+
+
 def _events(history: History) -> str:
     lines = []
     for record in history.other:
@@ -199,8 +203,21 @@ def _events(history: History) -> str:
                 f"stage {r['stage']} was forced: recall of stage {r['before']} is "
                 f"{'not known' if r['recall'] is None else format(r['recall'], '.1%')}, the gate {r['gate']:.1%}"
             ),
+            "GuardNoticed": lambda r: (
+                f"{r['stage']} step {r['step']}: {r['reason']} in {r['series']}, {r['value']:.4g} where {r['usual']:.4g} is "
+                f"usual: {r['action'].replace('_', ' ')}, decay ramp {r['ramp']}; samples {_few(r['sample_ids'])}"
+            ),
+            "StepRepeated": lambda r: f"{r['stage']} step {r['step']} was not finite; repeated: {r['verdict']}",
+            "RolledBack": lambda r: (
+                f"{r['stage']} rolled back from step {r['from_step']} to {r['to_step']}, without steps {_few(r['left_out'])}"
+            ),
+            "StragglerNoticed": lambda r: (
+                f"rank {r['rank']} kept the others waiting: {r['seconds']:.2f} s instead of {r['usual']:.2f} s"
+            ),
             "SaveFailed": lambda r: f"checkpoint at step {r['step']} not written: {r['reason']}",
             "RunStopped": lambda r: f"stopped: {r['reason']}",
         }[kind](record)
         lines.append(f"<li>{escape(text)}</li>")
+    for stage, steps in history.held.items():
+        lines.append(f"<li>the guard held the decay ramp of stage {escape(stage)} in {steps} steps</li>")
     return f"<h2>Events</h2><ul>{''.join(lines) or '<li>none: the run was never interrupted</li>'}</ul>"

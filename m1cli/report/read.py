@@ -12,6 +12,15 @@ from m1_data.errors import DataError
 from m1_stages.config import METRICS
 
 Record = dict[str, Any]
+_LISTED = (
+    "CheckpointRejected",
+    "SaveFailed",
+    "GateForced",
+    "GuardNoticed",
+    "StepRepeated",
+    "RolledBack",
+    "StragglerNoticed",
+)
 
 
 @dataclass(slots=True)
@@ -26,6 +35,8 @@ class History:
     finished: dict[str, Record] = field(default_factory=dict)
     evaluated: dict[str, Record] = field(default_factory=dict)
     """The last ``StageEvaluated`` of each stage."""
+    held: dict[str, int] = field(default_factory=dict)
+    """Steps of each stage in which the guard held the decay ramp, too many for a line each."""
     other: list[Record] = field(default_factory=list)
     """Everything worth a line in the list of events."""
 
@@ -61,9 +72,9 @@ def read_history(run_dir: Path) -> History:
             history.evaluated[record["stage"]] = record
         elif kind == "RunStarted":
             history.starts.append(record)
-        elif kind in ("CheckpointRejected", "SaveFailed", "GateForced") or (
-            kind == "RunStopped" and record["exit_code"]
-        ):
+        elif kind == "GuardNoticed" and record["action"] == "apply" and record["ramp"] != "reverse":
+            history.held[record["stage"]] = history.held.get(record["stage"], 0) + 1
+        elif kind in _LISTED or (kind == "RunStopped" and record["exit_code"]):
             history.other.append(record)
     for _, record in sorted(steps.items()):
         history.steps.setdefault(record["stage"], []).append(record)

@@ -167,3 +167,15 @@ def test_resume_inside_a_held_ramp(prepared: Path, tmp_path: Path) -> None:
     assert moved[-1] > max(moved[:4]), "and it went on"
     assert run.events("StageFinished")[-1]["ramp_progress"] >= moved[-1]
     assert differing(*runs) == []
+
+
+def test_spikes_at_the_start_of_a_stage_go_back_to_the_stage_before(prepared: Path, tmp_path: Path) -> None:
+    run = Run(prepared, tmp_path / "run")
+    assert run.start() == 0, run.error
+    assert run.start("128k", bad={"0": 100, "2": 100, "4": 100}) == 0, run.error  # two rows a step
+    (back,) = run.events("RolledBack")
+    assert (back["from_step"], back["to_step"], back["left_out"]) == (2, 0, [0, 1, 2])
+    assert back["checkpoint"].endswith("step_00000018"), "the final one of stage 32k, which stays"
+    trained = [event["step"] for event in run.events("StepDone") if event["stage"] == "128k"]
+    assert trained == [0, 1, 3, 4, 5], "the two that were dropped are reported, and after the roll back the rest"
+    assert [event["stage"] for event in run.events("StageFinished")] == ["32k", "128k"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from m1_data.errors import DataError
 from m1_stages.decay import released_slopes
 from m1_stages.engine.events import (
     GateForced,
+    GuardNoticed,
     JsonLines,
     NeedleMap,
     PositionLoss,
@@ -21,6 +23,7 @@ from m1_stages.engine.events import (
     StageFinished,
     StageStarted,
     StepDone,
+    StepRepeated,
 )
 from m1cli.evaluation import evaluation_view
 from m1cli.report.figures import needle_maps, position_losses
@@ -159,3 +162,26 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_history(tmp_path)
     assert caught.value.where.endswith("metrics.jsonl:1")
+
+
+def test_what_the_guard_did_is_in_the_list_of_events(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    common: dict[str, Any] = {"stage": "32k", "step": 7, "global_step": 7, "sample_ids": list(range(28, 38))}
+    numbers: dict[str, Any] = {
+        "series": "grad_norm", "value": 99.2, "usual": 0.5, "z": 42.0, "loss": 5.0, "grad_norm": 99.2, "layer_grad_norms": [],
+        "ramp_progress": 0.5, "bad_ranks": [], "skipped_in_budget": 1,
+    }  # fmt: skip
+    lines(GuardNoticed(**common, **numbers, action="skip", ramp="reverse", reason="spike"))
+    for _ in range(3):
+        lines(GuardNoticed(**common, **numbers, action="apply", ramp="hold", reason="outside of its band"))
+    lines(StepRepeated(**common, verdict="transient", bad_ranks=[1]))
+    lines.close()
+    page = write_report(tmp_path, None, tmp_path / "r.html").read_text()
+    for part in (
+        "32k step 7: spike in grad_norm, 99.2 where 0.5 is usual: skip, decay ramp reverse; samples 28, 29, 30, 31, 32, 33, 34, "
+        "35 and 2 more",
+        "32k step 7 was not finite; repeated: transient",
+        "the guard held the decay ramp of stage 32k in 3 steps",
+    ):
+        assert part in page
