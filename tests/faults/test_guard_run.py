@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from resident_ranks import free_port
 from tiny_checkpoint import tensors_of
 from tiny_run import make_run
 
@@ -179,3 +180,29 @@ def test_spikes_at_the_start_of_a_stage_go_back_to_the_stage_before(prepared: Pa
     trained = [event["step"] for event in run.events("StepDone") if event["stage"] == "128k"]
     assert trained == [0, 1, 3, 4, 5], "the two that were dropped are reported, and after the roll back the rest"
     assert [event["stage"] for event in run.events("StageFinished")] == ["32k", "128k"]
+
+
+def test_two_ranks_roll_back_together(prepared: Path, tmp_path: Path) -> None:
+    run = Run(prepared, tmp_path / "run")
+    bad = {str(step * ROWS + 1): 100 for step in (10, 11, 12)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}  # fmt: skip
+    command = [
+        sys.executable,
+        str(WORKER),
+        str(run.config),
+        "32k",
+        str(run.folder / "events.jsonl"),
+        json.dumps({"bad": bad}),
+    ]
+    ranks = [
+        subprocess.Popen(command, env={**env, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-2000:]
+    (back,) = run.events("RolledBack")
+    assert back["left_out"] == [9, 10, 11, 12]
+    assert run.events("StageFinished")[0]["steps"] == 18
+    (record,) = json.loads((run.folder / "run" / "rollbacks.json").read_text())
+    assert record["left_out"] == [9, 10, 11, 12]
