@@ -103,10 +103,20 @@ class MixtureOfExperts(MoELayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """[tokens, 1, hidden] to the same."""
         if self.ep_group.size() > 1 or self.config.expert_tensor_parallel_size > 1:
-            return super().forward(hidden_states, *args, **kwargs)[0], None
+            out = super().forward(hidden_states, *args, **kwargs)[0]
+            _forget_graph(self.token_dispatcher)
+            return out, None
         x, e = hidden_states.view(-1, hidden_states.shape[-1]), self.experts
         out = mix_experts(x, e.w13, e.w2, *self.router.choose(x), keep=e.keep)
         return out.view(hidden_states.shape), None
+
+
+def _forget_graph(dispatcher: Any) -> None:
+    """Drop what Megatron's dispatcher keeps of a forward pass as attributes: through them the graph of the last micro-batch,
+    and with it the model and its process groups, would never be freed."""
+    for name, value in list(vars(dispatcher).items()):
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            setattr(dispatcher, name, None)
 
 
 class _Fp32Product(torch.autograd.Function):
