@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from rank_pool import my_jobs
 
 from m1_data.errors import Preempted
 from m1_data.loader import PackedBatch
+from m1_stages.checkpoint import CheckpointStore
 from m1_stages.configload import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.engine import device, loop, pretrain
-from m1_stages.engine.events import Event, StepDone
 from m1_stages.engine.step import train_step
 
 
@@ -31,7 +32,10 @@ def work(job: dict[str, Any], folder: Path) -> None:
     """Train the job's stages; SIGTERM to rank 0 alone ends it after ``stop_at``."""
     seen = folder / f"{job['name']}-{job['part']}-{os.environ['RANK']}.jsonl"
 
-    def recorded(chunks: list[Any], optimizer: Any, batches: list[PackedBatch]) -> Any:
+    latest = CheckpointStore(folder / job["name"] / "checkpoints").latest()
+    steps = count(latest.meta.global_step if latest else 0)
+
+    def recorded(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], **how: Any) -> Any:
         layers = chunks[0].module.decoder.layers
         decay = [getattr(layer.self_attention, "log_decay", None) for layer in layers]
         line = {
@@ -40,17 +44,15 @@ def work(job: dict[str, Any], folder: Path) -> None:
         }
         with seen.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return train_step(chunks, optimizer, batches)
-
-    def sink(event: Event) -> None:
-        if isinstance(event, StepDone) and event.global_step == job["stop_at"]:
+        if next(steps) == job["stop_at"] and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(chunks, optimizer, batches, **how)
 
     loop.train_step = recorded
     overrides = [*job["set"], f"run.dir={folder / job['name']}"]
     stages = [stage for name in job["stages"] for stage in stages_of(name)]
     with suppress(Preempted):
-        pretrain.run(load_config(folder / "m1.toml", overrides), stages, [sink])
+        pretrain.run(load_config(folder / "m1.toml", overrides), stages, [])
 
 
 def rows(batch: PackedBatch) -> dict[int, str]:

@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1_stages.config import GuardConfig
@@ -142,6 +142,7 @@ def test_switched_off_only_numbers_that_are_not_finite_stop() -> None:
     assert g.judge(seen(21, loss=math.inf)).action == "stop"
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=30, max_size=80), st.integers(1, 29))
 def test_cut_and_continued_judges_as_uncut(norms: list[float], cut: int) -> None:
     whole, first = guard(), guard()
