@@ -18,13 +18,15 @@ TRAIN = {
 }
 DISPATCH = {"torch.cuda.current_stream", "torch.cuda.stream", "token_dispatcher.maybe_move_tensor_to_cpu"}
 """Only with expert parallelism are tokens dispatched."""
+MESSAGES = {"torch.cuda.synchronize"}
+"""After a message between pipeline stages."""
 
 
 @pytest.mark.parametrize(
     ("world", "job", "expected"),
     [
         (1, {"recompute": True}, TRAIN),
-        (2, {"parallel": {"pipeline": 2}}, TRAIN),
+        (2, {"parallel": {"pipeline": 2}}, TRAIN | MESSAGES),
         (2, {"parallel": {"expert": 2}}, TRAIN | DISPATCH),
     ],
     ids=["one process, recomputation", "two pipeline stages", "two expert ranks"],
