@@ -47,9 +47,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "micro": (64, 16, 8, 4, 2), "model": {}, "precision": "fp32",
     },
     "small": {
-        "scale": 1 / 32, "batch": 32_768, "lr": 1e-3, "steps": (500, 100, 80, 80, 80), "needles": 2_500, "samples": 2,
+        "scale": 1 / 32, "batch": 32_768, "lr": 1e-3, "steps": (500, 100, 80, 80, 80), "needles": 34_000, "samples": 2,
         "micro": (32, 8, 4, 2, 1), "precision": "bf16",
-        "model": {"hidden_size": 256, "num_heads": 4, "head_dim": 64, "rotary_dim": 64, "num_kv_heads": 2,
+        "model": {"hidden_size": 256, "num_heads": 4, "head_dim": 64, "rotary_dim": 32, "num_kv_heads": 2,
                   "num_experts": 8, "expert_hidden_size": 512},
     },
 }  # fmt: skip

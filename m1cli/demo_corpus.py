@@ -58,7 +58,7 @@ def write_demo(folder: Path, *, seed: int = 0) -> None:
             exclude
         )
         tables.append("\n".join(lines) + "\n")
-    tables.append('[[data.sources]]\nname = "needles"\ndomain = "long_qa"\nformat = "needles"\nmax_docs = 300\n')
+    tables.append('[[data.sources]]\nname = "needles"\ndomain = "long_qa"\nformat = "needles"\nmax_docs = 1000\n')
     (folder / "m1.toml").write_text("\n".join(tables))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+import numpy.typing as npt
 
 from m1_data.errors import DataError
 from m1_data.packing import Ints, draws, key, permutation
@@ -21,9 +22,10 @@ KEY_TOKENS, VALUE_TOKENS = 4, 4
 PAIR_TOKENS = KEY_TOKENS + VALUE_TOKENS
 SHORTEST_TOKENS = 8 * PAIR_TOKENS
 """Shorter documents would be little but needles."""
-_TOKENS_PER_NEEDLE, _MOST_NEEDLES = 64, 32
-"""In training documents."""
+_DENSEST, _SPARSEST, _MOST_NEEDLES = 3 * PAIR_TOKENS, 128 * PAIR_TOKENS, 256
+"""Tokens for each needle of a training document, and needles at most."""
 _ATTEMPTS = 100
+_HASH_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _POOL_TOKENS = 2**22
 
 
@@ -65,7 +67,7 @@ class Haystack:
     def span(self, tokens: int, seed: int) -> Ints:
         """``tokens`` ids from a drawn place on; after the last comes the first."""
         start = int(draws(1, seed)[0] % np.uint64(len(self.pool)))
-        return np.resize(np.roll(self.pool, -start), tokens)
+        return np.take(self.pool, np.arange(start, start + tokens), mode="wrap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,8 @@ def needle_document(
         pairs = haystack.alphabet[picked].reshape(needles, PAIR_TOKENS)
         document = _assemble(text[:text_tokens], pairs, places, order)
         control = _assemble(text, pairs, places[:0], order)
-        words = [word for pair in pairs for word in (pair[:KEY_TOKENS], pair[KEY_TOKENS:])]
-        if all((_count(document.tokens, w), _count(control.tokens, w)) == (2, 1) for w in words):
+        words = pairs.reshape(-1, KEY_TOKENS)
+        if (_count(document.tokens, words) == 2).all() and (_count(control.tokens, words) == 1).all():
             return document if hidden else control
     raise DataError(
         f"{len(haystack.alphabet)} different ids are too few for {needles} needles in {length} tokens of text",
@@ -138,25 +140,38 @@ def _assemble(text: Ints, pairs: Ints, places: Ints, order: Ints) -> NeedleDocum
     )
 
 
-def _count(tokens: Ints, word: Ints) -> int:
-    starts = np.flatnonzero(tokens[: len(tokens) - len(word) + 1] == word[0])
-    for offset in range(1, len(word)):
-        starts = starts[tokens[starts + offset] == word[offset]]
-    return len(starts)
+def _count(tokens: Ints, words: Ints) -> Ints:
+    """How often each of ``words`` [W, KEY_TOKENS] occurs, [W]; equal hashes count too, so it may be too many, never too few."""
+    every, wanted = _hash(np.lib.stride_tricks.sliding_window_view(tokens, KEY_TOKENS)), _hash(words)
+    names, which = np.unique(wanted, return_inverse=True)
+    at = np.minimum(np.searchsorted(names, every), len(names) - 1)
+    return np.bincount(at[names[at] == every], minlength=len(names))[which]
+
+
+def _hash(words: Ints) -> npt.NDArray[np.uint64]:
+    total = np.zeros(len(words), dtype=np.uint64)
+    for column in range(words.shape[1]):
+        total = total * _HASH_FACTOR + words[:, column].astype(np.uint64)
+    return total
 
 
 def training_documents(haystack: Haystack, contexts: Sequence[int], *, seed: int) -> Iterator[Ints]:
-    """Documents to learn the task from, without end: for each context in turn one of a sixteenth of it up to all of it.
+    """Documents to learn the task from, without end: each context gets as many tokens as every other.
 
-    Lengths are log-uniform and leave room for an end-of-document token; a document has a needle for every 64 tokens, 32 at
-    most, at drawn depths.
+    A document is between a sixteenth of its context and all of it, less an end-of-document token. Half of them have a needle for
+    every 24 tokens, the others for every 24 to 1,024, 256 at most, at drawn depths; lengths and densities are log-uniform.
+    Sparse questions alone, a few in a thousand tokens, teach a small model nothing (docs/length-extension.md).
     """
+    tokens = dict.fromkeys(contexts, 0)
     for sample in count():
-        longest = contexts[sample % len(contexts)] - 1
+        context = min(tokens, key=lambda c: (tokens[c], c))
+        longest = context - 1
         shortest = min(longest, max(SHORTEST_TOKENS, longest // 16))
-        parts = draws(1 + _MOST_NEEDLES, key(seed, "training", sample)) / 2.0**64
+        parts = draws(2 + _MOST_NEEDLES, key(seed, "training", sample)) / 2.0**64
         length = round(shortest * (longest / shortest) ** parts[0])
-        needles = max(1, min(_MOST_NEEDLES, length // _TOKENS_PER_NEEDLE))
+        spacing = _DENSEST * (_SPARSEST / _DENSEST) ** max(0.0, 2 * parts[1] - 1)
+        needles = max(1, min(_MOST_NEEDLES, int(length / spacing)))
+        tokens[context] += length
         yield needle_document(
-            haystack, seed=seed, length=length, depths=parts[1 : 1 + needles].tolist(), sample=sample
+            haystack, seed=seed, length=length, depths=parts[2 : 2 + needles].tolist(), sample=sample
         ).tokens

@@ -77,15 +77,27 @@ def test_a_document_depends_on_each_argument_and_on_nothing_else() -> None:
 PINNED = [49, 35, 54, 54, 18, 56, 28, 47]
 
 
-def test_training_documents_fit_their_contexts_and_have_many_needles() -> None:
-    documents = list(islice(training_documents(TEXT, [128, 4096], seed=5), 20))
-    assert all(SHORTEST_TOKENS <= len(d) < 128 for d in documents[::2])
-    assert all(255 <= len(d) < 4096 for d in documents[1::2])
-    assert len({len(d) for d in documents}) > 15
-    for document in documents:
-        needles = max(1, min(32, len(document) // 64))
-        for start in range(len(document) - needles * PAIR_TOKENS, len(document), PAIR_TOKENS):
-            assert len(found(document, document[start : start + PAIR_TOKENS])) == 2
+def test_training_documents_fit_their_contexts_and_differ_in_density() -> None:
+    documents = list(islice(training_documents(TEXT, [128, 4096], seed=5), 200))
+    short = [d for d in documents if len(d) < 128]
+    long = [d for d in documents if len(d) >= 255]
+    assert len(short) + len(long) == 200
+    assert min(map(len, short)) >= SHORTEST_TOKENS
+    assert max(map(len, long)) < 4096
+    assert abs(sum(map(len, short)) - sum(map(len, long))) < 4096, "each context gets the same number of tokens"
+    assert len({len(d) for d in long}) > 0.9 * len(long)
+    shares = []
+    for document in long:
+        asked = 0
+        while document[(at := len(document) - (asked + 1) * PAIR_TOKENS) :].size <= len(document) // 2:
+            places = found(document, document[at : at + PAIR_TOKENS])
+            if len(places) != 2 or places[1] != at:
+                break
+            asked += 1
+        assert 1 <= asked <= min(256, len(document) // (3 * PAIR_TOKENS))
+        shares.append(asked * PAIR_TOKENS / len(document))
+    assert min(shares) < 0.05
+    assert max(shares) > 0.3
 
 
 def test_refusals() -> None:
