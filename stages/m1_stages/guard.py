@@ -5,7 +5,8 @@ at random numbers: a run that is cut and continued judges as one that was not.
 
 Each series (loss, global gradient norm, norm of every layer, early over late layers) is compared with its own recent past:
 ``z = (log x - median) / max(1.4826 MAD, floor)`` over a window of accepted steps, so a few outliers do not widen the band. In the
-first steps of a stage there is no such past: only the global norm is judged, by its factor over the stage before.
+first steps of a stage there is no such past: only the global norm is judged, by its factor over the stage before. A loss above
+that of guessing uniformly is a spike at any time, once the model has learned something: no text does that, random tokens do.
 Source of the rule's shape: OLMo skips steps beyond 6 standard deviations of 128 steps; the robust form and the per-layer
 bands are ours.
 """
@@ -25,6 +26,8 @@ Ramp = Literal["advance", "hold", "reverse"]
 
 FIRST_STEPS_FACTOR = 4.0
 """In the first steps of a stage a norm must be so many times ``norm_factor`` times the last stage's median to be a spike."""
+_LEARNED = 0.8
+"""A model has learned something when its usual loss is less than this share of the loss of guessing."""
 _MAD_TO_SIGMA = 1.4826
 _SCALE_FLOOR = 0.02
 """Of a series' logarithm: steps that differ by less than 2 % are not told apart, however steady the past was."""
@@ -80,15 +83,19 @@ class GuardState:
     def at_stage_change(self) -> GuardState:
         """What the next stage starts with. It reads other data, in fewer and longer rows, so neither level nor spread of the
         last stage's numbers is its own; only the medians stay, to tell an explosion in its first steps."""
-        medians = {name: median(past) for name, past in self.series.items() if name != "loss"}
+        medians = {name: median(past) for name, past in self.series.items()}
         return replace(self, series={}, before=medians or self.before, in_a_row=0)
 
 
 class Guard:
-    """Judges steps one after the other; ``state`` is all it remembers."""
+    """Judges steps one after the other; ``state`` is all it remembers.
 
-    def __init__(self, config: GuardConfig, state: GuardState) -> None:
-        self.config, self.state = config, state
+    Args:
+        guess_loss: loss of guessing uniformly, the logarithm of the vocabulary's size, in nats.
+    """
+
+    def __init__(self, config: GuardConfig, state: GuardState, guess_loss: float = math.inf) -> None:
+        self.config, self.state, self.guess_loss = config, state, guess_loss
 
     def judge(self, seen: Observation) -> Verdict:
         """The verdict on a step, taken into the state."""
@@ -101,7 +108,10 @@ class Guard:
         values = _series(seen)
         distances = [self._distance(name, value) for name, value in values.items()]
         known = len(self.state.series.get("loss", [])) >= self.config.min_steps
-        if spikes := [d for d in distances if (self._is_spike(d) if known else self._explodes(d))]:
+        spikes = [
+            d for d in distances if (self._is_spike(d) if known else self._explodes(d)) or self._worse_than_guessing(d)
+        ]
+        if spikes:
             return self._drop(seen, max(spikes, key=lambda d: d.z))
         self._accept(values)
         self.state.in_a_row = 0
@@ -154,6 +164,9 @@ class Guard:
 
     def _explodes(self, d: _Distance) -> bool:
         return d.name == "grad_norm" and d.away > math.log(FIRST_STEPS_FACTOR * self.config.norm_factor)
+
+    def _worse_than_guessing(self, d: _Distance) -> bool:
+        return d.name == "loss" and d.value > self.guess_loss and d.middle < _log(_LEARNED * self.guess_loss)
 
     def _jumps(self, d: _Distance) -> bool:
         return d.name == "grad_norm" and d.away > math.log(self.config.norm_factor)

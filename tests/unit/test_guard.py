@@ -161,7 +161,7 @@ def test_another_stage_has_another_level_and_spread() -> None:
     step = calm(g, 60)
     state = g.state.at_stage_change()
     assert state.series == {}
-    assert set(state.before) == {"grad_norm", "early/late", *(f"layer {n}" for n in range(LAYERS))}
+    assert set(state.before) == {"loss", "grad_norm", "early/late", *(f"layer {n}" for n in range(LAYERS))}
     following = Guard(g.config, GuardState(**json.loads(json.dumps(dataclasses.asdict(state)))))
     assert following.judge(seen(step, loss=7.0, norm=4.0)).ramp == "advance"
     held = following.judge(seen(step + 1, loss=7.0, norm=7.0))
@@ -171,6 +171,20 @@ def test_another_stage_has_another_level_and_spread() -> None:
     for n in range(3, 20):
         assert following.judge(seen(step + n, loss=7.0 if n % 3 else 3.0, norm=4.0 if n % 2 else 1.0)).action == "apply"
     assert following.judge(seen(step + 20, loss=60.0, norm=4.0)).action == "skip", "the stage's own past counts by now"
+
+
+def test_a_loss_worse_than_guessing_is_a_spike_in_the_first_steps_of_a_stage_too() -> None:
+    guess = math.log(2048)
+    g = Guard(CONFIG, GuardState(), guess)
+    for step in range(20):
+        assert g.judge(seen(step, loss=1.01 * guess)).action == "apply", "nothing is learned yet"
+    for step in range(20, 60):
+        assert g.judge(seen(step, loss=5.0)).action == "apply"
+    following = Guard(CONFIG, g.state.at_stage_change(), guess)
+    assert following.judge(seen(60, loss=0.97 * guess)).action == "apply"
+    bad = following.judge(seen(61, loss=1.05 * guess))
+    assert (bad.action, bad.ramp, bad.series, round(bad.usual)) == ("skip", "reverse", "loss", 5)
+    assert Guard(CONFIG, g.state.at_stage_change()).judge(seen(61, loss=1.05 * guess)).action == "apply", "size unknown"
 
 
 def test_a_stage_too_short_to_have_a_past_hands_on_the_one_before() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ class Run:
     """Clip to this; 0: not at all."""
     roll_back: Callable[[StagePlan, Rows, TrainState, Verdict], TrainState]
     """Load the newest checkpoint from before the trouble and return where it stands."""
+    guess_loss: float = math.inf
+    """Loss of guessing uniformly, nats."""
     saver: Saver = field(init=False)
 
 
@@ -74,7 +77,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Tra
     began, last_loss = time.perf_counter(), float("nan")
     run.model.set_rope_base(plan.rope_base)
     end_beats = run.model.before_each_forward(lambda: beat("train", state.global_step))
-    guard, stragglers = Guard(run.guard, state.guard), Stragglers(pipeline=run.topology.pp_size)
+    guard, stragglers = Guard(run.guard, state.guard, run.guess_loss), Stragglers(pipeline=run.topology.pp_size)
     while state.stage_step < plan.num_steps:
         step_began = time.perf_counter()
         beat("data", state.global_step)
@@ -106,7 +109,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState) -> Tra
                 raise numeric_stop(run, plan, state, result, verdict)
             if verdict.action == "roll_back":
                 state = run.roll_back(plan, rows, state, verdict)
-                guard = Guard(run.guard, state.guard)
+                guard = Guard(run.guard, state.guard, run.guess_loss)
                 continue
             if run.check_replicas_every and state.global_step % run.check_replicas_every == 0:
                 check_replicas(run.chunks, step=state.global_step)

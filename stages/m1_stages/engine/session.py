@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -171,6 +172,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
                 guard=config.guard,
                 max_grad_norm=config.optim.grad_clip,
                 roll_back=lambda plan, rows, state, verdict: state,
+                guess_loss=math.log(config.model.vocab_size),
             )
             store = CheckpointStore(
                 run_dir / CHECKPOINTS,
