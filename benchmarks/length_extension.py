@@ -47,11 +47,11 @@ max_docs = {needles}
 """
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "scale": 1 / 256, "batch": 4_096, "lr_first": 2e-3, "lr": 2e-3, "steps": (110, 24, 24, 24, 24), "needles": 4_000,
+        "scale": 1 / 256, "batch": 4_096, "lr_first": 2e-3, "lr": 2e-3, "steps": (110, 40, 40, 40, 40), "needles": 4_000,
         "samples": 2, "micro": (64, 16, 8, 4, 2), "model": {}, "precision": "fp32",
     },
     "small": {
-        "scale": 1 / 32, "batch": 32_768, "lr_first": 2e-3, "lr": 1e-3, "steps": (1_600, 150, 120, 120, 120), "needles": 60_000,
+        "scale": 1 / 32, "batch": 32_768, "lr_first": 2e-3, "lr": 1e-3, "steps": (2_800, 150, 120, 120, 120), "needles": 60_000,
         "samples": 6, "micro": (32, 8, 4, 2, 1), "precision": "bf16",
         "model": {"hidden_size": 256, "num_layers": 16, "num_heads": 8, "head_dim": 64, "rotary_dim": 32, "num_kv_heads": 4,
                   "num_experts": 8, "expert_hidden_size": 512},
@@ -282,7 +282,7 @@ def main() -> None:
     else:
         if args.command == "run":
             run(work, args.size, names, seeds, args.at_once, args.gpus, args.budget_s)
-        results = collect(work, VARIANTS)
+        results = collect(work, VARIANTS, curves_of=seeds[0])
         (work / "results.json").write_text(json.dumps({"size": args.size, "variants": results}))
         print(table(results))
 

@@ -101,15 +101,15 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def collect(work: Path, variants: Iterable[str]) -> dict[str, Any]:
-    """Summaries of every variant and seed that was run; curves of the first seed only."""
+def collect(work: Path, variants: Iterable[str], curves_of: int) -> dict[str, Any]:
+    """Summaries of every variant and seed that was run; curves of one seed only."""
     results: dict[str, Any] = {}
     for name in variants:
-        folders = sorted(f for f in work.glob(f"{name}-*") if f.name.removeprefix(f"{name}-").isdigit())
-        for folder in folders:
-            if (folder / "run" / "metrics.jsonl").exists():
+        for folder in sorted(work.glob(f"{name}-*")):
+            seed = folder.name.removeprefix(f"{name}-")
+            if seed.isdigit() and (folder / "run" / "metrics.jsonl").exists():
                 seen = summary(folder)
-                if name in results:
+                if int(seed) != curves_of:
                     del seen["curve"]
-                results.setdefault(name, {})[folder.name.removeprefix(f"{name}-")] = seen
+                results.setdefault(name, {})[seed] = seen
     return results
