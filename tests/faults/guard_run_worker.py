@@ -1,7 +1,8 @@
 """Runs ``m1 pretrain``'s engine once with bad samples in it, and writes every event.
 
 Usage: python guard_run_worker.py CONFIG STAGES OUT.jsonl JOB
-JOB: JSON with ``bad``: {sample id: factor of its micro-batch's loss, "nan", or "nan once"}, and ``stop_at`` a global step.
+JOB: JSON with ``bad``: {sample id: factor of its micro-batch's loss, "nan", or "nan once"}, and ``stop_at`` a global step. A
+sample id is a row of any stage, or "TOKENS:ROW" a row of the stage whose rows have so many tokens.
 A stop is a SIGTERM that this process sends itself when that step is reported.
 """
 
@@ -33,7 +34,8 @@ def spoil(bad: dict[str, Any]) -> None:
     def forward_step(batches: Any, model: Any) -> tuple[Any, Any]:
         batch = next(batches)
         factor = 1.0
-        for sample in map(str, batch.sample_ids):
+        tokens = batch.tokens.shape[1] // len(batch.sample_ids)
+        for sample in (name for row in batch.sample_ids for name in (str(row), f"{tokens}:{row}")):
             if sample in bad:
                 factor = math.nan if str(bad[sample]).startswith("nan") else float(bad[sample])
                 if bad[sample] == "nan once":

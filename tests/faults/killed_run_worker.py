@@ -1,18 +1,24 @@
 """Kills a five-stage run at random moments and starts it again, until it was killed often enough; imports are paid once.
 
-Usage: python killed_run_worker.py CONFIG FOLDER KILLS SEED
+Usage: python killed_run_worker.py CONFIG FOLDER KILLS SEED [BAD]
 In FOLDER/uninterrupted nothing happens to the run; in FOLDER/<n> it is killed until it gets to its end, with checkpoints
 written in the background for even n. Prints ``killed <times>`` for each n, and fails when a start fails.
+BAD: JSON, samples that are bad in every run (``guard_run_worker.py``). Then the first start of every run <n> ends by its own
+SIGKILL when something of the guard is reported, another thing each time (``MOMENTS``), the others at random moments.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from guard_run_worker import spoil
 
 from m1_stages.configload import load_config
 from m1_stages.curriculum import stages_of
@@ -24,9 +30,20 @@ from megatron.core import dist_checkpointing  # noqa: E402, F401 - all imports b
 
 import m1_stages.model  # noqa: E402, F401
 from m1_stages.engine import pretrain  # noqa: E402
+from m1_stages.engine.events import Event  # noqa: E402
+
+MOMENTS = ("RolledBack", "GuardNoticed skip", "StepLeftOut", "GuardNoticed roll_back")
 
 
-def start(config: Path, run_dir: Path, *, background: bool) -> int:
+def dying_at(moment: str) -> Callable[[Event], None]:
+    def sink(event: Event) -> None:
+        if f"{type(event).__name__} {getattr(event, 'action', '')}".strip() == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return sink
+
+
+def start(config: Path, run_dir: Path, *, background: bool, moment: str = "") -> int:
     """A child that trains all stages."""
     child = os.fork()
     if child:
@@ -34,7 +51,7 @@ def start(config: Path, run_dir: Path, *, background: bool) -> int:
     code = 1
     try:
         settings = [f"run.dir={run_dir}", f"run.async_save={'on' if background else 'off'}"]
-        pretrain.run(load_config(config, settings), stages_of("all"), [])
+        pretrain.run(load_config(config, settings), stages_of("all"), [dying_at(moment)] if moment else [])
         code = 0
     finally:
         sys.stderr.flush()
@@ -57,7 +74,8 @@ def kill_after(child: int, seconds: float) -> int:
     return wait(child)
 
 
-def main(config: Path, folder: Path, kills: int, seed: int) -> None:
+def main(config: Path, folder: Path, kills: int, seed: int, bad: dict[str, float]) -> None:
+    spoil(bad)
     rng = random.Random(seed)
     began = time.monotonic()
     assert wait(start(config, folder / "uninterrupted", background=False)) == 0
@@ -66,8 +84,11 @@ def main(config: Path, folder: Path, kills: int, seed: int) -> None:
     while kills > 0:
         times, code = 0, -signal.SIGKILL
         while code:
-            child = start(config, folder / str(run), background=run % 2 == 0)
-            code = kill_after(child, rng.uniform(0.0, 0.8 * whole_s)) if kills > 0 else wait(child)
+            moment = MOMENTS[run % len(MOMENTS)] if bad and not times else ""
+            child = start(config, folder / str(run), background=run % 2 == 0, moment=moment)
+            at_random = kills > 0 and not moment
+            code = kill_after(child, rng.uniform(0.0, 0.8 * whole_s)) if at_random else wait(child)
+            assert code or not moment, f"{moment} was never reported"
             assert code in (0, -signal.SIGKILL), f"start {times} of run {run} ended with {code}"
             if code:
                 kills, times = kills - 1, times + 1
@@ -76,4 +97,5 @@ def main(config: Path, folder: Path, kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    planted = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), planted)

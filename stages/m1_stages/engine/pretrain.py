@@ -15,7 +15,7 @@ from m1_stages.engine.batches import refuse_uneven_pipeline
 from m1_stages.engine.evaluate import evaluate_finished, pass_gate
 from m1_stages.engine.events import Sink, StageStarted
 from m1_stages.engine.loop import Rows, train_stage
-from m1_stages.engine.rollback import recorded
+from m1_stages.engine.rollback import recorded, without_the_trouble
 from m1_stages.engine.session import Session, open_session, with_vocab
 from m1_stages.engine.state import TrainState, enter_stage
 
@@ -102,10 +102,9 @@ def start_stage(session: Session, plan: StagePlan, rows: Rows) -> TrainState:
             )
         return enter_stage(plan, rows.fingerprint, None)
     _, state = found
-    left_out = {s for r in recorded(session.resolved.run_dir, plan.stage, rows.fingerprint) for s in r.left_out}
     if state.stage != plan.stage:
         state = enter_stage(plan, rows.fingerprint, state)
-    state.left_out = sorted({*state.left_out, *left_out})
+    state = without_the_trouble(state, recorded(session.resolved.run_dir, plan.stage, rows.fingerprint))
     if state.stage_step < plan.num_steps and state.data_fingerprint != rows.fingerprint:
         raise CheckpointError(
             "the prepared data, the mix or the seed changed since this stage was interrupted: its order is another one",

@@ -36,6 +36,8 @@ class _Record:
     left_out: list[int]
     """Steps of the stage."""
     reason: str
+    ramp_progress: float = 1.0
+    """Of the decay ramp, when the trouble was met."""
 
 
 def recorded(run_dir: Path, stage: str, data_fingerprint: str) -> list[_Record]:
@@ -53,6 +55,16 @@ def recorded(run_dir: Path, stage: str, data_fingerprint: str) -> list[_Record]:
             fix="restore it from a copy, or remove it: samples that were left out are then trained on again",
         )
     return [record for record in found[0] if (record.stage, record.data_fingerprint) == (stage, data_fingerprint)]
+
+
+def without_the_trouble(state: TrainState, records: list[_Record]) -> TrainState:
+    """``state``, loaded from a checkpoint, as it is after the stage's roll backs: also in a process that was started later."""
+    state.left_out = sorted({*state.left_out, *(step for record in records for step in record.left_out)})
+    if records and state.global_step <= records[-1].to_global_step:
+        state.guard.skipped = []  # they will not be met again, so the budget is whole again
+        # What the guard took back stays back: the ramp may have been the cause.
+        state.ramp_progress = min(state.ramp_progress, records[-1].ramp_progress)
+    return state
 
 
 def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, verdict: Verdict) -> TrainState:
@@ -94,12 +106,9 @@ def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, 
     committed, loaded = restored
     if loaded.stage != plan.stage:
         loaded = enter_stage(plan, rows.fingerprint, loaded)
-    else:  # what the guard took back stays back: the ramp may have been the cause
-        loaded.ramp_progress = min(loaded.ramp_progress, state.ramp_progress)
-    loaded.guard.skipped = []  # they will not be met again, so the budget is whole again
     steps = {*range(trouble, skipped[-1] + 1), *skipped}
     left_out = sorted(set(state.left_out) | {s - first_step for s in steps if s >= loaded.global_step})
-    record = _Record(plan.stage, rows.fingerprint, loaded.global_step, left_out, verdict.reason)
+    record = _Record(plan.stage, rows.fingerprint, loaded.global_step, left_out, verdict.reason, state.ramp_progress)
     session.store.set_aside_newer(committed, plan.stage)
     run_together(lambda: _append(session.resolved.run_dir, record) if dist.get_rank() == 0 else None)
     batch = plan.global_batch_rows
@@ -114,8 +123,7 @@ def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, 
             reason=verdict.reason,
         )
     )
-    loaded.left_out = left_out
-    return loaded
+    return without_the_trouble(loaded, [*done, record])
 
 
 def _read(run_dir: Path) -> list[_Record] | str:
