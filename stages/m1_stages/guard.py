@@ -124,6 +124,8 @@ class Guard:
     def _drop(self, seen: Observation, why: _Distance) -> Verdict:
         c, state = self.config, self.state
         what = "spike" if math.isfinite(why.value) else "not finite"
+        if what == "spike" and self._worse_than_guessing(why):
+            what = f"spike, worse than guessing ({self.guess_loss:.2f})"
         policy = c.on_spike if math.isfinite(why.value) else c.on_nonfinite
         state.calm = 0
         if policy == "apply":

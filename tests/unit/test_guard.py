@@ -184,6 +184,7 @@ def test_a_loss_worse_than_guessing_is_a_spike_in_the_first_steps_of_a_stage_too
     assert following.judge(seen(60, loss=0.97 * guess)).action == "apply"
     bad = following.judge(seen(61, loss=1.05 * guess))
     assert (bad.action, bad.ramp, bad.series, round(bad.usual)) == ("skip", "reverse", "loss", 5)
+    assert bad.reason == "spike, worse than guessing (7.62)"
     assert Guard(CONFIG, g.state.at_stage_change()).judge(seen(61, loss=1.05 * guess)).action == "apply", "size unknown"
 
 
