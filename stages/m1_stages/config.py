@@ -151,7 +151,7 @@ class GuardConfig:
     warn_z: Annotated[float, "robust standard deviations from which a norm or the loss holds the ramp"] = 4.0
     warn_factor: Annotated[float, "and it must be so many times the median"] = 1.5
     spike_z: Annotated[float, "robust standard deviations from which a step is a spike"] = 6.0
-    loss_factor: Annotated[float, "and the loss so many times its median"] = 2.0
+    loss_factor: Annotated[float, "and the loss so many times its median"] = 3.0
     norm_factor: Annotated[float, "or the gradient norm, or early over late layers, so many times its median"] = 5.0
     calm_steps: Annotated[int, "steps in the band before a held ramp moves again"] = 2
     on_spike: Annotated[
