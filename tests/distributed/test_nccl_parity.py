@@ -30,7 +30,7 @@ from m1_stages.checkpoint import CheckpointStore, Committed
 
 ON_CPU = os.environ.get("M1_PARITY_DEVICE") == "cpu"
 PLACES = 4 if ON_CPU else torch.cuda.device_count()
-TIMEOUT_S = 240.0 if ON_CPU else 90.0
+TIMEOUT_S = 240.0 if ON_CPU else 120.0
 STEPS = 12
 SHAPE = {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "num_kv_heads": 4, "rotary_dim": 16, "num_experts": 8}
 """The kernels of a GPU begin at heads of 16; four ranks share heads, keys and experts."""
