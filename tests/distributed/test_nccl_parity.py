@@ -212,6 +212,8 @@ def test_layout_equals_one_gpu(cases: Cases, name: str) -> None:
     assert [rank["topology"]["rank"] for rank in spread] == list(range(ranks))
     if any(layout.get(axis, 1) > 1 for axis in ("tensor", "pipeline", "expert")):
         assert spread[-1]["local_parameters"] < 0.9 * alone["local_parameters"], "the model was not sharded"
+    if layout.get("overlap_grad_reduce"):
+        assert min(spread[0]["buckets"][0]) > 1, "there is nothing to overlap with"
     if layout.get("context", 1) > 1:
         assert spread[-1]["longest_crossing"] > 0, "no document crosses to another rank"
     assert alone["losses"][0] - alone["losses"][-1] > 0.5, "the run must learn, or equality says little"
