@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from m1_data.loader import PackedBatch, batch_rows
+from m1_stages.checkpoint.together import barrier
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
 from m1_stages.decay import released_slopes
 from m1_stages.engine import device, parallel
@@ -71,9 +72,10 @@ def main(out: str, job: dict[str, Any]) -> None:
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """``parallel``, ``steps``, and if need be ``micro_batch`` rows, ``recompute``, ``save``, ``mutation``, ``untrained``,
-    ``dropped`` (steps whose gradients are not applied), ``bucket`` (parameters reduced together)."""
+    ``dropped`` (steps whose gradients are not applied), ``bucket`` (parameters reduced together), ``model`` (what differs
+    from ``MODEL``). On the GPU of this rank where one is visible."""
     torch.set_num_threads(1)
-    dev = device.use("cpu")
+    dev = device.use("auto", local_rank=parallel.local_rank())
     from mutations import Mutation
 
     mutation = Mutation(job.get("mutation", ""))
@@ -81,21 +83,29 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     topology = parallel.start(sizes, device=dev, seed=1)
     try:
         with mutation.applied():
-            record = _train(job, sizes, topology, mutation)
+            record = _train(job, sizes, topology, dev, mutation)
+        barrier()  # whoever leaves first would cut off what the others still receive
     finally:
         parallel.stop()
     return record | {"mutated": mutation.calls}
 
 
 def build(
-    sizes: ParallelConfig, *, seed: int, recompute: bool = False, mutation: Any = None, bucket: int = BUCKET
+    sizes: ParallelConfig,
+    *,
+    seed: int,
+    recompute: bool = False,
+    mutation: Any = None,
+    bucket: int = BUCKET,
+    shape: ModelConfig = MODEL,
+    on: str = "cpu",
 ) -> tuple[Any, list[Any], Any]:
     """Chunks of this rank, the same wrapped, and their optimizer."""
     from m1_stages.engine.ddp import wrap_ddp
     from m1_stages.engine.optimizer import build_optimizer
     from m1_stages.model import build_model
 
-    model = build_model(MODEL, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute)
+    model = build_model(shape, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute, device=on)
     if mutation:
         mutation.spoil(model)
     chunks = wrap_ddp(model, sizes, bucket_size=bucket)
@@ -109,7 +119,8 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, ap
     from m1_stages.engine.step import train_step
 
     for chunk in chunks:
-        chunk.module.set_slopes(released_slopes(MODEL.num_layers, MODEL.num_heads))
+        shape = chunk.module.model_config
+        chunk.module.set_slopes(released_slopes(shape.num_layers, shape.num_heads))
     set_learning_rate(optimizer, 3e-3)
     result = train_step(chunks, optimizer, batches)
     if apply:
@@ -117,10 +128,13 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, ap
     return result
 
 
-def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topology, mutation: Any) -> dict[str, Any]:
+def _train(
+    job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topology, dev: device.Device, mutation: Any
+) -> dict[str, Any]:
     from m1_stages.engine import ddp
 
-    options = {"recompute": job.get("recompute", False), "bucket": job.get("bucket", BUCKET)}
+    options = {"recompute": job.get("recompute", False), "bucket": job.get("bucket", BUCKET), "on": dev.name}
+    options["shape"] = dataclasses.replace(MODEL, **job.get("model", {}))
     model, chunks, optimizer = build(sizes, seed=5, mutation=mutation, **options)
     keys = "losses", "grad_norms", "aux", "layer_norms", "load", "trained_tokens", "own_trained_tokens"
     record: dict[str, Any] = {key: [] for key in keys}
@@ -133,7 +147,7 @@ def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topolo
             micro_batch=job.get("micro_batch", ROWS // topology.dp_size),
         )
         whole = [packed(ids, job.get("untrained", ())) for ids in rows]
-        batches = [batch.zigzag(topology.cp_rank, topology.cp_size) for batch in whole]
+        batches = [batch.zigzag(topology.cp_rank, topology.cp_size).to(dev.torch_device) for batch in whole]
         result = step_of(chunks, optimizer, batches, apply=step not in job.get("dropped", ()))
         stats = result.routing
         record["losses"].append(result.loss)
@@ -156,7 +170,7 @@ def _train(job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topolo
     record["local_parameters"] = sum(p.numel() for p in model.parameters())
     record["longest_crossing"] = _longest_crossing(whole[0], topology.cp_size)
     record["topology"] = topology.sizes() | {"rank": topology.rank}
-    record["hits"] = device.hits()
+    record["hits"], record["backend"] = device.hits(), torch.distributed.get_backend()
     return record
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from m1_data.errors import ConfigError, EnvironmentProblem
+from m1_stages.checkpoint import together
 from m1_stages.config import ParallelConfig
 from m1_stages.engine import device, parallel
 
@@ -83,3 +84,15 @@ def test_sizes_that_do_not_fit_are_refused(
     assert message in error.value.what
     assert "expert" not in sizes or world < 4 or 'set dispatcher = "allgather"' in error.value.fix
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(("backend", "devices"), [("nccl", [3]), ("gloo", None)])
+def test_a_rank_waits_on_its_own_gpu(backend: str, devices: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to itself NCCL takes the GPU with the number of the rank."""
+    asked = []
+    monkeypatch.setattr(together, "world", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids: asked.append(device_ids))
+    together.barrier()
+    assert asked == [devices]

@@ -28,9 +28,11 @@ def world() -> int:
 def barrier() -> None:
     """Wait for all ranks."""
     if world() > 1:
+        import torch
         import torch.distributed as dist
 
-        dist.barrier()
+        # Unless told, NCCL takes the GPU numbered as the rank, which may be another process's.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def gather(value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from m1_stages.checkpoint.alone import without_collectives
 from m1_stages.checkpoint.files import HashedFile
-from m1_stages.checkpoint.together import world
+from m1_stages.checkpoint.together import barrier, world
 
 Files = dict[str, tuple[int, str]]
 """Relative path to size in bytes and SHA-256."""
@@ -97,10 +97,8 @@ class Snapshot:
 
 def save_in_process(sharded_state_dict: dict[str, Any], directory: Path) -> None:
     """``dist_checkpointing.save`` in torch_dist format, one file per rank, flushed to disk; collective."""
-    import torch.distributed as dist
-
     snapshot = Snapshot(sharded_state_dict, directory)
     snapshot.copy()
     snapshot.write(lambda: None)
-    dist.barrier()
+    barrier()
     snapshot.finish()

@@ -121,12 +121,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def agree_min(value: float) -> float:
     """The smallest of all ranks' values, on every rank."""
     if dist.get_world_size() == 1:

@@ -18,6 +18,7 @@ import torch
 
 from m1_data.errors import CheckpointError, ConfigError, M1Error, NumericStop
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
+from m1_stages.checkpoint.together import barrier
 from m1_stages.config import CHECKPOINTS, METRICS, Resolved
 from m1_stages.engine import device as device_module
 from m1_stages.engine import parallel
@@ -139,7 +140,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
     run_dir = resolved.run_dir
     if topology.rank == 0:
         _prepare_run_dir(run_dir, fresh=fresh)
-    parallel.barrier()
+    barrier()
     emit, close = _emitter(run_dir, sinks, rank=topology.rank)
     stop = StopRequest()
     try:
