@@ -20,7 +20,7 @@ Exit codes: 0 done, 1 internal error, 2 configuration or command line, 3 environ
 after saving (requeue, or run the same command again), 130 interrupted.
 """
 
-_RANK_0_FIRST_S = 3.0
+_RANK_0_FIRST_S = 8.0
 
 _OS_ADVICE = {
     errno.ENOSPC: "free some space and run the same command again; nothing finished is lost",
