@@ -4,7 +4,7 @@
     python benchmarks/length_extension.py run WORK [--size small] [--only NAME,NAME] [--seeds 1,2,3] [--at-once 4] [--gpus 1]
     python benchmarks/length_extension.py table WORK                # what was seen, as Markdown
 
-Two sizes: ``tiny`` (a CPU: contexts of 128 to 4,096 tokens) and ``small`` (GPUs: 1,024 to 32,768, 16 layers, 60M parameters).
+Two sizes: ``tiny`` (a CPU: contexts of 128 to 4,096 tokens) and ``small`` (GPUs: 1,024 to 32,768, 16 layers, 61M parameters).
 CORPUS: ``*.jsonl.zst`` files named DOMAIN_*; half of what is trained on are documents that hide keys and ask for them. Every
 variant trains the same tokens; those that do not differ in the first stage share it: it is trained once for each seed and way of
 decay (``WORK/base-*``). Each is evaluated after each stage. All run in processes of their own; ``WORK/NAME-SEED/`` holds

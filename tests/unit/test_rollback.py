@@ -1,0 +1,41 @@
+"""What a roll back leaves in the state that is loaded after it, also by a process that is started later."""
+
+from __future__ import annotations
+
+import pytest
+
+from m1_stages.engine.rollback import _Record, without_the_trouble
+from m1_stages.engine.state import TrainState
+from m1_stages.guard import GuardState
+
+
+def loaded(global_step: int) -> TrainState:
+    return TrainState(
+        stage="128k",
+        slopes=[[0.5]],
+        global_step=global_step,
+        ramp_progress=0.5,
+        left_out=[1],
+        guard=GuardState(skipped=[8]),
+    )
+
+
+def record(to: int, left_out: list[int], ramp: float) -> _Record:
+    return _Record("128k", "data", to, left_out, "spike", ramp)
+
+
+@pytest.mark.parametrize(
+    ("global_step", "ramp", "skipped"),
+    [(14, 0.2, []), (13, 0.2, []), (15, 0.5, [8])],
+    ids=["the one gone back to", "one before it", "one made after it"],
+)
+def test_ramp_and_budget_are_those_of_the_run_that_rolled_back(
+    global_step: int, ramp: float, skipped: list[int]
+) -> None:
+    state = without_the_trouble(loaded(global_step), [record(10, [3], 0.9), record(14, [4, 5], 0.2)])
+    assert (state.ramp_progress, state.guard.skipped, state.left_out) == (ramp, skipped, [1, 3, 4, 5])
+
+
+def test_the_ramp_is_never_put_forward() -> None:
+    assert without_the_trouble(loaded(14), [record(14, [4], 0.9)]).ramp_progress == 0.5
+    assert without_the_trouble(loaded(14), []) == loaded(14)
