@@ -8,16 +8,16 @@ DEMO ?= demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test faults test-gpu bench bench-gpu docs clean
+.PHONY: help setup demo check check-constraints format test faults test-gpu bench bench-gpu docs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv and install m1 with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) with the versions in constraints.txt"
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "m1 needs Python 3.11 or newer; run: make PYTHON=python3.11 setup")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "m1 needs Python 3.11, 3.12 or 3.13; run: make PYTHON=python3.11 setup")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
@@ -33,6 +33,9 @@ check: setup ## format, lint, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check-constraints: setup ## constraints.txt resolves for every supported Python, with the index's torch and with a CPU build
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/check_constraints.py
 
 format: setup ## rewrite the sources in the house format
 	$(BIN)/ruff format .
