@@ -19,9 +19,9 @@ from train_step import configuration
 from train_step_peers import Ours, Setting, build_chunks, plan_for, random_row
 
 from m1_stages.config import GuardConfig
-from m1_stages.engine import device as devices
-from m1_stages.engine import gradients, parallel
 from m1_stages.guard import Guard, GuardState, Observation
+from m1_stages.runtime import device as devices
+from m1_stages.runtime import gradients, parallel
 
 
 def one_norm(self: gradients.ReadyGradients) -> torch.Tensor:

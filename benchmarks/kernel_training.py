@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m1_kernels import lightning_attention
-from m1_kernels.dispatch import triton_refusal
+from m1_kernels.lightning.dispatch import triton_refusal
 
 VOCAB, FP32_BOUND, EPS = 64, 1e-4, 1e-6
 SHARES = (0.43, 0.31, 0.19)  # of the tokens, and one document of the rest

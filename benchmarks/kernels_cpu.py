@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from m1_kernels import causal_attention, chunked, lightning_attention
+from m1_kernels import causal_attention, lightning_attention
+from m1_kernels.lightning import chunked
 
 HEADS = 4
 CASES = ((4096, 16, 1), (4096, 32, 1), (4096, 16, 60), (4096, 32, 300), (65_536, 32, 1), (65_536, 32, 300))

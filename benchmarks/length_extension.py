@@ -149,9 +149,9 @@ def prepare(corpus: Path, work: Path, size: str) -> None:
 def run_variant(work: Path, size: str, name: str, seed: int) -> int:
     """Train one variant, or the first stage of some, in this process."""
     from m1_data.errors import M1Error
-    from m1_stages.configload import load_config
-    from m1_stages.engine import pretrain
-    from m1_stages.engine.events import Event, StageFinished, StepDone
+    from m1_stages.config.load import load_config
+    from m1_stages.events import Event, StageFinished, StepDone
+    from m1_stages.jobs import pretrain
 
     is_base, folder = name.startswith("base"), work / f"{name}-{seed}"
     example = next(v for v in VARIANTS if base_of(v) == name) if is_base else name
@@ -197,7 +197,7 @@ def spoil_batches(size: dict[str, Any]) -> None:
     """Some steps of every later stage see random tokens instead of text."""
     import torch
 
-    from m1_data.loader import PackedBatch, PackedDataset
+    from m1_data.sampling.loader import PackedBatch, PackedDataset
 
     original = PackedDataset.batch
 

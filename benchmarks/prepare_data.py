@@ -21,7 +21,7 @@ from pathlib import Path
 RUN = """
 import json, resource, sys
 from pathlib import Path
-from m1_data.prepare import prepare
+from m1_data.prepare.run import prepare
 from m1_data.spec import PrepareSpec, SourceSpec, TokenizerSpec
 job = json.loads(sys.argv[1])
 sources = tuple(

@@ -60,12 +60,12 @@ from train_step_peers import (
 )
 from train_step_profile import HEAD, print_head, print_profile, print_summary, profile_step, table_row
 
-from m1_data.manifest import load_manifest
+from m1_data.storage.manifest import load_manifest
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import StagePlan
-from m1_stages.engine import device as devices
-from m1_stages.engine import parallel
+from m1_stages.runtime import device as devices
+from m1_stages.runtime import parallel
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 LONG = 524_288

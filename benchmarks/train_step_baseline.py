@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from m1_data.loader import PackedBatch
+from m1_data.sampling.loader import PackedBatch
 from m1_stages.config import ModelConfig
 from m1_stages.decay import Slopes
 

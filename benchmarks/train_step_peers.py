@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from train_step_baseline import Baseline, Weights, from_ours, lightning, softmax_backends
 
-from m1_data.loader import PackedBatch, PackedDataset, Segment, collate
+from m1_data.sampling.loader import PackedBatch, PackedDataset, Segment, collate
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig, OptimConfig, Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
-from m1_stages.engine.activations import settle
-from m1_stages.engine.device import Device
-from m1_stages.engine.parallel import Topology
+from m1_stages.runtime.device import Device
+from m1_stages.runtime.parallel import Topology
+from m1_stages.training.recompute_choice import settle
 
 if TYPE_CHECKING:
-    from m1_stages.engine.step import StepResult
     from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
+    from m1_stages.training.step import StepResult
 
 LR = 1e-4
 SIGMA, SEED = 1.4, 1234
@@ -117,7 +117,7 @@ class Peer(Protocol):
 
 def build_chunks(setting: Setting, rope_base: float) -> tuple[ModelChunks, Weights]:
     """Our model and a copy of its initial weights on the host, by our names."""
-    from m1_stages.convert.names import our_shapes
+    from m1_stages.hf.tensor_names import our_shapes
     from m1_stages.model import build_model
 
     chunks = build_model(
@@ -149,8 +149,8 @@ class Ours:
     """The product's path: Megatron's DDP and optimizer, ``train_step``, ``apply``, as ``engine/loop.py`` runs them."""
 
     def __init__(self, setting: Setting, chunks: ModelChunks, weights: Weights) -> None:
-        from m1_stages.engine.ddp import wrap_ddp
-        from m1_stages.engine.optimizer import build_optimizer
+        from m1_stages.runtime.ddp import wrap_ddp
+        from m1_stages.runtime.optimizer import build_optimizer
 
         parallel = setting.config.parallel
         self.setting = setting
@@ -192,8 +192,8 @@ class Ours:
 
     def measured(self, batch: PackedBatch) -> StepResult:
         """A step that is not applied yet."""
-        from m1_stages.engine.optimizer import set_learning_rate
-        from m1_stages.engine.step import train_step
+        from m1_stages.runtime.optimizer import set_learning_rate
+        from m1_stages.training.step import train_step
 
         assert self.plan is not None
         self.model.set_slopes(self.plan.slopes_at(1.0))

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from m1_stages.curriculum import SFT
 from m1_stages.decay import half_life_tokens
-from m1_stages.engine.events import (
+from m1_stages.events import (
     CheckpointRejected,
     CheckpointSaved,
     Event,

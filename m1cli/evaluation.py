@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from m1_stages.engine.events import NeedleMap, PositionLoss, StageEvaluated
+from m1_stages.events import NeedleMap, PositionLoss, StageEvaluated
 
 _COLOURS = ((120, 30, 40), (178, 110, 20), (30, 120, 60))
 """Backgrounds at a recall of 0, a half and 1."""

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from m1_stages.engine import device
+from m1_stages.runtime import device
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined

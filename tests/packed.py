@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from m1_data.loader import PackedBatch
+from m1_data.sampling.loader import PackedBatch
 
 
 def packed_batch(tokens: torch.Tensor, doc_lengths: Sequence[int]) -> PackedBatch:

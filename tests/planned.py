@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from m1_stages.config import ModelConfig, Resolved
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 
 TINY = ModelConfig(
     hidden_size=8, num_layers=4, num_heads=2, head_dim=4, num_kv_heads=1, rotary_dim=4, num_experts=4,

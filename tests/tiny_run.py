@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-from m1_data.prepare import prepare
-from m1_stages.configload import load_config
+from m1_data.prepare.run import prepare
+from m1_stages.config.load import load_config
 
 CONFIG = """
 preset = "tiny"

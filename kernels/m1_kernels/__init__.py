@@ -1,13 +1,13 @@
 """Math on tensors. Knows nothing of Megatron, of configurations or of this project."""
 
-from m1_kernels.cross_entropy import linear_cross_entropy
-from m1_kernels.dispatch import explain_backend, lightning_attention, lightning_decode, lightning_layer
-from m1_kernels.experts import grouped_experts, mix_experts
-from m1_kernels.norm import add_rms_norm
-from m1_kernels.offload import HostInputs
+from m1_kernels.cross_entropy.linear import linear_cross_entropy
+from m1_kernels.host_inputs import HostInputs
+from m1_kernels.lightning.dispatch import explain_backend, lightning_attention, lightning_decode, lightning_layer
+from m1_kernels.moe.experts import grouped_experts, mix_experts
+from m1_kernels.norm.rms_norm import add_rms_norm
 from m1_kernels.recompute import recomputed, recomputing
-from m1_kernels.rotary import apply_rotary
-from m1_kernels.softmax import causal_attention
+from m1_kernels.softmax_attention.attention import causal_attention
+from m1_kernels.softmax_attention.rotary import apply_rotary
 
 __all__ = [
     "HostInputs",

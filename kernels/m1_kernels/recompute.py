@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from m1_kernels.offload import HostInputs
+from m1_kernels.host_inputs import HostInputs
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 _SOFTMAX_OPS = (

@@ -10,8 +10,8 @@ import typer
 from rich.markup import escape
 
 from m1_data.errors import EXIT_ENVIRONMENT
-from m1_stages.configload import load_config
-from m1_stages.doctor import examine
+from m1_stages.config.load import load_config
+from m1_stages.doctor.checks import examine
 from m1cli.console import console
 
 _NAME_WIDTH = 27

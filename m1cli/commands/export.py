@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from m1_data.errors import CheckpointError
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1cli.console import console
 
 TOLERANCE = 1e-4
@@ -40,8 +40,8 @@ def export_command(
     Raises:
         M1Error: what ``choose_checkpoint``, ``Export`` and ``generate`` raise.
     """
-    from m1_stages.convert.run import Export, choose_checkpoint
-    from m1_stages.convert.verify import generate
+    from m1_stages.hf.verify import generate
+    from m1_stages.jobs.export import Export, choose_checkpoint
 
     resolved = load_config(path, overrides)
     committed = choose_checkpoint(resolved, stage=stage, checkpoint=checkpoint)

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from m1_data.errors import EXIT_PREEMPTED, ConfigError
 from m1_stages.config import Resolved
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1cli.console import console
 
 _COMMANDS = ("pretrain", "sft")

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from m1_data.manifest import Manifest
-from m1_data.prepare import prepare
+from m1_data.prepare.run import prepare
+from m1_data.storage.manifest import Manifest
 from m1_stages.config import Resolved
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import plan_stage
 from m1cli.console import console
 

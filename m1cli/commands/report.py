@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from m1_data.manifest import MANIFEST
-from m1_stages.configload import load_config
+from m1_data.storage.manifest import MANIFEST
+from m1_stages.config.load import load_config
 from m1cli.console import console
 
 

@@ -13,10 +13,10 @@ import typer
 
 from m1_data.errors import ConfigError, EnvironmentProblem
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
-from m1_stages.engine.events import Sink
-from m1_stages.engine.watchdog import RankLost, Watchdog
+from m1_stages.events import Sink
+from m1_stages.runtime.watchdog import RankLost, Watchdog
 from m1cli.display import TrainingDisplay
 from m1cli.errors import show
 from m1cli.launch import LAUNCHER, adopt_slurm, die_with_launcher, is_worker, num_processes, run_ranks
@@ -32,7 +32,7 @@ def pretrain_command(
     stages = stages_of(stage)
 
     def train(sinks: list[Sink]) -> None:
-        from m1_stages.engine import pretrain
+        from m1_stages.jobs import pretrain
 
         pretrain.run(resolved, stages, sinks, fresh=fresh, force=force)
 
@@ -46,7 +46,7 @@ def evaluate_command(config: Path, overrides: list[str], stage: str, *, gpus: in
         raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join(STAGE_NAMES)}")
 
     def measure(sinks: list[Sink]) -> None:
-        from m1_stages.engine import evaluate
+        from m1_stages.jobs import evaluate
 
         evaluate.run(resolved, stage, sinks)
 
@@ -58,7 +58,7 @@ def sft_command(config: Path, overrides: list[str], *, gpus: int | None, fresh: 
     resolved = load_config(config, [*overrides, *_processes(gpus)])
 
     def train(sinks: list[Sink]) -> None:
-        from m1_stages.engine import sft
+        from m1_stages.jobs import sft
 
         sft.run(resolved, sinks, fresh=fresh)
 
@@ -117,7 +117,7 @@ def _tensorboard(resolved: Resolved) -> Sink:
             "run.tensorboard is on, but tensorboard is not installed",
             fix="pip install 'm1cli[tensorboard]', or set run.tensorboard = false",
         ) from error
-    from m1_stages.engine.events import Event, StepDone
+    from m1_stages.events import Event, StepDone
 
     writer = SummaryWriter(str(resolved.run_dir / "tensorboard"))
 

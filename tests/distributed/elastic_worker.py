@@ -20,12 +20,14 @@ import torch
 from rank_pool import my_jobs
 
 from m1_data.errors import Preempted
-from m1_data.loader import PackedBatch
+from m1_data.sampling.loader import PackedBatch
 from m1_stages.checkpoint import CheckpointStore
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
-from m1_stages.engine import device, loop, pretrain
-from m1_stages.engine.step import train_step
+from m1_stages.jobs import pretrain
+from m1_stages.runtime import device
+from m1_stages.training import loop
+from m1_stages.training.step import train_step
 
 
 def work(job: dict[str, Any], folder: Path) -> None:

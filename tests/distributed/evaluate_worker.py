@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from m1_data.errors import M1Error
-from m1_data.needles import KEY_TOKENS, Haystack
+from m1_data.sampling.needles import KEY_TOKENS, Haystack
 from m1_stages.config import ModelConfig, ParallelConfig
-from m1_stages.configload import load_config
-from m1_stages.engine import device, measure, parallel, pretrain
-from m1_stages.engine.events import Event, GateForced, StageEvaluated, StepDone
+from m1_stages.config.load import load_config
+from m1_stages.evaluation import long_context as measure
+from m1_stages.events import Event, GateForced, StageEvaluated, StepDone
+from m1_stages.jobs import pretrain
+from m1_stages.runtime import device, parallel
 
 IDS = 8
 LENGTHS, DEPTHS = [64, 128], [0.0, 0.5, 1.0]
@@ -31,7 +33,7 @@ def layout(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     dev, sizes = device.use("cpu"), ParallelConfig(**job["parallel"])
     topology = parallel.start(sizes, device=dev, seed=1)
-    from m1_stages.engine.ddp import gather_parameters
+    from m1_stages.runtime.ddp import gather_parameters
 
     before = measure.zigzag, measure._everywhere
     try:

@@ -19,13 +19,13 @@ import torch
 from parity_worker import MODEL, ROWS, SEQ_LEN, build, packed
 
 from m1_data.errors import M1Error
-from m1_data.loader import PackedBatch
+from m1_data.sampling.loader import PackedBatch
 from m1_stages.config import GuardConfig, ParallelConfig
 from m1_stages.curriculum import LrSchedule, StagePlan
 from m1_stages.decay import released_slopes
-from m1_stages.engine import device, parallel
-from m1_stages.engine.events import Event
-from m1_stages.engine.state import TrainState
+from m1_stages.events import Event
+from m1_stages.runtime import device, parallel
+from m1_stages.training.train_state import TrainState
 
 
 class Rows:
@@ -56,8 +56,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(job: dict[str, Any], dev: Any, topology: parallel.Topology) -> dict[str, Any]:
-    from m1_stages.engine.loop import Run, train_stage
-    from m1_stages.engine.signals import StopRequest
+    from m1_stages.runtime.signals import StopRequest
+    from m1_stages.training.loop import Run, train_stage
 
     model, chunks, optimizer = build(ParallelConfig(**job["parallel"]), seed=5)
     slopes, steps = released_slopes(MODEL.num_layers, MODEL.num_heads), job["steps"]
@@ -95,7 +95,7 @@ def _train(job: dict[str, Any], dev: Any, topology: parallel.Topology) -> dict[s
 
 @contextmanager
 def _faulty(fault: str, at: int, chunks: list[Any], state: TrainState) -> Iterator[None]:
-    from m1_stages.engine import loop, step
+    from m1_stages.training import loop, step
 
     original_loss, original_check = step._loss, loop.check_replicas
 

@@ -14,10 +14,10 @@ import torch
 from parity_worker import MODEL
 from torch import Tensor
 
-from m1_data.loader import PackedBatch
+from m1_data.sampling.loader import PackedBatch
 from m1_stages.config import ParallelConfig
 from m1_stages.decay import released_slopes
-from m1_stages.engine import device, parallel
+from m1_stages.runtime import device, parallel
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 LOG_DECAY = torch.tensor([-0.6, -0.05, -1e-4, 0.0])
@@ -117,7 +117,7 @@ def _largest_change(a: Tensor, b: Tensor) -> float:
 def _kernel(job: dict[str, Any]) -> Subject:
     """q, k, v and gate, and the gradient of the output."""
     from m1_kernels import causal_attention, lightning_attention, lightning_layer
-    from m1_stages.model.packing import Packing
+    from m1_stages.model.packed_seq_params import Packing
 
     def run(inputs: list[Tensor], batch: PackedBatch, group: Any) -> list[Tensor]:
         *parts, grad = (x[None] for x in inputs)
@@ -152,7 +152,7 @@ def _built() -> Any:
 
 def _layer(job: dict[str, Any]) -> Subject:
     """Hidden states of one attention layer, and the gradient of its output."""
-    from m1_stages.model.packing import Packing
+    from m1_stages.model.packed_seq_params import Packing
 
     attention = (
         _built().decoder.layers[{"lightning": 0, "softmax": MODEL.num_layers - 1}[job["attention"]]].self_attention

@@ -15,16 +15,17 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-import m1_kernels.shards
-import m1_kernels.softmax
-from m1_data.loader import PackedBatch
-from m1_kernels.shards import ContextShards
-from m1_stages.engine import ddp
-from m1_stages.engine import optimizer as engine_optimizer
-from m1_stages.model import chunks, norms, packing
+import m1_kernels.lightning.zigzag
+import m1_kernels.softmax_attention.attention
+from m1_data.sampling.loader import PackedBatch
+from m1_kernels.lightning.zigzag import ContextShards
+from m1_stages.model import chunks, norms
+from m1_stages.model import packed_seq_params as packing
 from m1_stages.model.attention import LightningAttention
 from m1_stages.model.hybrid import HybridModel
 from m1_stages.model.moe import Router
+from m1_stages.runtime import ddp
+from m1_stages.runtime import optimizer as engine_optimizer
 
 Function = Callable[..., Any]
 
@@ -108,11 +109,11 @@ def _weights_in_module_order(original: Function, module: nn.Module, model: Any, 
 
 PATCHES: dict[str, tuple[Any, str, Function]] = {
     "no state from earlier shards": (ContextShards, "entering", _zeros),
-    "no decay on the state from earlier shards": (m1_kernels.shards, "entering_states", _no_decay),
+    "no decay on the state from earlier shards": (m1_kernels.lightning.zigzag, "entering_states", _no_decay),
     "no gradient to earlier shards": (ContextShards, "leaving", _zeros),
-    "keys in rank order": (m1_kernels.softmax, "gather_sequence", _keys_in_rank_order),
+    "keys in rank order": (m1_kernels.softmax_attention.attention, "gather_sequence", _keys_in_rank_order),
     "positions of contiguous shards": (PackedBatch, "zigzag", _contiguous_positions),
-    "key gradients not summed": (m1_kernels.softmax, "gather_sequence", _own_key_gradients_only),
+    "key gradients not summed": (m1_kernels.softmax_attention.attention, "gather_sequence", _own_key_gradients_only),
     "trained tokens of the whole sequence on every rank": (PackedBatch, "zigzag", _whole_mask),
     "documents not told apart": (packing, "zigzag_shards", _one_document),
     "no reduction in the sharded norm, forward": (norms, "reduce_from_tensor_model_parallel_region", _unreduced),

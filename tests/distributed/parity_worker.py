@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from m1_data.loader import PackedBatch, batch_rows
-from m1_stages.checkpoint.together import barrier
+from m1_data.sampling.loader import PackedBatch, batch_rows
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
 from m1_stages.decay import released_slopes
-from m1_stages.engine import device, parallel
+from m1_stages.runtime import device, parallel
+from m1_stages.runtime.collectives import barrier
 
 SEQ_LEN, ROWS, VOCAB = 64, 4, 250
 MODEL = ModelConfig(
@@ -101,9 +101,9 @@ def build(
     on: str = "cpu",
 ) -> tuple[Any, list[Any], Any]:
     """Chunks of this rank, the same wrapped, and their optimizer."""
-    from m1_stages.engine.ddp import wrap_ddp
-    from m1_stages.engine.optimizer import build_optimizer
     from m1_stages.model import build_model
+    from m1_stages.runtime.ddp import wrap_ddp
+    from m1_stages.runtime.optimizer import build_optimizer
 
     model = build_model(shape, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute, device=on)
     if mutation:
@@ -115,8 +115,8 @@ def build(
 
 def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, apply: bool = True) -> Any:
     """One step at a fixed rate; its gradients are applied, or dropped."""
-    from m1_stages.engine.optimizer import set_learning_rate
-    from m1_stages.engine.step import train_step
+    from m1_stages.runtime.optimizer import set_learning_rate
+    from m1_stages.training.step import train_step
 
     for chunk in chunks:
         shape = chunk.module.model_config
@@ -131,7 +131,7 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, ap
 def _train(
     job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topology, dev: device.Device, mutation: Any
 ) -> dict[str, Any]:
-    from m1_stages.engine import ddp
+    from m1_stages.runtime import ddp
 
     options = {"recompute": job.get("recompute", False), "bucket": job.get("bucket", BUCKET), "on": dev.name}
     options["shape"] = dataclasses.replace(MODEL, **job.get("model", {}))
@@ -158,7 +158,7 @@ def _train(
         record["trained_tokens"].append(result.trained_tokens)
         record["own_trained_tokens"].append([batch.trained_tokens for batch in batches])
     if "save" in job:
-        from m1_stages.checkpoint.write import save_in_process
+        from m1_stages.checkpoint.snapshot import save_in_process
 
         metadata = {"non_homogeneous_layers": True}
         state = model.sharded_state_dict(metadata=metadata)

@@ -11,13 +11,13 @@ import torch
 from parity_worker import ROWS, packed
 from rank_pool import my_jobs
 
-from m1_data.loader import batch_rows
+from m1_data.sampling.loader import batch_rows
 from m1_stages.checkpoint import CheckpointStore
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.decay import released_slopes
-from m1_stages.engine import device
-from m1_stages.engine.session import Session, open_session
-from m1_stages.engine.state import TrainState
+from m1_stages.runtime import device
+from m1_stages.training.session import Session, open_session
+from m1_stages.training.train_state import TrainState
 
 LEARNING_RATE, FACTOR = 3e-3, 1.1
 
@@ -63,8 +63,8 @@ def begun(session: Session) -> TrainState:
 
 
 def train(session: Session, state: TrainState) -> float:
-    from m1_stages.engine.optimizer import set_learning_rate
-    from m1_stages.engine.step import train_step
+    from m1_stages.runtime.optimizer import set_learning_rate
+    from m1_stages.training.step import train_step
 
     run, place = session.run, session.run.topology
     run.model.set_slopes(state.slopes)

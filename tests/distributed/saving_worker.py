@@ -12,7 +12,7 @@ import torch
 from parity_worker import ROWS, build, packed, step_of
 
 from m1_stages.config import ParallelConfig
-from m1_stages.engine import device, parallel
+from m1_stages.runtime import device, parallel
 
 SHARDING = {
     "non_homogeneous_layers": True,
@@ -44,8 +44,8 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
         from megatron.core import dist_checkpointing
         from mutations import Mutation
 
-        from m1_stages.checkpoint.write import save_in_process
-        from m1_stages.engine import optimizer as product
+        from m1_stages.checkpoint.snapshot import save_in_process
+        from m1_stages.runtime import optimizer as product
 
         batches = [packed(list(range(ROWS)))]
         mutation = Mutation(job["mutation"])
@@ -74,7 +74,7 @@ def save_without_psutil(job: dict[str, Any]) -> list[str]:
     with alone(sizes):
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-        from m1_stages.checkpoint.write import save_in_process
+        from m1_stages.checkpoint.snapshot import save_in_process
 
         model, _, optimizer = build(sizes, seed=5)
         with mock.patch.object(filesystem_async, "HAVE_PSUTIL", False):

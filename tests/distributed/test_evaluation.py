@@ -15,9 +15,9 @@ import pytest
 from resident_ranks import POOL
 from tiny_run import make_run
 
-from m1_data.needles import PAIR_TOKENS
+from m1_data.sampling.needles import PAIR_TOKENS
 from m1_stages.checkpoint import CheckpointStore
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1cli.commands.stages import stage_chain
 from m1cli.report.html import write_report
 

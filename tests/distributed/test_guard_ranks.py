@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from resident_ranks import POOL
 
-from m1_stages.engine.stragglers import REPORT_EVERY, WINDOW, Stragglers
+from m1_stages.runtime.stragglers import REPORT_EVERY, WINDOW, Stragglers
 
 LAYOUTS: dict[str, dict[str, Any]] = {"DP4": {}, "TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "CP2": {"context": 2}}
 

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import M1Error
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
-from m1_stages.engine import pretrain
-from m1_stages.engine.events import Event, StepDone
+from m1_stages.events import Event, StepDone
+from m1_stages.jobs import pretrain
 
 
 def spoil(bad: dict[str, Any]) -> None:
     """Multiply the loss of micro-batches that hold a bad sample; "nan once" is used up by the first."""
-    from m1_stages.engine import step
+    from m1_stages.training import step
 
     original = step._loss
 

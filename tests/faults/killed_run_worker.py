@@ -20,17 +20,17 @@ from pathlib import Path
 
 from guard_run_worker import spoil
 
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
-from m1_stages.engine import device
+from m1_stages.runtime import device
 
 device.use("cpu")
 
 from megatron.core import dist_checkpointing  # noqa: E402, F401 - all imports before the first fork
 
 import m1_stages.model  # noqa: E402, F401
-from m1_stages.engine import pretrain  # noqa: E402
-from m1_stages.engine.events import Event  # noqa: E402
+from m1_stages.events import Event  # noqa: E402
+from m1_stages.jobs import pretrain  # noqa: E402
 
 MOMENTS = ("RolledBack", "GuardNoticed skip", "StepLeftOut", "GuardNoticed roll_back")
 

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from m1_stages.checkpoint import CheckpointStore, write
+from m1_stages.checkpoint import CheckpointStore
+from m1_stages.checkpoint import snapshot as write
 from m1_stages.checkpoint import store as store_module
 from m1_stages.config import ParallelConfig
-from m1_stages.engine import device, parallel
+from m1_stages.runtime import device, parallel
 
 DEVICE = device.use("cpu")
 

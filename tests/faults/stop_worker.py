@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import M1Error
-from m1_data.loader import PackedDataset
-from m1_stages.configload import load_config
+from m1_data.sampling.loader import PackedDataset
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
-from m1_stages.engine import evaluate, pretrain, saving, step
+from m1_stages.jobs import evaluate, pretrain
+from m1_stages.training import checkpointer as saving
+from m1_stages.training import step
 
 PLACES: dict[str, tuple[Any, str, int]] = {
     "data": (PackedDataset, "batch", 2),

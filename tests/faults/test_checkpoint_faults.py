@@ -24,7 +24,7 @@ from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.checkpoint.manifest import MANIFEST, read_manifest
 from m1_stages.config import ParallelConfig
-from m1_stages.engine import device, parallel
+from m1_stages.runtime import device, parallel
 
 FILES = [".metadata", "common.pt", "__0_0.distcp", "metadata.json", MANIFEST]
 

@@ -270,7 +270,7 @@ def _batch_script(training: Training, folder: Path) -> int:
 WATCHED = """
 import sys, time
 from pathlib import Path
-from m1_stages.engine.watchdog import Watchdog, beat
+from m1_stages.runtime.watchdog import Watchdog, beat
 folder, what = Path(sys.argv[1]), sys.argv[2]
 with Watchdog(folder, rank=0, world=int(sys.argv[3]), deadline_s=1.0, on_expired=lambda e: print(e.what, flush=True)):
     beat("train", 7)

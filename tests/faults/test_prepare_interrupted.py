@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from m1_data.errors import DataError
-from m1_data.prepare import prepare
+from m1_data.prepare.run import prepare
 from m1_data.spec import PrepareSpec, SourceSpec, TokenizerSpec
 
 TOKENIZER = TokenizerSpec(vocab_size=600, train_bytes=200_000)
@@ -49,7 +49,7 @@ SLOW = """
 import sys, time, pathlib
 sys.path.insert(0, sys.argv[1])
 from test_prepare_interrupted import TOKENIZER, corpus
-from m1_data.prepare import prepare
+from m1_data.prepare.run import prepare
 base = pathlib.Path(sys.argv[2])
 def progress(*seen):
     print(*seen, flush=True)

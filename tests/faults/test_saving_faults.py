@@ -23,12 +23,12 @@ from tiny_checkpoint import load, meta, save, state
 from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointStore, files
 from m1_stages.checkpoint import store as store_module
-from m1_stages.checkpoint.background import Progress, Writer
+from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.config import ParallelConfig
-from m1_stages.engine import device, parallel
-from m1_stages.engine.events import CheckpointSaved, SaveFailed
-from m1_stages.engine.saving import Saver
-from m1_stages.engine.state import TrainState
+from m1_stages.events import CheckpointSaved, SaveFailed
+from m1_stages.runtime import device, parallel
+from m1_stages.training.checkpointer import Saver
+from m1_stages.training.train_state import TrainState
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -281,7 +281,7 @@ STUCK_RUN = """
 import os, sys
 from pathlib import Path
 from m1_stages.checkpoint.files import sha256_of
-from m1_stages.engine.watchdog import Watchdog, beat
+from m1_stages.runtime.watchdog import Watchdog, beat
 folder = Path(sys.argv[1])
 os.mkfifo(folder / "shard")  # to open it takes for ever
 with Watchdog(folder, rank=0, world=1, deadline_s=0.5, on_expired=lambda e: print(e.what, flush=True)):

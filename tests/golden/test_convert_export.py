@@ -18,14 +18,14 @@ from m1_data.errors import CheckpointError, ConfigError
 from m1_stages.checkpoint import Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import ModelConfig
-from m1_stages.configload import load_config
-from m1_stages.convert.export import ExportReport, export
-from m1_stages.convert.names import from_released, our_shapes, to_released
-from m1_stages.convert.recipe import Lineage
-from m1_stages.convert.run import Export, choose_checkpoint
-from m1_stages.convert.source import CheckpointSource, MemorySource
-from m1_stages.convert.verify import generate, trained_logits, verify
+from m1_stages.config.load import load_config
 from m1_stages.decay import Slopes, released_slopes
+from m1_stages.hf.checkpoint_tensors import CheckpointSource, MemorySource
+from m1_stages.hf.config_json import Lineage
+from m1_stages.hf.export import ExportReport, export
+from m1_stages.hf.tensor_names import from_released, our_shapes, to_released
+from m1_stages.hf.verify import generate, trained_logits, verify
+from m1_stages.jobs.export import Export, choose_checkpoint
 
 MODEL = ModelConfig(
     hidden_size=48, num_layers=4, num_heads=4, head_dim=16, num_kv_heads=2, rotary_dim=16, num_experts=4,
@@ -296,7 +296,7 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Committed, dict
     """A checkpoint as a run writes it, and the weights in it."""
     from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
     from m1_stages.config import ParallelConfig
-    from m1_stages.engine import device, parallel
+    from m1_stages.runtime import device, parallel
 
     root = tmp_path_factory.mktemp("run") / "checkpoints"
     parallel.start(ParallelConfig(), device=device.use("cpu"), seed=0)

@@ -12,11 +12,11 @@ import torch
 from packed import packed_batch
 
 from m1_stages.config import ModelConfig, ParallelConfig
-from m1_stages.configload import load_config
-from m1_stages.convert.names import our_shapes, to_released
+from m1_stages.config.load import load_config
 from m1_stages.decay import Slopes, released_slopes
-from m1_stages.engine import device, parallel
+from m1_stages.hf.tensor_names import our_shapes, to_released
 from m1_stages.model import build_model, count_parameters
+from m1_stages.runtime import device, parallel
 
 SHAPE = ModelConfig(
     hidden_size=64, num_layers=8, num_heads=4, head_dim=16, num_kv_heads=2, rotary_dim=16, num_experts=8,
@@ -129,7 +129,7 @@ def test_lightning_layer_equals_a_float64_quadratic_reference() -> None:
     layer = model.decoder.layers[2].self_attention
     hidden = torch.randn(700, 1, SHAPE.hidden_size, generator=torch.Generator().manual_seed(2))
     lengths = [400, 300]
-    from m1_stages.model.packing import Packing
+    from m1_stages.model.packed_seq_params import Packing
 
     packing = Packing.of(packed_batch(torch.zeros(700, dtype=torch.long), lengths), layer.pg_collection.cp)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_a_changed_token_never_reaches_another_document(changed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["LightningAttention", "SoftmaxAttention"])
 def test_attention_outputs_of_other_documents_are_bit_equal_given_equal_inputs(kind: str) -> None:
-    from m1_stages.model.packing import Packing
+    from m1_stages.model.packed_seq_params import Packing
 
     model = built()
     layer = next(x.self_attention for x in model.decoder.layers if type(x.self_attention).__name__ == kind)

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 from m1_data.errors import M1Error
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
-from m1_stages.engine import pretrain
-from m1_stages.engine.events import Event, StepDone
+from m1_stages.events import Event, StepDone
+from m1_stages.jobs import pretrain
 
 
 def main(config: str, stages: str, out: str, stop_at: str = "-1") -> int:

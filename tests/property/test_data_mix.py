@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from m1_data.errors import DataError
-from m1_data.mix import TOLERANCE, Cell, interpolate, plan_mix
+from m1_data.sampling.mix import TOLERANCE, Cell, interpolate, plan_mix
 from m1_data.spec import StageMix
 
 DOMAINS = ("code", "stem", "book", "general")

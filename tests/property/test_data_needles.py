@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1_data.errors import DataError
-from m1_data.needles import (
+from m1_data.sampling.needles import (
     KEY_TOKENS,
     PAIR_TOKENS,
     SHORTEST_TOKENS,

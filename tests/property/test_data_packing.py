@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m1_data.mix import Cell
-from m1_data.packing import CellStream, RowPlanner, best_fit, cut, permutation
+from m1_data.sampling.mix import Cell
+from m1_data.sampling.packing import CellStream, RowPlanner, best_fit, cut, permutation
 
 A, B = Cell("a", "code", "lt32k"), Cell("b", "stem", "lt32k")
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=60).filter(any)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES, CurriculumConfig
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import LrSchedule, move_ramp, plan_stage, stages_of
 from m1_stages.decay import half_life_tokens, is_released, policy_slopes, ramp, released_slopes
 

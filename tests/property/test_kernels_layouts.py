@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1_kernels import causal_attention, lightning_attention
-from m1_kernels.layout import chunk_layout
+from m1_kernels.lightning.chunk_layout import chunk_layout
 
 
 @settings(max_examples=40, deadline=None)

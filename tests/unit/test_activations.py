@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import plan_stage
-from m1_stages.engine import activations
-from m1_stages.engine.activations import settle
-from m1_stages.engine.device import Device
-from m1_stages.engine.parallel import Topology
 from m1_stages.plan.estimate import make_plan
 from m1_stages.plan.hardware import gpu_named
 from m1_stages.plan.memory import Activations
+from m1_stages.runtime.device import Device
+from m1_stages.runtime.parallel import Topology
+from m1_stages.training import recompute_choice as activations
+from m1_stages.training.recompute_choice import settle
 
 CPU = Device(name="cpu", torch_device=torch.device("cpu"), backend="gloo", why="")
 CUDA = Device(name="cuda", torch_device=torch.device("cuda"), backend="nccl", why="")

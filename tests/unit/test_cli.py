@@ -14,7 +14,7 @@ import pytest
 from tiny_run import make_run
 
 from m1_stages.config import PRESETS
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 
 
 def m1(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from m1_data.errors import ConfigError
 from m1_stages.config import PRESETS, STAGE_NAMES
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from m1_data.chat import ChatEncoder, default_template
-from m1_data.conversations import parse_conversation
+from m1_data.chat.conversations import parse_conversation
+from m1_data.chat.dataset import SFTDataset
+from m1_data.chat.encoder import ChatEncoder, default_template
+from m1_data.chat.template import ChatTemplate
 from m1_data.errors import DataError
-from m1_data.sft import SFTDataset
-from m1_data.template import ChatTemplate
 
 CONTROL = ["<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>", "<pad>"]
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from m1_stages import doctor, doctor_probes
-from m1_stages.configload import load_config
-from m1_stages.doctor import Finding
+from m1_stages.config.load import load_config
+from m1_stages.doctor import checks as doctor
+from m1_stages.doctor import probes as doctor_probes
+from m1_stages.doctor.checks import Finding
 
 
 def m1_doctor(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,8 @@ import pytest
 
 from m1_data.errors import DataError
 from m1_stages.curriculum import StagePlan
-from m1_stages.engine.loop import Run
-from m1_stages.engine.records import row_ids
+from m1_stages.training.loop import Run
+from m1_stages.training.step_events import row_ids
 
 
 def of_ranks(step: int, *, rows: int, dp_size: int, micro_batch_rows: int) -> list[list[list[int]]]:

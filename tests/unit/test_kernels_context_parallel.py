@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from m1_kernels import lightning_attention
-from m1_kernels.context_parallel import (
+from m1_kernels.lightning.cp_states import (
     ShardCut,
     correct_final_states_,
     correct_key_value_gradients_,
@@ -22,7 +22,7 @@ from m1_kernels.context_parallel import (
     entering_states,
     leaving_state_gradients,
 )
-from m1_kernels.reference import lightning_attention_reference
+from m1_kernels.lightning.reference import lightning_attention_reference
 
 H, DK, DV = 3, 4, 5
 LOG_DECAY = -torch.tensor([0.0, 2.0, 5e-5])

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1_kernels import cross_entropy, linear_cross_entropy
+from m1_kernels import linear_cross_entropy
+from m1_kernels.cross_entropy import linear as cross_entropy
 
 TOKENS, WIDTH, ROWS, VALID = 37, 8, 24, 21
 

@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m1_kernels import add_rms_norm, apply_rotary, cross_entropy, experts, mix_experts
+from m1_kernels import add_rms_norm, apply_rotary, mix_experts
+from m1_kernels.cross_entropy import linear as cross_entropy
+from m1_kernels.moe import experts
 from m1_kernels.recompute import recomputed
 
 pytest.importorskip("triton")
-from m1_kernels.gpu import cross_entropy as gpu_cross_entropy
-from m1_kernels.gpu.experts import sum_rows_triton, swiglu_backward_triton, swiglu_triton
-from m1_kernels.gpu.norm import add_rms_norm_triton
-from m1_kernels.gpu.rotary import apply_rotary_triton
+from m1_kernels.cross_entropy import chunk_triton as gpu_cross_entropy
+from m1_kernels.moe.experts_triton import sum_rows_triton, swiglu_backward_triton, swiglu_triton
+from m1_kernels.norm.rms_norm_triton import add_rms_norm_triton
+from m1_kernels.softmax_attention.rotary_triton import apply_rotary_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -174,7 +176,7 @@ def test_recomputation_repeats_no_softmax_and_no_expert_product(monkeypatch: pyt
 
 
 def test_padded_lengths_are_few_and_close() -> None:
-    from m1_kernels.softmax import CUDNN_LENGTHS_PER_OCTAVE, padded_length
+    from m1_kernels.softmax_attention.attention import CUDNN_LENGTHS_PER_OCTAVE, padded_length
 
     lengths = [padded_length(n) for n in range(4096, 8193)]
     assert all(n <= padded <= n * (1 + 1 / CUDNN_LENGTHS_PER_OCTAVE) for n, padded in enumerate(lengths, 4096))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import m1_kernels.softmax as softmax_module
+import m1_kernels.softmax_attention.attention as softmax_module
 from m1_kernels import (
     apply_rotary,
     causal_attention,
@@ -17,7 +17,7 @@ from m1_kernels import (
     mix_experts,
     recomputed,
 )
-from m1_kernels.softmax import explain_softmax_backend
+from m1_kernels.softmax_attention.attention import explain_softmax_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 Attend = Callable[[list[Tensor], str], list[Tensor]]

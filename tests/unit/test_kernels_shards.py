@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from m1_kernels import causal_attention, lightning_attention, lightning_layer
-from m1_kernels.gpu.plan import segment_plan
-from m1_kernels.shards import ContextShards, zigzag_shards
+from m1_kernels.lightning.gpu.segments import segment_plan
+from m1_kernels.lightning.zigzag import ContextShards, zigzag_shards
 
 HEADS, DIM, TOKENS = 4, 16, 48
 LOG_DECAY = torch.tensor([-0.6, -0.05, -1e-4, 0.0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m1_kernels import apply_rotary, causal_attention
-from m1_kernels.softmax import explain_softmax_backend
+from m1_kernels.softmax_attention.attention import explain_softmax_backend
 
 LENGTHS = (1, 5, 64, 1, 130, 5)
 

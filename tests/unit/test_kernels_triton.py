@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from m1_kernels import explain_backend, lightning_attention, lightning_decode, lightning_layer
-from m1_kernels.gpu import plan
+from m1_kernels.lightning.gpu import segments as plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOPES = (0.917, 2.0, 4.9e-5, 0.0)
@@ -82,7 +82,7 @@ def test_parts_of_a_fused_projection_are_read_where_they_lie() -> None:
     fused = torch.randn(1, 290, 4, 4, 16).to(DEVICE).requires_grad_()
     got, want = (run(list(fused.unbind(3)[:3]), backend, lengths, False) for backend in ("triton", "reference"))
     assert max(relative(a, b) for a, b in zip(got, want, strict=True)) < 1e-6
-    from m1_kernels.gpu.lightning import addressable
+    from m1_kernels.lightning.gpu.launch import addressable
 
     part = fused[0, :, :, 1]
     assert addressable(part) is part

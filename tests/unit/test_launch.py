@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from m1_data.errors import EnvironmentProblem
-from m1_stages.engine.signals import StopRequest
+from m1_stages.runtime.signals import StopRequest
 from m1cli import launch
 
 STEP = {
@@ -77,7 +77,7 @@ def test_one_request_that_arrives_twice_is_one_request() -> None:
 
 def test_a_second_request_leaves_at_once() -> None:
     code = (
-        "import os, signal; from m1_stages.engine import signals\n"
+        "import os, signal; from m1_stages.runtime import signals\n"
         "signals._SAME_REQUEST_S = 0.0\n"
         "with signals.StopRequest():\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -14,12 +14,12 @@ from torch import Tensor
 from m1_data.errors import ConfigError
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
 from m1_stages.decay import released_slopes
-from m1_stages.engine import device, parallel
-from m1_stages.engine.ddp import wrap_ddp
-from m1_stages.engine.offload import HostState
-from m1_stages.engine.optimizer import build_optimizer, set_learning_rate
-from m1_stages.engine.step import train_step
 from m1_stages.model import build_model
+from m1_stages.runtime import device, parallel
+from m1_stages.runtime.ddp import wrap_ddp
+from m1_stages.runtime.optimizer import build_optimizer, set_learning_rate
+from m1_stages.runtime.optimizer_offload import HostState
+from m1_stages.training.step import train_step
 
 SHAPE = ModelConfig(
     hidden_size=32, num_layers=8, num_heads=2, head_dim=16, num_kv_heads=1, rotary_dim=16, num_experts=4,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from m1_data.errors import ConfigError, EnvironmentProblem
-from m1_stages.checkpoint import together
 from m1_stages.config import ParallelConfig
-from m1_stages.engine import device, parallel
+from m1_stages.runtime import collectives as together
+from m1_stages.runtime import device, parallel
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is redirected where CUDA exists")
 GLOO = device.Device(name="cpu", torch_device=torch.device("cpu"), backend="gloo", why="test")

@@ -8,9 +8,9 @@ import pytest
 
 from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES, ParallelConfig
-from m1_stages.configload import load_config
+from m1_stages.config.load import load_config
 from m1_stages.curriculum import plan_stage
-from m1_stages.engine.batches import micro_batch_rows, refuse_uneven_pipeline
+from m1_stages.training.micro_batches import micro_batch_rows, refuse_uneven_pipeline
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ from planned import TINY, resolved
 
 from m1_stages.config import PRESETS, STAGE_NAMES, ModelConfig
 from m1_stages.model.count import count_parameters
-from m1_stages.plan.choice import Habits, choose, habits_of
 from m1_stages.plan.comm import Group
 from m1_stages.plan.flops import forward, generation, training
 from m1_stages.plan.hardware import GPUS
 from m1_stages.plan.layout import Layout, accepts, of_config
 from m1_stages.plan.memory import Activations, Memory, memory
+from m1_stages.plan.memory_policy import Habits, choose, habits_of
 from m1_stages.plan.shapes import count, layers_of_stage, local
+from m1_stages.plan.stage_workload import Work, model_of, works
 from m1_stages.plan.timing import StepModel, StepTime
-from m1_stages.plan.work import Work, model_of, works
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -29,9 +29,9 @@ def test_layouts_pass_the_trainers_own_checks(
     import torch
     import torch.distributed as dist
 
-    from m1_data.loader import batch_rows
-    from m1_stages.engine import parallel
-    from m1_stages.engine.device import Device
+    from m1_data.sampling.loader import batch_rows
+    from m1_stages.runtime import parallel
+    from m1_stages.runtime.device import Device
 
     class Reached(Exception):
         """Past all checks."""

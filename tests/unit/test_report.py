@@ -12,7 +12,7 @@ from rich.console import Console
 
 from m1_data.errors import DataError
 from m1_stages.decay import released_slopes
-from m1_stages.engine.events import (
+from m1_stages.events import (
     GateForced,
     GuardNoticed,
     JsonLines,

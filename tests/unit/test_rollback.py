@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from m1_stages.engine.rollback import _Record, without_the_trouble
-from m1_stages.engine.state import TrainState
 from m1_stages.guard import GuardState
+from m1_stages.training.rollback import _Record, without_the_trouble
+from m1_stages.training.train_state import TrainState
 
 
 def loaded(global_step: int) -> TrainState:

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import CheckpointError, EnvironmentProblem
-from m1_stages.checkpoint.alone import without_collectives
-from m1_stages.checkpoint.background import Progress, Writer
 from m1_stages.checkpoint.files import flush, sha256_of, write_durably
 from m1_stages.checkpoint.manifest import (
     MANIFEST,
@@ -26,9 +24,11 @@ from m1_stages.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
-from m1_stages.checkpoint.together import barrier, gather, largest, rank, run_together, world
+from m1_stages.checkpoint.single_process import without_collectives
+from m1_stages.checkpoint.snapshot import Files, Snapshot
 from m1_stages.checkpoint.unpickle import check_metadata, objects_restricted
-from m1_stages.checkpoint.write import Files, Snapshot
+from m1_stages.checkpoint.writer_thread import Progress, Writer
+from m1_stages.runtime.collectives import barrier, gather, largest, rank, run_together, world
 
 LATEST = "LATEST"
 _STEP = re.compile(r"step_(\d{8,})$")

@@ -1,6 +1,6 @@
 """The hybrid model on Megatron-Core.
 
-Importing this package imports no Megatron: call ``m1_stages.engine.device.use`` first, then ``build_model``.
+Importing this package imports no Megatron: call ``m1_stages.runtime.device.use`` first, then ``build_model``.
 """
 
 from __future__ import annotations

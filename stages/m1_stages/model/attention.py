@@ -19,7 +19,7 @@ from torch import Tensor
 from m1_kernels import apply_rotary, causal_attention, explain_backend, lightning_attention, lightning_layer
 from m1_stages.config import ModelConfig
 from m1_stages.model.norms import HeadShardedRMSNorm
-from m1_stages.model.packing import Packing
+from m1_stages.model.packed_seq_params import Packing
 
 
 class _Attention(MegatronModule):

@@ -22,11 +22,11 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from m1_data.loader import PackedBatch
+from m1_data.sampling.loader import PackedBatch
 from m1_kernels import HostInputs, linear_cross_entropy
 from m1_stages.config import ModelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
-from m1_stages.model.packing import Packing
+from m1_stages.model.packed_seq_params import Packing
 from m1_stages.model.spec import block_spec
 
 

@@ -22,7 +22,7 @@ from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
 from m1_stages.model.moe import MixtureOfExperts
 from m1_stages.model.norms import RMSNorm
-from m1_stages.model.packing import Packing
+from m1_stages.model.packed_seq_params import Packing
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bool, on_cpu: bool) -> TransformerConfig:

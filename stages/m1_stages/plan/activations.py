@@ -14,7 +14,7 @@ class LayerBytes:
     """Bytes of one layer of a kind: kept for the backward when nothing is recomputed, and used by the backward itself.
 
     The layer is ``x = norm(h)``, ``y = norm(alpha x + beta attention(x))``, ``alpha y + beta experts(y)``; both norms keep
-    their inputs (``m1_kernels.gpu.norm``), so h, x, the attention's result and y are there.
+    their inputs (``m1_kernels.norm.rms_norm_triton``), so h, x, the attention's result and y are there.
     """
 
     def __init__(
@@ -39,7 +39,8 @@ class LayerBytes:
         self.attention_output = heads + 4 * t * width / m.head_dim  # and log-sum-exp
         self.communication = 0.0
         if kind == "lightning":
-            # q, k, v, gate before SiLU; result before and after norm and gate (m1_kernels.gpu.layer: save_for_backward).
+            # q, k, v, gate before SiLU; result before and after norm and gate: ``save_for_backward`` of
+            # m1_kernels.lightning.gpu.fused_layer.
             attention = 6 * heads
             # Gradient of the result after and before norm and gate, of q, k, v, gate; SiLU of q, k, v, their gradients.
             busy = (1 + 1 + 4 + 3 + 3) * heads
@@ -73,7 +74,7 @@ class LayerBytes:
 
 _MOST_STATES, _FEWEST_TOKENS = 8 * 132, 512
 """The lightning kernel keeps one state per segment and head: at most eight waves of programs on the 132 processors of an
-H100, none shorter than 512 tokens (``m1_kernels.gpu.plan``)."""
+H100, none shorter than 512 tokens (``m1_kernels.lightning.gpu.segments``)."""
 
 
 def _experts(
@@ -94,7 +95,7 @@ def _experts(
         kept = chosen + keep * s * k * 2 * f * size
         if s > trainer.tile_tokens:
             weights *= 1 + 4 / size  # sums over tiles are fp32
-    # Rows and their gradients; gate and up unless kept, activation, and their gradients (m1_kernels.experts).
+    # Rows and their gradients; gate and up unless kept, activation, and their gradients (m1_kernels.moe.experts).
     inside = rows * size * (2 * h + (4 if keep else 6) * f)
     arrived = s * layout.expert * layout.expert_tensor if layout.dispatcher == "allgather" else rows
     return kept, max(inside + weights, router), 2 * arrived * h * size if moved else 0.0

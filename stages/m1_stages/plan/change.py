@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from m1_stages.config import ModelConfig
 from m1_stages.plan.hardware import GPUS
 from m1_stages.plan.search import Machine, fitting, layouts_of, memory_of
-from m1_stages.plan.work import Work
+from m1_stages.plan.stage_workload import Work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,14 +8,14 @@ from typing import Any
 
 from m1_stages.config import ModelConfig, ParallelConfig, Resolved
 from m1_stages.plan.change import Change, smallest_change
-from m1_stages.plan.choice import habits_of
 from m1_stages.plan.flops import PUBLISHED_RATIO, Flops, Generation, generation, training
 from m1_stages.plan.hardware import Gpu
 from m1_stages.plan.layout import of_config
-from m1_stages.plan.measured import Measured, read_measured
+from m1_stages.plan.memory_policy import habits_of
+from m1_stages.plan.run_measurements import Measured, read_measured
 from m1_stages.plan.search import Candidate, Machine, accepted, best, evaluate
 from m1_stages.plan.shapes import Parameters, count
-from m1_stages.plan.work import Work, model_of, works
+from m1_stages.plan.stage_workload import Work, model_of, works
 
 RELEASED_TOTAL = 456_089_655_296
 """Parameters of the released model: only for its shape do published FLOP ratios mean anything."""

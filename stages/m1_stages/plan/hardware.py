@@ -33,7 +33,8 @@ class Gpu:
     flash_attention: float
     """Share of peak FLOP/s of softmax attention through flash (``torch.nn.attention.varlen``), causal half counted."""
     cudnn: bool
-    """Softmax attention of whole documents goes through cuDNN (``m1_kernels.softmax``: compute capability 9.0 and up)."""
+    """Softmax attention of whole documents goes through cuDNN on compute capability 9.0 and up
+    (``m1_kernels.softmax_attention.attention``)."""
     host_link: float
     """To the host's memory, bytes/s in each direction: PCIe x16."""
     per_node: int = 8
@@ -153,16 +154,16 @@ class Trainer:
     """Sizes and habits of the trainer's layers that time and memory depend on; each names the code that decides it."""
 
     tile_tokens: int = 65_536
-    """Tokens whose experts' inner values exist together (``m1_kernels.experts.TILE_TOKENS``); only where every expert is on
+    """Tokens whose experts' inner values exist together (``m1_kernels.moe.experts.TILE_TOKENS``); only where every expert is on
     the rank."""
     recompute_keeps_softmax: bool = True
     """Recomputation keeps the output of softmax attention (``m1_stages.model.spec``)."""
     expands_keys: bool = True
-    """Keys and values are repeated for every query head (``m1_kernels.softmax``, torch 2.11)."""
+    """Keys and values are repeated for every query head (``m1_kernels.softmax_attention.attention``, torch 2.11)."""
     logits_at_once: int = 2**27
-    """``m1_kernels.cross_entropy.LOGITS_AT_ONCE``."""
+    """``m1_kernels.cross_entropy.linear.LOGITS_AT_ONCE``."""
     fewest_tokens: int = 1024
-    """``m1_kernels.cross_entropy.FEWEST_TOKENS``."""
+    """``m1_kernels.cross_entropy.linear.FEWEST_TOKENS``."""
     optimizer_copies: float = 1.0
     """fp32 copies of the largest group of parameters that the update makes (torch's AdamW, all tensors at once)."""
 

@@ -1,6 +1,6 @@
 """Parallel layouts: which the trainer accepts for a model, a micro-batch and a number of GPUs.
 
-The rules are those of ``configcheck`` (divisors), ``engine.parallel.start`` (processes), ``m1_data.loader`` (rows of a
+The rules are those of ``configcheck`` (divisors), ``engine.parallel.start`` (processes), ``m1_data.sampling.loader`` (rows of a
 step, zig-zag shards) and Megatron's sequence parallelism (tokens of a rank).
 """
 
@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any, Literal
 
 from m1_stages.config import ModelConfig, ParallelConfig
-from m1_stages.plan.work import Work
+from m1_stages.plan.stage_workload import Work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from m1_stages.config import ModelConfig
-from m1_stages.plan.choice import Habits, choose
 from m1_stages.plan.flops import training
 from m1_stages.plan.hardware import CALIBRATION, GIB, Gpu
 from m1_stages.plan.layout import Layout, accepts, candidates
 from m1_stages.plan.memory import Activations, Memory
+from m1_stages.plan.memory_policy import Habits, choose
 from m1_stages.plan.shapes import count
+from m1_stages.plan.stage_workload import Work
 from m1_stages.plan.timing import StepModel, StepTime
-from m1_stages.plan.work import Work
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

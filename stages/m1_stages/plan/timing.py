@@ -171,7 +171,7 @@ class StepModel:
         # With recomputation gate and up are not kept: the backward makes them anew, two products of three.
         passes = 3 + again * 2 / 3
         # Bytes of a hidden channel, forward: norm 2, norm of sum 3, sum 3, router 1 values; backward: norms 3 and 5, sum 2,
-        # sums of gradients 9, and fp32 copies of the router, 20 bytes. (m1_kernels.norm, m1_stages.model.moe)
+        # sums of gradients 9, and fp32 copies of the router, 20 bytes. (m1_kernels.norm.rms_norm, m1_stages.model.moe)
         channel = 9 * size * (1 + again) + 19 * size + 20
         # Of a slot's channels, forward: row copied 2, rows summed 1.5; SwiGLU 3 of the inner. Backward: rows copied 4, summed
         # 1.5; SwiGLU 9. Recomputation leaves the inside of the experts out, but Megatron's dispatcher moves rows again.

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from m1_stages.configload import load_config
-from m1_stages.engine.session import Session, open_session, with_vocab
-from m1_stages.engine.state import TrainState
+from m1_stages.config.load import load_config
+from m1_stages.training.session import Session, open_session, with_vocab
+from m1_stages.training.train_state import TrainState
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "step_00000007"

@@ -1,0 +1,1 @@
+"""Conversations to rows for fine-tuning: templates, encoding, loss masks."""

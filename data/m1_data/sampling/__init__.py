@@ -1,0 +1,1 @@
+"""Prepared data to training rows: mix, packing, needle documents, loader."""

@@ -1,0 +1,1 @@
+"""Files of prepared data: Megatron shards, manifest, compressed streams."""

@@ -1,0 +1,1 @@
+"""Linear cross-entropy with fp32 logits in chunks."""

@@ -1,0 +1,1 @@
+"""Lightning attention: reference, chunked, Triton; context parallelism; decoding."""

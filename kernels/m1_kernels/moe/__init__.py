@@ -1,0 +1,1 @@
+"""Top-k mixture of SwiGLU experts."""

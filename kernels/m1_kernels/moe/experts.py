@@ -1,0 +1,224 @@
+"""Top-k mixture of SwiGLU experts: ``sum_j weight_j * w2_j(silu(w1_j x) * w3_j x)`` over a token's experts j.
+
+Tokens go through in tiles. A tile's rows are sorted by expert, so that each weight meets all of its rows in one grouped
+product; what lies between input and output of a tile exists for that tile only and is computed again in the backward.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from m1_kernels.autocast import without_autocast
+from m1_kernels.recompute import recomputing
+from m1_kernels.triton_support import takes_triton
+
+TILE_TOKENS = 65_536
+"""Enough rows for each of 32 experts to keep a grouped product busy."""
+
+
+def mix_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tensor, *, keep: bool, tile_tokens: int = TILE_TOKENS
+) -> Tensor:
+    """Every token through its experts, all of which are here.
+
+    Args:
+        x: [T, h].
+        w13: [E, 2, I, h], parts w1 (gate) and w3 (up), x's dtype.
+        w2: [E, h, I], x's dtype.
+        weights: [T, k] fp32 (fp64 for fp64 inputs) combine weights.
+        index: [T, k] int64 expert of each slot.
+        keep: keep gate and up ([T k, 2 I]) for the backward instead of computing them again; not inside ``recomputed``.
+        tile_tokens: tokens at a time.
+
+    Returns:
+        [T, h] in x's dtype. The order of all sums is fixed.
+    """
+    out: Tensor = _Mixture.apply(x, w13, w2, weights, index, keep, tile_tokens)
+    return out
+
+
+def grouped_experts(rows: Tensor, counts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *, keep: bool) -> Tensor:
+    """rows [M, h] sorted by expert, ``counts`` [E] of them each, combine weights [M]: every row through its expert."""
+    ends = counts.to(device=rows.device).cumsum(0, dtype=torch.int32)
+    out: Tensor = _Grouped.apply(rows, w13, w2, weights, ends, keep)
+    return out
+
+
+class _Order(NamedTuple):
+    token: Tensor
+    """[M] token of each sorted row."""
+    place: Tensor
+    """[T, k] sorted row of each slot."""
+    slot: Tensor
+    """[M] flat slot of each sorted row."""
+    ends: Tensor
+    """[E] int32, one past each expert's last row."""
+
+
+def _sort(index: Tensor, num_experts: int) -> _Order:
+    keys = index.reshape(-1).to(torch.int16)  # a 64-bit radix sort takes four times as many passes
+    by_expert, slot = torch.sort(keys, stable=True)
+    experts = torch.arange(num_experts, device=index.device, dtype=torch.int16)
+    ends = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
+    place = torch.empty_like(slot)
+    place[slot] = torch.arange(slot.numel(), device=index.device)
+    return _Order(slot // index.shape[1], place.view(index.shape), slot, ends)
+
+
+def _use_grouped_mm(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def _lengths(ends: Tensor) -> list[int]:
+    edges = [0, *ends.tolist()]
+    return [b - a for a, b in pairwise(edges)]
+
+
+def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows [M, K] times weight [E, K, N] of their expert."""
+    if _use_grouped_mm(rows):
+        return F.grouped_mm(rows, weight, offs=ends)
+    parts = zip(rows.split(_lengths(ends)), weight, strict=True)
+    return torch.cat([part @ w for part, w in parts])
+
+
+def _weight_gradient(d_rows: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """[E, N, K] = d_rows^T rows, [M, N] and [M, K], of each expert."""
+    if _use_grouped_mm(rows):
+        return F.grouped_mm(d_rows.T, rows, offs=ends)
+    lengths = _lengths(ends)
+    return torch.stack([d.T @ r for d, r in zip(d_rows.split(lengths), rows.split(lengths), strict=True)])
+
+
+def _activate(gate_up: Tensor, weight: Tensor) -> Tensor:
+    if takes_triton(gate_up):
+        from m1_kernels.moe.experts_triton import swiglu_triton
+
+        return swiglu_triton(gate_up, weight)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up * weight[:, None].to(gate.dtype)
+
+
+def _activate_backward(gate_up: Tensor, weight: Tensor, d_inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Activation, gradient of ``gate_up``, gradient of ``weight``."""
+    if takes_triton(gate_up):
+        from m1_kernels.moe.experts_triton import swiglu_backward_triton
+
+        return swiglu_backward_triton(gate_up, weight, d_inner)
+    gate, up = gate_up.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu, scale = gate * sigmoid, weight[:, None].to(gate.dtype)
+    d_weight = (d_inner * silu * up).sum(-1).to(weight.dtype)
+    d_scaled = d_inner * scale
+    d_gate = d_scaled * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return silu * up * scale, torch.cat([d_gate, d_scaled * silu], dim=-1), d_weight
+
+
+def _sum_rows(rows: Tensor, place: Tensor, out: Tensor) -> None:
+    if takes_triton(rows):
+        from m1_kernels.moe.experts_triton import sum_rows_triton
+
+        sum_rows_triton(rows, place, out)
+    else:
+        torch.sum(rows[place], dim=1, out=out)
+
+
+def _backward_rows(
+    d_out: Tensor, rows: Tensor, gate_up: Tensor | None, weight: Tensor, ends: Tensor, w13: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rows [M, h], weight [M], w13 [E, 2 I, h] and w2."""
+    flat13 = w13.flatten(1, 2)
+    if gate_up is None:
+        gate_up = _product(rows, flat13.transpose(1, 2), ends)
+    inner, d_gate_up, d_weight = _activate_backward(gate_up, weight, _product(d_out, w2, ends))
+    del gate_up
+    d_w2 = _weight_gradient(d_out, inner, ends)
+    del inner
+    return _product(d_gate_up, flat13, ends), d_weight, _weight_gradient(d_gate_up, rows, ends), d_w2
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, rows: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ends: Tensor, keep: bool) -> Tensor:
+        gate_up = None
+        if recomputing():
+            out = torch.empty_like(rows)
+        else:
+            gate_up = _product(rows, w13.flatten(1, 2).transpose(1, 2), ends)
+            out = _product(_activate(gate_up, weights), w2.transpose(1, 2), ends)
+        ctx.save_for_backward(rows, w13, w2, weights, ends, *([gate_up] if keep and gate_up is not None else []))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, w13, w2, weights, ends, *kept = ctx.saved_tensors
+        d_out = grads[0].contiguous()
+        d_rows, d_weights, d_w13, d_w2 = _backward_rows(d_out, rows, kept[0] if kept else None, weights, ends, w13, w2)
+        return d_rows, d_w13.view(w13.shape), d_w2, d_weights, None, None
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    @without_autocast
+    def forward(
+        ctx: Any, x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tensor, keep: bool, tile_tokens: int
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        kept: list[Tensor] = []
+        for start in () if recomputing() else range(0, x.shape[0], tile_tokens):
+            tile = slice(start, start + tile_tokens)
+            order = _sort(index[tile], w13.shape[0])
+            rows = x[tile].index_select(0, order.token)
+            gate_up = _product(rows, w13.flatten(1, 2).transpose(1, 2), order.ends)
+            del rows
+            inner = _activate(gate_up, weights[tile].reshape(-1)[order.slot])
+            if keep:
+                kept.append(gate_up)
+            del gate_up
+            _sum_rows(_product(inner, w2.transpose(1, 2), order.ends), order.place, out[tile])
+        ctx.save_for_backward(x, w13, w2, weights, index, *kept)
+        ctx.tile_tokens = tile_tokens
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, w13, w2, weights, index, *kept = ctx.saved_tensors
+        d_out = grads[0].contiguous()
+        d_x, d_weights = torch.empty_like(x), torch.empty_like(weights)
+        d_w13: Tensor | None = None
+        d_w2: Tensor | None = None
+        for number, start in enumerate(range(0, x.shape[0], ctx.tile_tokens)):
+            tile = slice(start, start + ctx.tile_tokens)
+            order = _sort(index[tile], w13.shape[0])
+            rows, weight = x[tile].index_select(0, order.token), weights[tile].reshape(-1)[order.slot]
+            d_rows, d_weight, part13, part2 = _backward_rows(
+                d_out[tile].index_select(0, order.token),
+                rows,
+                kept[number] if kept else None,
+                weight,
+                order.ends,
+                w13,
+                w2,
+            )
+            _sum_rows(d_rows, order.place, d_x[tile])
+            d_weights[tile] = d_weight[order.place]
+            d_w13, d_w2 = _accumulate(d_w13, part13), _accumulate(d_w2, part2)
+        if d_w13 is None or d_w2 is None:
+            return d_x, torch.zeros_like(w13), torch.zeros_like(w2), d_weights, None, None, None
+        return d_x, d_w13.view(w13.shape).to(w13.dtype), d_w2.to(w2.dtype), d_weights, None, None, None
+
+
+def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sums over tiles are fp32: bf16 would lose the small ones."""
+    return part if total is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)

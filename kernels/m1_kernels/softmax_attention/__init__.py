@@ -1,0 +1,1 @@
+"""Causal softmax attention over packed documents, and rotary embedding."""

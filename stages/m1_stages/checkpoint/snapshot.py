@@ -1,0 +1,104 @@
+"""Writes Megatron's distributed checkpoint inside this process, in three parts: plan and copy, write, finish.
+
+Megatron's own asynchronous save forks a writer per file and collects results through a spawned manager process: seconds per
+save, a hang for ever when a writer is killed or psutil is missing, and a re-import of ``__main__``. Here a thread writes a
+copy in host memory, and the parts that need the other ranks stay on the main thread.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from m1_stages.checkpoint.files import HashedFile
+from m1_stages.checkpoint.single_process import without_collectives
+from m1_stages.runtime.collectives import barrier, world
+
+Files = dict[str, tuple[int, str]]
+"""Relative path to size in bytes and SHA-256."""
+
+
+class Snapshot:
+    """This rank's part of a checkpoint in torch_dist format: one file.
+
+    Constructing it plans with the other ranks and writes ``common.pt`` (rank 0); the directory exists and is empty.
+
+    Args:
+        sharded_state_dict: as ``dist_checkpointing.save`` takes it; it belongs to Megatron afterwards.
+    """
+
+    def __init__(self, sharded_state_dict: dict[str, Any], directory: Path) -> None:
+        from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+        filesystem_async._results_queue = queue.Queue()
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        with without_collectives(world()):
+            request = dist_checkpointing.save(
+                sharded_state_dict, str(directory), sharded_strategy=strategy, async_sharded_save=True
+            )
+        self._finish = request.finalize_fns
+        self._transforms: Any = None
+        self._files: list[Any] = []
+        self._results: queue.Queue[Any] | None = None
+        if request.async_fn:
+            (self._transforms,) = request.async_fn.args[0]
+            _, self._files, self._results = request.async_fn_args
+
+    def copy(self) -> None:
+        """Copy the tensors to host memory (pinned, from a GPU): training may change them from now on."""
+        import torch
+
+        def host(tensor: Any) -> Any:
+            if not tensor.is_cuda:
+                return tensor.clone()
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+        self._files = [
+            (path, key, (data, [(item, host(tensor)) for item, tensor in tensors]))
+            for path, key, (data, tensors) in self._files
+        ]
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+
+    def write(self, moved: Callable[[], None]) -> Files:
+        """Write this rank's file to the disk; no collectives, so any thread may do it.
+
+        Args:
+            moved: called after every piece, from which others see that the writer is not stuck.
+
+        Raises:
+            OSError: the file system failed.
+        """
+        from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+
+        written, hashes = {}, {}
+        for number, (path, key, (data, tensors)) in enumerate(self._files):
+            file: Any
+            with HashedFile(Path(path), moved) as file:
+                written[number] = [
+                    _write_item(self._transforms, file, value, item, key, SerializationFormat.TORCH_SAVE)
+                    for item, value in [*data, *tensors]
+                ]
+                hashes[key] = file.commit()
+        if self._results is not None:
+            self._results.put(written)
+        self._files = []
+        return hashes
+
+    def finish(self) -> None:
+        """After ``write`` on all ranks: rank 0 writes ``.metadata`` and ``metadata.json``; collective."""
+        for function in self._finish:
+            function()
+
+
+def save_in_process(sharded_state_dict: dict[str, Any], directory: Path) -> None:
+    """``dist_checkpointing.save`` in torch_dist format, one file per rank, flushed to disk; collective."""
+    snapshot = Snapshot(sharded_state_dict, directory)
+    snapshot.copy()
+    snapshot.write(lambda: None)
+    barrier()
+    snapshot.finish()

@@ -1,0 +1,41 @@
+"""The configuration of a run: its schema here, loading in ``load``, checks in ``check``. No torch."""
+
+from m1_stages.config.schema import (
+    CHECKPOINTS,
+    METRICS,
+    PRESETS,
+    STAGE_NAMES,
+    VOCAB_MULTIPLE,
+    Config,
+    CurriculumConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GuardConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Resolved,
+    RunSection,
+    SftConfig,
+    StageConfig,
+)
+
+__all__ = [
+    "CHECKPOINTS",
+    "METRICS",
+    "PRESETS",
+    "STAGE_NAMES",
+    "VOCAB_MULTIPLE",
+    "Config",
+    "CurriculumConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GuardConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Resolved",
+    "RunSection",
+    "SftConfig",
+    "StageConfig",
+]

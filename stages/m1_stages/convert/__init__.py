@@ -1,1 +1,0 @@
-"""To and from the tensor names and configuration of the released models."""

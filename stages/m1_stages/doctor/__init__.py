@@ -1,0 +1,1 @@
+"""Checks of a machine before a long run is started on it."""

@@ -1,0 +1,210 @@
+"""What has to be true of a machine before a long run is started on it. Each finding says what is, and what mends it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from m1_stages.config import CHECKPOINTS, STAGE_NAMES, Resolved
+from m1_stages.doctor.probes import Finding, Probe, collective_finding, gpu_findings, has_nvidia
+from m1_stages.model.count import count_parameters
+
+_BYTES_PER_PARAMETER = 14
+"""Of a checkpoint: fp32 weights and two moments, and bf16 weights at the most."""
+_GIB = 2**30
+_PIP = f"{sys.executable} -m pip install"
+
+
+def examine(folder: Path, resolved: Resolved | None) -> Iterator[Finding]:
+    """Look at everything; findings come as they are made, the slow ones last.
+
+    Args:
+        folder: where m1 will be started.
+        resolved: the configuration, if there is one: it names the run directory and the size of a checkpoint.
+    """
+    gloo = Probe("gloo", 2)
+    gpus = Probe("gpus", 1) if has_nvidia() else None
+    with_gpu = gpus is not None
+    yield from _packages(with_gpu=with_gpu)
+    yield _psutil()
+    yield _dataset_helpers()
+    yield _shadowed(folder)
+    run_dir = resolved.run_dir if resolved else folder
+    yield _writable(run_dir)
+    yield _disk(run_dir, resolved)
+    yield from _limits(with_gpu=with_gpu)
+    yield collective_finding("gloo", gloo, "export GLOO_SOCKET_IFNAME=lo   (between machines: their network interface)")
+    if gpus is None:
+        yield Finding(name="GPUs", ok=True, detail="none: runs go to the CPU")
+        return
+    found, error = gpus.result()
+    yield from gpu_findings(found, error)
+    if found.get("gpus"):
+        yield collective_finding("NCCL", Probe("nccl", len(found["gpus"])), "NCCL_DEBUG=WARN m1 doctor   (says why)")
+
+
+def _packages(*, with_gpu: bool) -> Iterator[Finding]:
+    """Installed versions against the ranges of m1, and of the packages it names against each other."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    mine = importlib.metadata.metadata("m1cli")
+    python, wanted = ".".join(map(str, sys.version_info[:3])), str(mine["Requires-Python"])
+    fits = SpecifierSet(wanted).contains(python)
+    yield Finding(name="python", ok=fits, detail=f"{python}, needs {wanted}", fix="" if fits else "use a newer Python")
+    problems, installed = [], []
+    queue = [("m1", text) for text in importlib.metadata.requires("m1cli") or []]
+    for owner, text in queue:
+        requirement = Requirement(text)
+        extra = re.search(r'extra == "(\w+)"', text)
+        required = extra is None or (owner == "m1" and with_gpu and extra[1] == "gpu")
+        if requirement.name == "m1cli" or (owner != "m1" and extra) or (extra and extra[1] == "dev"):
+            continue
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra[1] if extra else ""}):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            if required:
+                problems.append((f"{requirement.name} is missing, {owner} needs it", requirement))
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append((f"{requirement.name} {version}, {owner} needs {requirement.specifier}", requirement))
+        if owner == "m1":
+            installed.append(f"{requirement.name} {version}")
+            queue += [(requirement.name, line) for line in importlib.metadata.requires(requirement.name) or []]
+    for what, requirement in problems:
+        yield Finding(name="packages", ok=False, detail=what, fix=f"{_PIP} '{requirement.name}{requirement.specifier}'")
+    if not problems:
+        yield Finding(name="packages", ok=True, detail=", ".join(dict.fromkeys(installed)))
+
+
+def _psutil() -> Finding:
+    """Megatron's checkpoint writer hangs without it and does not declare it."""
+    try:
+        import psutil
+
+        return Finding(name="psutil", ok=True, detail=f"{psutil.__version__} imports")
+    except ImportError as error:
+        detail = f"does not import ({error}): saving a checkpoint would hang"
+        return Finding(name="psutil", ok=False, detail=detail, fix=f"{_PIP} --force-reinstall psutil")
+
+
+def _dataset_helpers() -> Finding:
+    """Load the extension alone: importing its package imports torch."""
+    name = "megatron's compiled helpers"
+    reinstall = f"{_PIP} --force-reinstall --no-deps megatron-core==0.16.1"
+    try:
+        files = importlib.metadata.files("megatron-core") or []
+        path = next(str(f.locate()) for f in files if f.name.startswith("helpers_cpp.") and f.suffix == ".so")
+        spec = importlib.util.spec_from_file_location("helpers_cpp", path)
+        assert spec is not None
+        importlib.util.module_from_spec(spec)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name=name, ok=False, detail="megatron-core is missing", fix=f"{_PIP} megatron-core==0.16.1")
+    except StopIteration:
+        detail = f"the wheel has none for Python {sys.version_info[0]}.{sys.version_info[1]}"
+        return Finding(name=name, ok=False, detail=detail, fix=reinstall)
+    except ImportError as error:
+        return Finding(name=name, ok=False, detail=f"do not load: {error}", fix=reinstall)
+    return Finding(name=name, ok=True, detail="load")
+
+
+def _shadowed(folder: Path) -> Finding:
+    """``python -m`` and torchrun put the working directory before the installed packages."""
+    names = ["torch", "megatron", "triton", "transformers", "numpy", "psutil", "rich", "typer", "tokenizers", "pyarrow",
+             "datasets", "m1cli"]  # fmt: skip
+    paths = [folder, *(Path(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part)]
+    hiding = [
+        path / found
+        for path in paths
+        for name in names
+        for found in (name, f"{name}.py")
+        if (path / found).exists() and path.resolve() != _home(name)
+    ]
+    if not hiding:
+        return Finding(name="imports", ok=True, detail="no file here hides an installed package")
+    detail = f"{', '.join(map(str, hiding))} would be imported instead of the installed package"
+    return Finding(
+        name="imports", ok=False, detail=detail, fix=f"mv {hiding[0]} {hiding[0]}.away   (or work elsewhere)"
+    )
+
+
+def _home(package: str) -> Path | None:
+    """The folder a package is installed in; for m1 that of the source it runs from."""
+    if package == "m1cli":
+        return Path(__file__).resolve().parents[2]
+    try:
+        name = {"megatron": "megatron-core"}.get(package, package)
+        return Path(str(importlib.metadata.distribution(name).locate_file(""))).resolve()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _writable(run_dir: Path) -> Finding:
+    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        owned = f"sudo install -d -o {os.getuid()} {run_dir}" if isinstance(error, PermissionError) else ""
+        fix = owned or "choose another: --set run.dir=FOLDER"
+        return Finding(name="run directory", ok=False, detail=f"{run_dir}: {error.strerror}", fix=fix)
+    return Finding(name="run directory", ok=True, detail=f"{run_dir} can be written")
+
+
+def _disk(run_dir: Path, resolved: Resolved | None) -> Finding:
+    """Room for what the run keeps: the last checkpoints, one in the making, one for each stage and fine-tuning."""
+    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    there = sum(f.stat().st_size for f in (run_dir / CHECKPOINTS).rglob("*") if f.is_file())
+    free, needed, detail = shutil.disk_usage(place).free, _GIB, ""
+    if resolved:
+        model = resolved.config.model
+        model = dataclasses.replace(model, vocab_size=model.vocab_size or resolved.config.tokenizer.vocab_size)
+        one = count_parameters(model).total * _BYTES_PER_PARAMETER
+        count = resolved.config.run.keep_last + 1 + len(STAGE_NAMES) + 1
+        needed = one * count - there
+        detail = f"; {count} checkpoints of {one / _GIB:,.1f} GiB have to fit"
+    detail = f"{free / _GIB:,.0f} GiB free at {place}{detail}"
+    fix = "" if free > needed else f"free {(needed - free) / _GIB:,.0f} GiB, or choose another run.dir"
+    return Finding(name="disk", ok=free > needed, detail=detail, fix=fix)
+
+
+def _limits(*, with_gpu: bool) -> Iterator[Finding]:
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if with_gpu else 1024
+    fix = (
+        ""
+        if files >= wanted
+        else f"ulimit -n {hard}"
+        if hard >= wanted
+        else f"raise the hard limit, then ulimit -n {wanted}"
+    )
+    yield Finding(name="open files", ok=not fix, detail=f"{files}, needs {wanted} (ulimit -n)", fix=fix)
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    free = locked == resource.RLIM_INFINITY
+    rdma = Path("/dev/infiniband").exists()
+    detail = (
+        f"{'unlimited' if free else f'{locked >> 10} KiB'}{'; InfiniBand needs unlimited' if rdma else ''} (ulimit -l)"
+    )
+    fix = "" if free or not rdma else "ulimit -l unlimited   (in a container: docker run --ulimit memlock=-1)"
+    yield Finding(name="locked memory", ok=not fix, detail=detail, fix=fix)
+    if Path("/dev/shm").is_dir():
+        size = shutil.disk_usage("/dev/shm").total
+        fix = (
+            "" if size >= _GIB or not with_gpu else "mount -o remount,size=8G /dev/shm   (or docker run --shm-size=8g)"
+        )
+        yield Finding(name="shared memory", ok=not fix, detail=f"/dev/shm has {size / _GIB:.1f} GiB", fix=fix)
+    if with_gpu:
+        found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), "")
+        detail = found or "none; Triton builds the kernels' launchers with it"
+        yield Finding(name="C compiler", ok=bool(found), detail=detail, fix="" if found else "apt-get install gcc")

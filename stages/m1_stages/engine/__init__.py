@@ -1,1 +1,0 @@
-"""One training process: start-up, loop, step, optimizer, signals, events."""

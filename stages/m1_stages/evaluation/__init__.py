@@ -1,0 +1,1 @@
+"""Long-range measurements of a model, and their results."""

@@ -1,0 +1,69 @@
+"""Results of evaluations: what is measured at which length, where results lie, and the gate. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from m1_data.errors import DataError
+from m1_data.sampling.needles import SHORTEST_TOKENS
+from m1_stages.config import Config
+from m1_stages.events import StageEvaluated
+
+EVALUATION = "evaluation"
+"""Folder inside the run directory: ``STAGE.json`` of each stage."""
+
+Result = dict[str, Any]
+"""A ``StageEvaluated`` as plain values."""
+
+
+def needle_lengths(config: Config, stage: str) -> list[int]:
+    """Lengths of the needle documents of ``stage`` in tokens, shortest first.
+
+    Rounded to what the context- and tensor-parallel ranks can share; those too short to hide a needle are left out.
+    """
+    p = config.parallel
+    parts = (2 * p.context if p.context > 1 else 1) * p.tensor
+    lengths = {round(share * config.seq_len(stage)) // parts * parts for share in config.evaluate.lengths}
+    return sorted(length for length in lengths if length >= SHORTEST_TOKENS)
+
+
+def result_path(run_dir: Path, stage: str) -> Path:
+    """Where the result of ``stage`` lies."""
+    return run_dir / EVALUATION / f"{stage}.json"
+
+
+def write_result(run_dir: Path, result: StageEvaluated) -> None:
+    """Write ``result``, replacing an earlier one."""
+    path = result_path(run_dir, result.stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(orjson.dumps(dataclasses.asdict(result), option=orjson.OPT_INDENT_2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def read_result(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | None:
+    """The result of exactly that checkpoint; None when it was not evaluated, or another one was.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = result_path(run_dir, stage)
+    if not path.is_file():
+        return None
+    try:
+        result: Result = orjson.loads(path.read_bytes())
+        return result if result["checkpoint_sha256"] == checkpoint_sha256 else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the result of an evaluation is damaged: {error}",
+            where=str(path),
+            fix=f"remove it and run: m1 evaluate --stage {stage}",
+        ) from error

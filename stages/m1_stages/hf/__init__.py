@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: tensor names, configuration, safetensors, verification."""

@@ -1,0 +1,103 @@
+"""Where weights come from: a committed checkpoint, read one tensor at a time in one process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from m1_data.errors import CheckpointError
+from m1_stages.checkpoint import CheckpointStore, Committed
+from m1_stages.config import ModelConfig
+from m1_stages.hf.tensor_names import our_shapes
+
+
+class TensorSource(Protocol):
+    """Full (unsharded) tensors under our names."""
+
+    def keys(self) -> set[str]:
+        """Names at hand; others than the model's may be among them."""
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor."""
+
+
+class MemorySource:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def keys(self) -> set[str]:
+        """Names at hand."""
+        return set(self._tensors)
+
+    def get(self, name: str) -> Tensor:
+        """One of them."""
+        return self._tensors[name]
+
+
+class CheckpointSource:
+    """A committed checkpoint; every file is verified before the first tensor is read.
+
+    Raises:
+        CheckpointError: a file is not what was written.
+    """
+
+    def __init__(self, committed: Committed) -> None:
+        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+        CheckpointStore(committed.path.parent).verify(committed)
+        self.committed = committed
+        self._reader = FileSystemReader(committed.path)
+        entries = self._reader.read_metadata().state_dict_metadata
+        self._tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def keys(self) -> set[str]:
+        """Names of all tensors in the checkpoint, optimizer state among them."""
+        return set(self._tensors)
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor; its shards are put together."""
+        from torch.distributed import checkpoint as dcp
+
+        entry = self._tensors[name]
+        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we want
+            dcp.load(state, storage_reader=self._reader, no_dist=True)
+        return state[name]
+
+
+def require_all(source: TensorSource, model: ModelConfig, where: str) -> None:
+    """Refuse a source in which tensors of the model are missing.
+
+    Raises:
+        CheckpointError: naming the first one.
+    """
+    missing = [name for name in our_shapes(model) if name not in source.keys()]  # noqa: SIM118 - a protocol, no mapping
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors of the model are missing, {missing[0]} first",
+            where=where,
+            fix="export a checkpoint that was trained with this model section",
+        )
+
+
+def get_checked(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Read ``name`` and check its shape.
+
+    Raises:
+        CheckpointError: another shape.
+    """
+    tensor = source.get(name)
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"{name} has shape {tuple(tensor.shape)}, the model section needs {shape}",
+            fix="use the model section the checkpoint was trained with",
+        )
+    return tensor

@@ -1,0 +1,143 @@
+"""Compares an export, loaded by transformers, with the Megatron model that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m1_data.errors import CheckpointError, EnvironmentProblem
+from m1_stages.config import ModelConfig, ParallelConfig
+from m1_stages.decay import Slopes
+from m1_stages.hf.checkpoint_tensors import TensorSource, get_checked, require_all
+from m1_stages.hf.config_json import BLOCK
+from m1_stages.hf.tensor_names import our_shapes
+
+
+def verify(export_dir: Path, reference_logits: Tensor, tokens: Tensor) -> float:
+    """Largest absolute logit difference over all positions, both sides fp32.
+
+    Args:
+        reference_logits: [1, T, vocab] of the trained model.
+        tokens: [1, T] int64, longer than transformers' block so that its state between blocks is exercised.
+
+    Raises:
+        ValueError: T is too short, or the logits have another shape.
+        CheckpointError: transformers found tensors missing or left over, or logits are not finite.
+    """
+    if tokens.shape[1] <= BLOCK:
+        raise ValueError(f"{tokens.shape[1]} tokens do not reach beyond the first block of {BLOCK}")
+    with torch.inference_mode():
+        logits = load_transformers(export_dir)(tokens).logits
+    if logits.shape != reference_logits.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} against {tuple(reference_logits.shape)}")
+    difference = float((logits.double() - reference_logits.double()).abs().max())
+    if not difference < float("inf"):
+        raise CheckpointError("the exported model's logits are not finite", where=str(export_dir))
+    return difference
+
+
+def load_transformers(export_dir: Path) -> Any:
+    """The export as transformers' fp32 model, every tensor accounted for.
+
+    Raises:
+        EnvironmentProblem: transformers is not installed.
+        CheckpointError: missing or left-over tensors.
+    """
+    try:
+        from transformers import MiniMaxForCausalLM
+        from transformers.utils import logging
+    except ImportError as error:
+        raise EnvironmentProblem("this needs transformers", fix='pip install "m1cli[hf]"') from error
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of the decay buffers a portable export leaves out
+    try:
+        loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
+    finally:
+        logging.set_verbosity(before)
+    decay = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith(decay))
+    left_over = sorted(info["unexpected_keys"])
+    if missing or left_over:
+        raise CheckpointError(
+            f"transformers does not find {missing[:3]} and does not know {left_over[:3]}", where=str(export_dir)
+        )
+    return loaded.eval()
+
+
+def trained_logits(
+    source: TensorSource,
+    model: ModelConfig,
+    *,
+    slopes: Slopes,
+    rope_base: float,
+    tokens: Tensor,
+    rounded_to: torch.dtype = torch.float32,
+) -> Tensor:
+    """[1, T, vocab] fp32 logits of the Megatron model with the checkpoint's weights, on this process's CPU.
+
+    Starts and leaves a process group of its own; there must be none.
+
+    Args:
+        rounded_to: dtype the export stores, so that its rounding is not taken for a difference of the models.
+
+    Raises:
+        CheckpointError: tensors are missing or have another shape.
+    """
+    from m1_data.sampling.loader import PackedBatch
+    from m1_stages.runtime import device, parallel
+
+    require_all(source, model, "the checkpoint")
+    here, sizes, length = device.use("cpu"), ParallelConfig(), tokens.shape[1]
+    parallel.start(sizes, device=here, seed=0)
+    try:
+        from m1_stages.model import build_model
+
+        built = build_model(model, parallel=sizes, rope_base=rope_base, device="cpu")[0]
+        built.set_slopes(slopes)
+        parameters = dict(built.named_parameters())
+        shapes = our_shapes(model)
+        if parameters.keys() != shapes.keys():
+            raise CheckpointError(f"the model and the export disagree on {sorted(parameters.keys() ^ shapes.keys())}")
+        with torch.no_grad():
+            for name, shape in shapes.items():
+                parameters[name].copy_(get_checked(source, name, shape).to(rounded_to))
+            batch = PackedBatch(
+                tokens=tokens,
+                labels=tokens.roll(-1, 1),
+                loss_mask=torch.ones(tokens.shape),
+                position_ids=torch.arange(length)[None],
+                cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+                doc_lengths=(length,),
+                sample_ids=(0,),
+                trained_tokens=length,
+            )
+            logits: Tensor = built.eval()(batch, logits=True)
+            return logits
+    finally:
+        parallel.stop()
+
+
+def generate(export_dir: Path, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[str]:
+    """Greedy continuations by transformers, fp32, one prompt at a time (padding breaks its cached decoding).
+
+    Raises:
+        EnvironmentProblem: transformers is not installed.
+    """
+    model = load_transformers(export_dir)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    texts = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+            )
+        texts.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+    return texts

@@ -1,0 +1,138 @@
+"""What ``m1 export`` does: choose a checkpoint of a run, export it, compare it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from m1_data.errors import CheckpointError, ConfigError
+from m1_stages.checkpoint import CheckpointStore, Committed
+from m1_stages.checkpoint.manifest import read_manifest
+from m1_stages.config import CHECKPOINTS, STAGE_NAMES, ModelConfig, Resolved
+from m1_stages.curriculum import SFT
+from m1_stages.decay import Slopes
+from m1_stages.hf.checkpoint_tensors import CheckpointSource
+from m1_stages.hf.config_json import BLOCK, DTYPES, Lineage
+from m1_stages.hf.export import ExportReport, export
+from m1_stages.hf.verify import trained_logits, verify
+
+VERIFY_TOKENS = 2 * BLOCK + 88
+"""Two full blocks of transformers' prefill and a cut one."""
+TOLERANCE = 1e-3
+"""Permitted logit difference relative to the largest logit; fp32 against fp32 stays near 1e-6."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What a verification saw."""
+
+    max_difference: float
+    largest_logit: float
+    positions: int
+
+
+def choose_checkpoint(resolved: Resolved, *, stage: str | None, checkpoint: Path | None) -> Committed:
+    """The given checkpoint, else the newest stage-final one (of ``stage`` when given).
+
+    Raises:
+        CheckpointError: there is none, or its manifest is damaged.
+        ConfigError: an unknown stage.
+    """
+    if checkpoint is not None:
+        return read_manifest(checkpoint)
+    if stage is not None and stage not in (*STAGE_NAMES, SFT):
+        raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join((*STAGE_NAMES, SFT))}")
+    store = CheckpointStore(resolved.run_dir / CHECKPOINTS)
+    final = [c for c in store.committed() if c.meta.stage_final]
+    for committed in final:
+        if stage in (None, committed.meta.stage):
+            return committed
+    finished = ", ".join(sorted({c.meta.stage for c in final})) or "none"
+    command = "m1 sft" if stage == SFT else f"m1 pretrain --stage {stage or 'all'}"
+    raise CheckpointError(
+        f"there is no final checkpoint of {f'stage {stage}' if stage else 'any stage'} (finished stages: {finished})",
+        where=str(store.root),
+        fix=f"run first: {command}   (or name one with --checkpoint)",
+    )
+
+
+class Export:
+    """One checkpoint of a run with everything its export needs.
+
+    Raises:
+        CheckpointError: a file of the checkpoint is not what was written.
+    """
+
+    def __init__(self, resolved: Resolved, committed: Committed) -> None:
+        config, meta = resolved.config, committed.meta
+        self._resolved, self.committed = resolved, committed
+        self._base_stage = config.sft.base_stage if meta.stage == SFT else meta.stage
+        self.source = CheckpointSource(committed)
+        self.model = ModelConfig(**meta.extra["model"])
+        self.slopes: Slopes = meta.decay["slopes"]
+        self.rope_base = float(meta.extra["rope_base"])
+        self.configuration_changed = meta.config_sha256 != resolved.sha256
+
+    @property
+    def lineage(self) -> Lineage:
+        """Where the weights come from."""
+        meta = self.committed.meta
+        trained = STAGE_NAMES[: STAGE_NAMES.index(self._base_stage) + 1]
+        return Lineage(
+            checkpoint=self.committed.path.name,
+            checkpoint_sha256=self.committed.sha256,
+            stages=(*trained, SFT) if meta.stage == SFT else trained,
+            tokens_seen=meta.extra["tokens_seen"],
+            global_step=meta.global_step,
+            decay_policy=meta.decay["policy"],
+            config_sha256=meta.config_sha256,
+            data_fingerprint=meta.data_fingerprint,
+            versions=meta.versions,
+        )
+
+    def write(self, out: Path, *, overwrite: bool) -> ExportReport:
+        """Write the export; see ``export`` for errors."""
+        config = self._resolved.config
+        template = config.sft.chat_template
+        return export(
+            self.source,
+            out,
+            model=self.model,
+            slopes=self.slopes,
+            rope_base=self.rope_base,
+            max_positions=max(config.seq_len(stage) for stage in self.lineage.stages if stage != SFT),
+            tokenizer_dir=self._resolved.path(config.data.out) / "tokenizer",
+            dtype=config.export.dtype,
+            shard_bytes=round(config.export.shard_gib * 2**30),
+            lineage=self.lineage,
+            chat_template=self._resolved.path(template).read_text(encoding="utf-8") if template else None,
+            overwrite=overwrite,
+        )
+
+    def compare(self, out: Path) -> Comparison:
+        """Compare transformers' logits of ``out`` with the Megatron model's, from the same checkpoint.
+
+        Raises:
+            CheckpointError: they differ by more than rounding.
+        """
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, self.model.vocab_size, (1, VERIFY_TOKENS), generator=generator)
+        reference = trained_logits(
+            self.source,
+            self.model,
+            slopes=self.slopes,
+            rope_base=self.rope_base,
+            tokens=tokens,
+            rounded_to=DTYPES[self._resolved.config.export.dtype],
+        )
+        result = Comparison(verify(out, reference, tokens), float(reference.abs().max()), VERIFY_TOKENS)
+        if result.max_difference > TOLERANCE * max(1.0, result.largest_logit):
+            raise CheckpointError(
+                f"transformers' logits differ from the trained model's by {result.max_difference:.3g} "
+                f"(largest logit {result.largest_logit:.3g})",
+                where=str(out),
+                fix="do not use this export",
+            )
+        return result

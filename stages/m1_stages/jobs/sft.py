@@ -1,0 +1,62 @@
+"""``m1 sft``: chain-of-thought fine-tuning of a stage's final checkpoint, on the same loop as pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from m1_data.chat.dataset import SFTDataset
+from m1_data.errors import ConfigError
+from m1_data.storage.manifest import load_manifest
+from m1_stages.config import Resolved
+from m1_stages.curriculum import plan_sft
+from m1_stages.events import Sink
+from m1_stages.jobs.pretrain import begin, start_stage
+from m1_stages.training.loop import train_stage
+from m1_stages.training.micro_batches import refuse_uneven_pipeline
+from m1_stages.training.session import open_session, with_vocab
+
+
+def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> None:
+    """Fine-tune the final checkpoint of ``sft.base_stage``.
+
+    Raises:
+        M1Error: no conversations, a broken line, no base checkpoint, or what ``pretrain.run`` raises.
+    """
+    manifest = load_manifest(resolved.path(resolved.config.data.out))
+    resolved = with_vocab(resolved, manifest.vocab_size)
+    rows = conversations(resolved)
+    plan = plan_sft(resolved, rows.rows_per_epoch)
+    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=fresh) as session:
+        refuse_uneven_pipeline(resolved, [plan], session.run.topology.dp_size)
+        state = start_stage(session, plan, rows)
+        if state.stage_step == plan.num_steps:
+            return
+        if state.ramp_from:
+            plan = plan.starting_from(state.ramp_from)
+        begin(session, resolved, plan, rows.stats_dict(), state)
+        train_stage(session.run, plan, rows, state)
+
+
+def conversations(resolved: Resolved) -> SFTDataset:
+    """Read, render and pack the configured conversations.
+
+    Raises:
+        ConfigError: no files are configured.
+    """
+    config = resolved.config
+    if not config.sft.data:
+        raise ConfigError(
+            "there are no conversations to fine-tune on",
+            where="key sft.data",
+            fix='list OpenAI-messages JSON Lines files: [sft] data = ["chats.jsonl"]',
+        )
+    template = resolved.path(config.sft.chat_template) if config.sft.chat_template else None
+    return SFTDataset(
+        [Path(resolved.path(name)) for name in config.sft.data],
+        tokenizer_dir=resolved.path(config.data.out) / "tokenizer",
+        seq_len=config.sft_seq_len,
+        seed=config.run.seed,
+        over_length=config.sft.over_length,
+        chat_template=template,
+    )

@@ -1,0 +1,54 @@
+"""How the packing of a batch reaches every layer of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from m1_data.sampling.loader import PackedBatch
+from m1_kernels.lightning.zigzag import ContextShards, zigzag_shards
+
+
+@dataclass
+class Packing(PackedSeqParams):
+    """Megatron's packed-sequence parameters with what our layers need besides."""
+
+    cu_seqlens: Tensor | None = None
+    """[documents + 1] int32."""
+    doc_lengths: tuple[int, ...] = ()
+    """The same on the host, so that no layer waits for the device."""
+    positions: Tensor | None = None
+    """[T] int64 position of each token in its document."""
+    trained_tokens: int = 0
+    """Tokens of this micro-batch that carry loss, on this rank."""
+    shards: ContextShards | None = None
+    """How the sequence is spread over the context-parallel ranks; None when it is not."""
+    predict_at: Tensor | None = None
+    """[P] int64 of this rank's tokens whose predictions are wanted; None: the loss of all tokens."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, cp_group: ProcessGroup) -> Packing:
+        """Take over what a ``PackedBatch`` says.
+
+        Raises:
+            ValueError: the batch was not cut for ``cp_group``.
+        """
+        if batch.shard != (cp_group.rank(), cp_group.size()):
+            raise ValueError(f"the batch is shard {batch.shard}, this is rank {cp_group.rank()} of {cp_group.size()}")
+        return cls(
+            cu_seqlens=batch.cu_seqlens,
+            doc_lengths=batch.doc_lengths,
+            positions=batch.position_ids.view(-1),
+            trained_tokens=batch.trained_tokens,
+            shards=zigzag_shards(batch.doc_lengths, cp_group) if cp_group.size() > 1 else None,
+        )
+
+    def documents(self) -> dict[str, Any]:
+        """The arguments by which the attention kernels tell documents apart."""
+        if self.shards is not None:
+            return {"shards": self.shards}
+        return {"cu_seqlens": self.cu_seqlens, "doc_lengths": self.doc_lengths}

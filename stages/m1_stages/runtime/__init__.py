@@ -1,0 +1,1 @@
+"""What a training process runs on: device, process groups, collectives, optimizer, watchdog, signals."""

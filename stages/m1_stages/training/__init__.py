@@ -1,0 +1,1 @@
+"""The training loop, its step, its objective, roll back and saving."""
