@@ -2,7 +2,7 @@
 
     python benchmarks/guard_overhead.py [--tokens 32768] [--blocks 6] [--steps 5]
 
-With: norms of every layer, verdicts from a full window, as ``engine/loop.py`` does. Without: one norm of the whole gradient (as
+With: norms of every layer, verdicts from a full window, as ``training/loop.py`` does. Without: one norm of the whole gradient (as
 clipping needs it) and no verdict. Blocks of steps alternate, so that both meet the same clocks; a step is wall time from one
 verdict to the next. Peers, rows and weights are those of ``train_step.py``.
 """

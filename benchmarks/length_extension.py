@@ -148,8 +148,8 @@ def prepare(corpus: Path, work: Path, size: str) -> None:
 
 def run_variant(work: Path, size: str, name: str, seed: int) -> int:
     """Train one variant, or the first stage of some, in this process."""
-    from m1_data.errors import M1Error
     from m1_stages.config.load import load_config
+    from m1_stages.errors import M1Error
     from m1_stages.events import Event, StageFinished, StepDone
     from m1_stages.jobs import pretrain
 

@@ -146,7 +146,7 @@ def strengthen(module: nn.Module, c: ModelConfig) -> None:
 
 
 class Ours:
-    """The product's path: Megatron's DDP and optimizer, ``train_step``, ``apply``, as ``engine/loop.py`` runs them."""
+    """The product's path: Megatron's DDP and optimizer, ``train_step``, ``apply``, as ``training/loop.py`` runs them."""
 
     def __init__(self, setting: Setting, chunks: ModelChunks, weights: Weights) -> None:
         from m1_stages.runtime.ddp import wrap_ddp

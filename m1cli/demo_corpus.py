@@ -65,7 +65,7 @@ def write_demo(folder: Path, *, seed: int = 0) -> None:
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        from m1_data.errors import EnvironmentProblem
+        from m1_stages.errors import EnvironmentProblem
 
         raise EnvironmentProblem(
             f"the demo reads the package {name}, which is not installed", fix="pip install 'm1cli[demo]'"

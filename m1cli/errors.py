@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import typer
 from rich.markup import escape
 
-from m1_data.errors import EXIT_PREEMPTED, EnvironmentProblem, M1Error
+from m1_stages.errors import EXIT_PREEMPTED, EnvironmentProblem, M1Error
 from m1cli.console import errors
 
 EXIT_CODES = """\

@@ -17,9 +17,9 @@ from types import FrameType
 
 from rich.markup import escape
 
-from m1_data.errors import EXIT_PREEMPTED, EnvironmentProblem
 from m1_stages.config import Resolved
-from m1_stages.runtime.watchdog import EXIT_LOST, STACKS, RankLost
+from m1_stages.errors import EXIT_LOST, EXIT_PREEMPTED, EnvironmentProblem, RankLost
+from m1_stages.runtime.watchdog import STACKS
 from m1cli.console import console
 from m1cli.errors import show
 

@@ -1,23 +1,19 @@
-"""The one error type a person ever sees, and its exit codes.
+"""The base of every error that a person sees, and the two kinds that data code raises.
 
-Libraries raise; only ``m1cli`` renders. It lives in the lowest room so that every room can raise it.
+Libraries raise and only ``m1cli`` prints. The other kinds, and all exit codes, are in ``m1_stages.errors``.
 """
 
 from __future__ import annotations
 
-EXIT_CONFIG = 2
 EXIT_ENVIRONMENT = 3
 EXIT_DATA = 4
-EXIT_CHECKPOINT = 5
-EXIT_NUMERIC = 6
-EXIT_PREEMPTED = 75
 
 
 class M1Error(Exception):
     """A problem the user can act on: what is wrong, where, and what to do.
 
     Args:
-        what: one sentence, what is wrong, with the offending value.
+        what: one sentence that says what is wrong, with the offending value.
         where: file, line, key or rank; empty when there is no place to name.
         fix: what to do about it; empty when nothing can be suggested honestly.
     """
@@ -32,12 +28,6 @@ class M1Error(Exception):
         return " | ".join(part for part in (self.what, self.where, self.fix) if part)
 
 
-class ConfigError(M1Error):
-    """Unusable configuration or command line."""
-
-    exit_code = EXIT_CONFIG
-
-
 class EnvironmentProblem(M1Error):
     """The machine or the installed packages cannot do what was asked."""
 
@@ -45,24 +35,6 @@ class EnvironmentProblem(M1Error):
 
 
 class DataError(M1Error):
-    """Unreadable, broken or missing data."""
+    """Data is unreadable, broken or missing."""
 
     exit_code = EXIT_DATA
-
-
-class CheckpointError(M1Error):
-    """No checkpoint can be used, or one could not be written."""
-
-    exit_code = EXIT_CHECKPOINT
-
-
-class NumericStop(M1Error):
-    """Training stopped because its numbers left the permitted range."""
-
-    exit_code = EXIT_NUMERIC
-
-
-class Preempted(M1Error):
-    """Stopped on request after saving: run the same command again to continue."""
-
-    exit_code = EXIT_PREEMPTED

@@ -11,10 +11,10 @@ from typing import Any, get_args, get_type_hints
 
 from rich.markup import escape
 
-from m1_data.errors import ConfigError
 from m1_data.spec import SourceSpec
 from m1_stages.config import PRESETS, STAGE_NAMES, Config, Resolved
 from m1_stages.config.load import load_config
+from m1_stages.errors import ConfigError
 from m1cli.console import console
 
 _SECTIONS = ("run", "model", "tokenizer", "data", "curriculum", "optim", "parallel", "sft", "evaluate", "export")

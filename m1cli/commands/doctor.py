@@ -9,9 +9,9 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
-from m1_data.errors import EXIT_ENVIRONMENT
 from m1_stages.config.load import load_config
 from m1_stages.doctor.checks import examine
+from m1_stages.errors import EXIT_ENVIRONMENT
 from m1cli.console import console
 
 _NAME_WIDTH = 27

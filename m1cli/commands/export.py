@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from m1_data.errors import CheckpointError
 from m1_stages.config.load import load_config
+from m1_stages.errors import CheckpointError
 from m1cli.console import console
 
 TOLERANCE = 1e-4

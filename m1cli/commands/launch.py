@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from m1_data.errors import EXIT_PREEMPTED, ConfigError
 from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
+from m1_stages.errors import EXIT_PREEMPTED, ConfigError
 from m1cli.console import console
 
 _COMMANDS = ("pretrain", "sft")

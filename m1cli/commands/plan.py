@@ -12,9 +12,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from m1_data.errors import ConfigError, EnvironmentProblem
 from m1_stages.config import PRESETS, Resolved
 from m1_stages.config.load import load_config
+from m1_stages.errors import ConfigError, EnvironmentProblem
 from m1_stages.plan.estimate import Compared, Plan, StagePlan, make_plan
 from m1_stages.plan.hardware import gpu_named
 from m1_stages.plan.search import Candidate

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import typer
 
-from m1_data.errors import ConfigError, EnvironmentProblem
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
+from m1_stages.errors import ConfigError, EnvironmentProblem, RankLost
 from m1_stages.events import Sink
-from m1_stages.runtime.watchdog import RankLost, Watchdog
+from m1_stages.runtime.watchdog import Watchdog
 from m1cli.display import TrainingDisplay
 from m1cli.errors import show
 from m1cli.launch import LAUNCHER, adopt_slurm, die_with_launcher, is_worker, num_processes, run_ranks

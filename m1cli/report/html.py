@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from m1_data.errors import EnvironmentProblem
+from m1_stages.errors import EnvironmentProblem
 from m1cli.report.read import History, Record, read_history
 
 _STYLE = """

@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from m1_data.errors import DataError
 from m1_stages.config import METRICS
+from m1_stages.errors import DataError
 
 Record = dict[str, Any]
 _LISTED = (

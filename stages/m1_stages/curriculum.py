@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.decay import Slopes, ramp, stage_slopes
+from m1_stages.errors import ConfigError
 
 SFT = "sft"
 

@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from m1_data.errors import ConfigError
 from m1_stages.config import CurriculumConfig, ModelConfig, Resolved
+from m1_stages.errors import ConfigError
 
 Slopes = list[list[float]]
 """``[num_layers][num_heads]``, tokens^-1, all > 0. Rows of softmax layers are kept but unused."""

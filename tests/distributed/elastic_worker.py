@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rank_pool import my_jobs
 
-from m1_data.errors import Preempted
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
+from m1_stages.errors import Preempted
 from m1_stages.jobs import pretrain
 from m1_stages.runtime import device
 from m1_stages.training import loop

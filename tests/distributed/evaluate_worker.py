@@ -15,10 +15,10 @@ import parity_worker
 import torch
 from torch import nn
 
-from m1_data.errors import M1Error
 from m1_data.sampling.needles import KEY_TOKENS, Haystack
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.config.load import load_config
+from m1_stages.errors import M1Error
 from m1_stages.evaluation import long_context as measure
 from m1_stages.events import Event, GateForced, StageEvaluated, StepDone
 from m1_stages.jobs import pretrain

@@ -18,11 +18,11 @@ from unittest import mock
 import torch
 from parity_worker import MODEL, ROWS, SEQ_LEN, build, packed
 
-from m1_data.errors import M1Error
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.config import GuardConfig, ParallelConfig
 from m1_stages.curriculum import LrSchedule, StagePlan
 from m1_stages.decay import released_slopes
+from m1_stages.errors import M1Error
 from m1_stages.events import Event
 from m1_stages.runtime import device, parallel
 from m1_stages.training.train_state import TrainState

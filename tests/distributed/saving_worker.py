@@ -88,8 +88,8 @@ def background_saves(job: dict[str, Any]) -> list[Any]:
     import threading
     import time
 
-    from m1_data.errors import CheckpointError
     from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, files
+    from m1_stages.errors import CheckpointError
 
     torch.set_num_threads(1)
     topology = parallel.start(ParallelConfig(), device=device.use("cpu"), seed=1)

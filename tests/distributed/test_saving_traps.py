@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from resident_ranks import POOL
 
-from m1_data.errors import EnvironmentProblem
 from m1_stages.checkpoint import CheckpointStore
+from m1_stages.errors import EnvironmentProblem
 
 
 def resumed(folder: Path, mutation: str = "") -> dict[str, Any]:

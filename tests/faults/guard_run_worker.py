@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m1_data.errors import M1Error
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
+from m1_stages.errors import M1Error
 from m1_stages.events import Event, StepDone
 from m1_stages.jobs import pretrain
 

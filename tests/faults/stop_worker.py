@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from m1_data.errors import M1Error
 from m1_data.sampling.loader import PackedDataset
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
+from m1_stages.errors import M1Error
 from m1_stages.jobs import evaluate, pretrain
 from m1_stages.training import checkpointer as saving
 from m1_stages.training import step

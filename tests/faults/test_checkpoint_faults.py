@@ -20,10 +20,10 @@ import pytest
 import torch
 from tiny_checkpoint import load, meta, rehash, save, state
 
-from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.checkpoint.manifest import MANIFEST, read_manifest
 from m1_stages.config import ParallelConfig
+from m1_stages.errors import CheckpointError
 from m1_stages.runtime import device, parallel
 
 FILES = [".metadata", "common.pt", "__0_0.distcp", "metadata.json", MANIFEST]

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.checkpoint import manifest as manifest_module
 from m1_stages.checkpoint.manifest import MANIFEST, read_manifest
+from m1_stages.errors import CheckpointError
 
 FROZEN = Path(__file__).with_name("frozen")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from m1_data.errors import DataError
 from m1_data.prepare.run import prepare
 from m1_data.spec import PrepareSpec, SourceSpec, TokenizerSpec
+from m1_stages.errors import DataError
 
 TOKENIZER = TokenizerSpec(vocab_size=600, train_bytes=200_000)
 

@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 from tiny_checkpoint import load, meta, save, state
 
-from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointStore, files
 from m1_stages.checkpoint import store as store_module
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.config import ParallelConfig
+from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed
 from m1_stages.runtime import device, parallel
 from m1_stages.training.checkpointer import Saver

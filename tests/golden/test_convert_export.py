@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m1_data.errors import CheckpointError, ConfigError
 from m1_stages.checkpoint import Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import ModelConfig
 from m1_stages.config.load import load_config
 from m1_stages.decay import Slopes, released_slopes
+from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource, MemorySource
 from m1_stages.hf.config_json import Lineage
 from m1_stages.hf.export import ExportReport, export

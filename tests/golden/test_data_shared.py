@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from shared_data import shared_data, unpack_zst
 
-from m1_data.errors import DataError
 from m1_data.prepare.clean import ExactDedup, clean
 from m1_data.prepare.encode import Encoder
 from m1_data.prepare.reader import Tally, read_source
@@ -18,6 +17,7 @@ from m1_data.prepare.run import prepare
 from m1_data.spec import BUCKET_NAMES, PrepareSpec, SourceSpec, TokenizerSpec
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.tokenizer import LoadedTokenizer, load_tokenizer
+from m1_stages.errors import DataError
 
 
 @pytest.fixture(scope="module")

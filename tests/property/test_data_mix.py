@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from m1_data.errors import DataError
 from m1_data.sampling.mix import TOLERANCE, Cell, interpolate, plan_mix
 from m1_data.spec import StageMix
+from m1_stages.errors import DataError
 
 DOMAINS = ("code", "stem", "book", "general")
 BUCKETS = ("lt32k", "32k-128k", "128k-256k", "ge1m")

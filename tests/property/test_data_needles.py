@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m1_data.errors import DataError
 from m1_data.sampling.needles import (
     KEY_TOKENS,
     PAIR_TOKENS,
@@ -19,6 +18,7 @@ from m1_data.sampling.needles import (
     needle_document,
     training_documents,
 )
+from m1_stages.errors import DataError
 
 TEXT = Haystack.of_random_ids(np.arange(10, 60), 5_000, seed=3)
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES, CurriculumConfig
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import LrSchedule, move_ramp, plan_stage, stages_of
 from m1_stages.decay import half_life_tokens, is_released, policy_slopes, ramp, released_slopes
+from m1_stages.errors import ConfigError
 
 slope = st.floats(1e-6, 10.0)
 pairs = st.lists(st.tuples(slope, slope), min_size=1, max_size=8)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from m1_data.errors import ConfigError
 from m1_stages.config import PRESETS, STAGE_NAMES
 from m1_stages.config.load import load_config
+from m1_stages.errors import ConfigError
 
 
 def write(tmp_path: Path, text: str) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from m1_data.errors import DataError
 from m1_data.prepare.clean import may_be_held_out
 from m1_data.prepare.run import prepare
 from m1_data.prepare.shards import HELD_OUT_KEEPS
@@ -21,6 +20,7 @@ from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
 from m1_data.storage.indexed import IndexedReader
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.storage.store import open_store
+from m1_stages.errors import DataError
 
 MIX = StageMix(stage="128k", seq_len_tokens=512, short=0.5, medium=0.5, long=0.0, core_share=1.0, max_epochs=50.0)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m1_data.errors import DataError
 from m1_data.sampling.loader import PackedDataset, batch_rows
 from m1_data.sampling.mix import Cell
 from m1_data.spec import StageMix
 from m1_data.storage.indexed import IndexedWriter
 from m1_data.storage.manifest import Manifest, ShardEntry
 from m1_data.storage.store import Store
+from m1_stages.errors import DataError
 
 EOD, VOCAB = 0, 1000
 SHORT, LONG = Cell("web", "general", "lt32k"), Cell("lib", "code", "32k-128k")

@@ -14,7 +14,7 @@ from m1_data.chat.conversations import parse_conversation
 from m1_data.chat.dataset import SFTDataset
 from m1_data.chat.encoder import ChatEncoder, default_template
 from m1_data.chat.template import ChatTemplate
-from m1_data.errors import DataError
+from m1_stages.errors import DataError
 
 CONTROL = ["<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>", "<pad>"]
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from m1_data.errors import DataError
 from m1_stages.curriculum import StagePlan
+from m1_stages.errors import DataError
 from m1_stages.training.loop import Run
 from m1_stages.training.step_events import row_ids
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from m1_data.errors import EnvironmentProblem
+from m1_stages.errors import EnvironmentProblem
 from m1_stages.runtime.signals import StopRequest
 from m1cli import launch
 

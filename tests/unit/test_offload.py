@@ -11,9 +11,9 @@ import torch
 from packed import packed_batch
 from torch import Tensor
 
-from m1_data.errors import ConfigError
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
 from m1_stages.decay import released_slopes
+from m1_stages.errors import ConfigError
 from m1_stages.model import build_model
 from m1_stages.runtime import device, parallel
 from m1_stages.runtime.ddp import wrap_ddp

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from m1_data.errors import ConfigError, EnvironmentProblem
 from m1_stages.config import ParallelConfig
+from m1_stages.errors import ConfigError, EnvironmentProblem
 from m1_stages.runtime import collectives as together
 from m1_stages.runtime import device, parallel
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES, ParallelConfig
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import plan_stage
+from m1_stages.errors import ConfigError
 from m1_stages.training.micro_batches import micro_batch_rows, refuse_uneven_pipeline
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from planned import m1_plan, resolved
 
-from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES
+from m1_stages.errors import ConfigError
 from m1_stages.plan.estimate import make_plan
 from m1_stages.plan.hardware import gpu_named
 from m1_stages.plan.memory import Activations

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from m1_data.errors import DataError
 from m1_stages.decay import released_slopes
+from m1_stages.errors import DataError
 from m1_stages.events import (
     GateForced,
     GuardNoticed,

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from m1_data.errors import CheckpointError
+from m1_stages.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1

@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from m1_data.errors import CheckpointError, EnvironmentProblem
 from m1_stages.checkpoint.files import flush, sha256_of, write_durably
 from m1_stages.checkpoint.manifest import (
     MANIFEST,
@@ -28,6 +27,7 @@ from m1_stages.checkpoint.single_process import without_collectives
 from m1_stages.checkpoint.snapshot import Files, Snapshot
 from m1_stages.checkpoint.unpickle import check_metadata, objects_restricted
 from m1_stages.checkpoint.writer_thread import Progress, Writer
+from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.runtime.collectives import barrier, gather, largest, rank, run_together, world
 
 LATEST = "LATEST"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m1_data.errors import CheckpointError
+from m1_stages.errors import CheckpointError
 
 _ALLOWED = {
     "builtins": {"set", "slice", "list", "dict", "tuple", "frozenset"},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from m1_data.errors import ConfigError
 from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.errors import ConfigError
 
 
 def check(resolved: Resolved) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from m1_data.errors import DataError
 from m1_data.sampling.needles import SHORTEST_TOKENS
 from m1_stages.config import Config
+from m1_stages.errors import DataError
 from m1_stages.events import StageEvaluated
 
 EVALUATION = "evaluation"

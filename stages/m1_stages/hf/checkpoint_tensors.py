@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.config import ModelConfig
+from m1_stages.errors import CheckpointError
 from m1_stages.hf.tensor_names import our_shapes
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m1_data.errors import DataError
 from m1_stages.config import ModelConfig
 from m1_stages.decay import Slopes
+from m1_stages.errors import DataError
 
 BLOCK = 256
 """transformers' block of the lightning prefill; the saved decay buffers have this length."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from m1_data.chat.encoder import default_template
-from m1_data.errors import ConfigError
 from m1_stages.config import ModelConfig
 from m1_stages.decay import Slopes, is_released
+from m1_stages.errors import ConfigError
 from m1_stages.hf.checkpoint_tensors import TensorSource, get_checked, require_all
 from m1_stages.hf.config_json import DTYPES, Lineage, SpecialTokens, decay_buffers, model_card, released_config
 from m1_stages.hf.tensor_names import our_shapes, proportional_rows, to_released

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m1_data.errors import CheckpointError, EnvironmentProblem
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.decay import Slopes
+from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.hf.checkpoint_tensors import TensorSource, get_checked, require_all
 from m1_stages.hf.config_json import BLOCK
 from m1_stages.hf.tensor_names import our_shapes

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from m1_data.errors import CheckpointError, NumericStop, Preempted
 from m1_data.sampling.needles import SHORTEST_TOKENS, Haystack
 from m1_data.sampling.packing import Ints, key
 from m1_data.storage.manifest import load_manifest
@@ -17,6 +16,7 @@ from m1_data.storage.store import Store, open_store
 from m1_stages.checkpoint import Committed
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.errors import CheckpointError, NumericStop, Preempted
 from m1_stages.evaluation.long_context import loss_by_position, needle_map
 from m1_stages.evaluation.results import needle_lengths, read_result, write_result
 from m1_stages.events import GateForced, NeedleMap, PositionLoss, Sink, StageEvaluated

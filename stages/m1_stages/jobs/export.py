@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from m1_data.errors import CheckpointError, ConfigError
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import CHECKPOINTS, STAGE_NAMES, ModelConfig, Resolved
 from m1_stages.curriculum import SFT
 from m1_stages.decay import Slopes
+from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
 from m1_stages.hf.config_json import BLOCK, DTYPES, Lineage
 from m1_stages.hf.export import ExportReport, export

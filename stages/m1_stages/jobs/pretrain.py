@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from m1_data.errors import CheckpointError, DataError
 from m1_data.sampling.loader import PackedDataset
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
+from m1_stages.errors import CheckpointError, DataError
 from m1_stages.events import Sink, StageStarted
 from m1_stages.jobs.evaluate import evaluate_finished, pass_gate
 from m1_stages.training.loop import Rows, train_stage

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m1_data.chat.dataset import SFTDataset
-from m1_data.errors import ConfigError
 from m1_data.storage.manifest import load_manifest
 from m1_stages.config import Resolved
 from m1_stages.curriculum import plan_sft
+from m1_stages.errors import ConfigError
 from m1_stages.events import Sink
 from m1_stages.jobs.pretrain import begin, start_stage
 from m1_stages.training.loop import train_stage

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from m1_data.errors import ConfigError
+from m1_stages.errors import ConfigError
 
 GIB = 2**30
 

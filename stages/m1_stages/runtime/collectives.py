@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from m1_data.errors import CheckpointError
+from m1_stages.errors import CheckpointError
 
 
 def rank() -> int:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.overrides import TorchFunctionMode
 
-from m1_data.errors import EnvironmentProblem
+from m1_stages.errors import EnvironmentProblem
 
 _hits: Counter[str] = Counter()
 _installed = False

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from m1_data.errors import ConfigError
 from m1_stages.config import OptimConfig
+from m1_stages.errors import ConfigError
 from m1_stages.runtime.optimizer_offload import HostState
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from m1_data.errors import ConfigError
 from m1_stages.config import ParallelConfig
+from m1_stages.errors import ConfigError
 from m1_stages.runtime.device import Device
 from m1_stages.runtime.watchdog import PATIENCE, beat
 

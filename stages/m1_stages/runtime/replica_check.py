@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m1_data.errors import NumericStop
+from m1_stages.errors import NumericStop
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -19,9 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from m1_data.errors import M1Error
+from m1_stages.errors import EXIT_LOST, RankLost
 
-EXIT_LOST = 7
 PATIENCE = 3.0
 """Joining, building, loading and saving may take this many deadlines: they are long at scale and have no beats inside."""
 RANKS, STACKS = "ranks", "stacks"
@@ -30,12 +29,6 @@ RANKS, STACKS = "ranks", "stacks"
 _PHASES = {"join": PATIENCE, "build": PATIENCE, "data": 1.0, "train": 1.0, "save": PATIENCE, "evaluate": 1.0}
 """In the order of a step, with the deadlines each may take."""
 _current: Watchdog | None = None
-
-
-class RankLost(M1Error):
-    """A rank was killed, stopped answering, or stopped moving."""
-
-    exit_code = EXIT_LOST
 
 
 def beat(phase: str, step: int = 0) -> None:

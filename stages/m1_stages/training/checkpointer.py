@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from m1_data.errors import CheckpointError
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
+from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
 from m1_stages.runtime.watchdog import beat
 from m1_stages.training.train_state import TrainState

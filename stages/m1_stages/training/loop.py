@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from m1_data.errors import Preempted
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.config import GuardConfig
 from m1_stages.curriculum import StagePlan, move_ramp
+from m1_stages.errors import Preempted
 from m1_stages.events import Sink, StageFinished, StepRepeated
 from m1_stages.guard import Guard, Observation, Ramp, Verdict
 from m1_stages.runtime.device import Device

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from m1_data.errors import ConfigError
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
+from m1_stages.errors import ConfigError
 
 
 def micro_batch_rows(plan: StagePlan, dp_size: int) -> int:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from m1_data.errors import CheckpointError, NumericStop
 from m1_stages.curriculum import StagePlan
+from m1_stages.errors import CheckpointError, NumericStop
 from m1_stages.events import RolledBack
 from m1_stages.guard import Verdict
 from m1_stages.runtime.collectives import run_together

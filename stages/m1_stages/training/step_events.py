@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from m1_data.errors import NumericStop
 from m1_data.sampling.loader import batch_rows
 from m1_stages.curriculum import StagePlan
 from m1_stages.decay import Slopes, half_life_tokens
+from m1_stages.errors import NumericStop
 from m1_stages.events import GuardNoticed, StepDone, StepLeftOut, StragglerNoticed
 from m1_stages.guard import Verdict
 from m1_stages.runtime.device import Device
