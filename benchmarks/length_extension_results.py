@@ -9,10 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+from m1_stages.events import read_events
+from m1_stages.run_dir import METRICS
 
 
 def early_late(norms: list[float]) -> float:
@@ -23,7 +21,7 @@ def early_late(norms: list[float]) -> float:
 
 def summary(folder: Path) -> dict[str, Any]:
     """What a variant's events say, small enough to keep."""
-    events = read_events(folder)
+    events = list(read_events(folder / "run" / METRICS))
     steps = [e for e in events if e["event"] == "StepDone"]
     later = [e for e in steps if e["stage"] != "32k"]
     before = [e["grad_norm"] for e in steps if e["stage"] == "32k"][-50:]
@@ -107,7 +105,7 @@ def collect(work: Path, variants: Iterable[str], curves_of: int) -> dict[str, An
     for name in variants:
         for folder in sorted(work.glob(f"{name}-*")):
             seed = folder.name.removeprefix(f"{name}-")
-            if seed.isdigit() and (folder / "run" / "metrics.jsonl").exists():
+            if seed.isdigit() and (folder / "run" / METRICS).exists():
                 seen = summary(folder)
                 if int(seed) != curves_of:
                     del seen["curve"]

@@ -19,7 +19,7 @@ from m1_stages.config import STAGE_NAMES, Config, ModelConfig, OptimConfig, Reso
 from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.runtime.device import Device
 from m1_stages.runtime.parallel import Topology
-from m1_stages.training.recompute_choice import settle
+from m1_stages.training.recompute_choice import choose_recompute
 
 if TYPE_CHECKING:
     from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
@@ -149,17 +149,17 @@ class Ours:
     """The product's path: Megatron's DDP and optimizer, ``train_step``, ``apply``, as ``training/loop.py`` runs them."""
 
     def __init__(self, setting: Setting, chunks: ModelChunks, weights: Weights) -> None:
-        from m1_stages.runtime.ddp import wrap_ddp
-        from m1_stages.runtime.optimizer import build_optimizer
+        from m1_stages.runtime.ddp import TrainableModel
+        from m1_stages.runtime.optimizer import Optimizer
 
         parallel = setting.config.parallel
         self.setting = setting
         self.notes = f"run.recompute = {setting.config.run.recompute}"
         self.recomputes = False
         self.model, self.routers, self.weights = chunks[0], chunks, weights
-        self.chunks = wrap_ddp(chunks, parallel)
-        self.optimizer = build_optimizer(
-            self.chunks, setting.config.optim, bf16=setting.bf16, distributed=parallel.distributed_optimizer
+        self.trainable = TrainableModel(chunks, parallel)
+        self.optimizer = Optimizer(
+            self.trainable, setting.config.optim, bf16=setting.bf16, distributed=parallel.distributed_optimizer
         )
         self.plan: StagePlan | None = None
 
@@ -174,15 +174,15 @@ class Ours:
         case = dataclasses.replace(
             plan, seq_len=tokens, micro_batch_rows=1, global_batch_rows=self.setting.topology.dp_size
         )
-        settled = settle(self.setting.config, case, self.setting.topology, self.setting.device_kind)
-        print(f"ours, {tokens:,} tokens: activations {settled}", flush=True)
-        self.recomputes = settled.activations.recompute
-        self.model.set_recompute(self.recomputes, offload=settled.activations.offload)
+        decision = choose_recompute(self.setting.config, case, self.setting.topology, self.setting.device_kind)
+        print(f"ours, {tokens:,} tokens: activations {decision}", flush=True)
+        self.recomputes = decision.activations.recompute
+        self.model.set_recompute(self.recomputes, offload=decision.activations.offload)
         state = self.model.state_dict()
         for name, tensor in self.weights.items():
             state[name].copy_(tensor.view(state[name].shape))
-        self.optimizer.reload_model_params()
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        self.optimizer.megatron.reload_model_params()
+        for part in self.optimizer.parts:
             forget(part.optimizer)
 
     @torch.no_grad()
@@ -192,13 +192,13 @@ class Ours:
 
     def measured(self, batch: PackedBatch) -> StepResult:
         """A step that is not applied yet."""
-        from m1_stages.runtime.optimizer import set_learning_rate
+        from m1_stages.training.objective import NextTokenCrossEntropy
         from m1_stages.training.step import train_step
 
         assert self.plan is not None
         self.model.set_slopes(self.plan.slopes_at(1.0))
-        set_learning_rate(self.optimizer, LR)
-        return train_step(self.chunks, self.optimizer, [batch])
+        self.optimizer.set_learning_rate(LR)
+        return train_step(self.trainable, self.optimizer, [batch], NextTokenCrossEntropy())
 
     def step(self, batch: PackedBatch) -> tuple[float, float]:
         result = self.measured(batch)

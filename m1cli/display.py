@@ -1,4 +1,4 @@
-"""What training looks like: a live panel on a terminal, plain lines elsewhere."""
+"""Shows training: a live panel on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from m1_stages.curriculum import SFT
 from m1_stages.decay import half_life_tokens
 from m1_stages.events import (
     CheckpointRejected,
@@ -40,7 +39,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 class TrainingDisplay:
-    """Sink of a run's events. Use as a context manager so that the live panel is always closed."""
+    """Shows a run's events. Use it as a context manager so that the live panel is always closed."""
 
     def __init__(self) -> None:
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
@@ -77,7 +76,7 @@ class TrainingDisplay:
         elif isinstance(event, StragglerNoticed):
             console.print(
                 f"[bold yellow]rank {event.rank} keeps the others waiting:[/] {event.seconds:.2f} s of a step, "
-                f"{event.usual:.2f} s on the others",
+                f"{event.median:.2f} s on the others",
                 soft_wrap=True,
             )
         elif isinstance(event, StageFinished):
@@ -103,7 +102,7 @@ class TrainingDisplay:
             )
         elif isinstance(event, CheckpointRejected):
             console.print(f"[bold red]checkpoint {escape(event.path)} is not usable:[/] {escape(event.reason)}")
-            console.print(f"  put aside as {escape(event.quarantined_as)}; trying the one before it")
+            console.print(f"  quarantined as {escape(event.quarantined_as)}; trying the one before it")
         elif isinstance(event, SaveFailed):
             console.print(f"[bold red]checkpoint not written:[/] {escape(event.reason)}; the previous one stands")
         elif isinstance(event, RunStopped) and event.exit_code == 0:
@@ -165,8 +164,7 @@ def _run_started(event: RunStarted) -> None:
 
 
 def _stage_started(event: StageStarted) -> None:
-    word = "fine-tuning" if event.stage == SFT else f"stage {event.stage}"
-    console.print(f"\n[bold cyan]{word}[/] takes over {escape(event.takes_over)}", soft_wrap=True)
+    console.print(f"\n[bold cyan]{event.title}[/] starts from {escape(event.starts_from)}", soft_wrap=True)
     rates, old = (
         [half_life_tokens(s) for layer, row in enumerate(slopes) if layer not in event.softmax_layers for s in row]
         for slopes in (event.slopes_new, event.slopes_old)
@@ -195,7 +193,7 @@ def _guard(event: GuardNoticed | StepRepeated | RolledBack) -> None:
     if isinstance(event, RolledBack):
         console.print(
             f"[bold red]rolled back[/] from step {event.from_step} to {event.to_step} of {event.stage}: "
-            f"{escape(event.reason)}; steps left out: {', '.join(map(str, event.left_out))}",
+            f"{escape(event.reason)}; steps excluded: {', '.join(map(str, event.excluded_steps))}",
             soft_wrap=True,
         )
         return
@@ -210,7 +208,7 @@ def _guard(event: GuardNoticed | StepRepeated | RolledBack) -> None:
     what = {"skip": "update dropped", "roll_back": "rolling back", "stop": "stopping"}.get(event.action, "applied")
     console.print(
         f"[bold yellow]{event.stage} step {event.step}: {escape(event.reason)}[/] in {event.series}: {event.value:.4g}, "
-        f"usually {event.usual:.4g}; {what}, decay ramp {event.ramp}",
+        f"median {event.median:.4g}; {what}, decay ramp {event.ramp}",
         soft_wrap=True,
     )
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from m1_stages.config import Resolved
 from m1_stages.errors import EXIT_LOST, EXIT_PREEMPTED, EnvironmentProblem, RankLost
-from m1_stages.runtime.watchdog import STACKS
+from m1_stages.run_dir import STACKS
 from m1cli.console import console
 from m1cli.errors import show
 

@@ -16,6 +16,7 @@ from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.errors import ConfigError, EnvironmentProblem, RankLost
 from m1_stages.events import Sink
+from m1_stages.run_dir import TENSORBOARD
 from m1_stages.runtime.watchdog import Watchdog
 from m1cli.display import TrainingDisplay
 from m1cli.errors import show
@@ -84,11 +85,11 @@ def _start(resolved: Resolved, train: Callable[[list[Sink]], None]) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with TrainingDisplay() as display:
 
-        def give_up(error: RankLost) -> None:
+        def abandon(error: RankLost) -> None:
             display.__exit__()  # the process is about to leave without unwinding: give the terminal back
             show(error)
 
-        with Watchdog(resolved.run_dir, rank=rank, world=world, deadline_s=deadline_s, on_expired=give_up) as watchdog:
+        with Watchdog(resolved.run_dir, rank=rank, world=world, deadline_s=deadline_s, on_expired=abandon) as watchdog:
             sinks: list[Sink] = [display]
             if resolved.config.run.tensorboard:
                 sinks.append(_tensorboard(resolved))
@@ -119,7 +120,7 @@ def _tensorboard(resolved: Resolved) -> Sink:
         ) from error
     from m1_stages.events import Event, StepDone
 
-    writer = SummaryWriter(str(resolved.run_dir / "tensorboard"))
+    writer = SummaryWriter(str(resolved.run_dir / TENSORBOARD))
 
     def sink(event: Event) -> None:
         if isinstance(event, StepDone):

@@ -204,15 +204,16 @@ def _events(history: History) -> str:
                 f"{'not known' if r['recall'] is None else format(r['recall'], '.1%')}, the gate {r['gate']:.1%}"
             ),
             "GuardNoticed": lambda r: (
-                f"{r['stage']} step {r['step']}: {r['reason']} in {r['series']}, {r['value']:.4g} where {r['usual']:.4g} is "
-                f"usual: {r['action'].replace('_', ' ')}, decay ramp {r['ramp']}; samples {_few(r['sample_ids'])}"
+                f"{r['stage']} step {r['step']}: {r['reason']} in {r['series']}, {r['value']:.4g} where {r['median']:.4g} is "
+                f"the median: {r['action'].replace('_', ' ')}, decay ramp {r['ramp']}; samples {_few(r['sample_ids'])}"
             ),
             "StepRepeated": lambda r: f"{r['stage']} step {r['step']} was not finite; repeated: {r['verdict']}",
             "RolledBack": lambda r: (
-                f"{r['stage']} rolled back from step {r['from_step']} to {r['to_step']}, without steps {_few(r['left_out'])}"
+                f"{r['stage']} rolled back from step {r['from_step']} to {r['to_step']}, without steps "
+                f"{_few(r['excluded_steps'])}"
             ),
             "StragglerNoticed": lambda r: (
-                f"rank {r['rank']} kept the others waiting: {r['seconds']:.2f} s instead of {r['usual']:.2f} s"
+                f"rank {r['rank']} kept the others waiting: {r['seconds']:.2f} s instead of {r['median']:.2f} s"
             ),
             "SaveFailed": lambda r: f"checkpoint at step {r['step']} not written: {r['reason']}",
             "RunStopped": lambda r: f"stopped: {r['reason']}",

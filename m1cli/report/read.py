@@ -1,17 +1,14 @@
-"""``metrics.jsonl`` as plain values; the torn last line of a killed run is left out."""
+"""The events of a run, sorted for the report."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from m1_stages.config import METRICS
 from m1_stages.errors import DataError
+from m1_stages.events import Record, read_events
+from m1_stages.run_dir import METRICS
 
-Record = dict[str, Any]
 _LISTED = (
     "CheckpointRejected",
     "SaveFailed",
@@ -38,7 +35,7 @@ class History:
     held: dict[str, int] = field(default_factory=dict)
     """Steps of each stage in which the guard held the decay ramp, too many for a line each."""
     other: list[Record] = field(default_factory=list)
-    """Everything worth a line in the list of events."""
+    """Events worth a line in the report's list."""
 
 
 def read_history(run_dir: Path) -> History:
@@ -50,15 +47,8 @@ def read_history(run_dir: Path) -> History:
     path = run_dir / METRICS
     if not path.is_file():
         raise DataError("this run has reported nothing yet", where=str(path), fix="run m1 pretrain first")
-    lines = path.read_bytes().splitlines()
     history, steps = History(), {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"a damaged line: {error}", where=f"{path}:{number}", fix="remove that line") from error
+    for record in read_events(path):
         kind = record["event"]
         if kind == "StepDone":
             steps[record["global_step"]] = record

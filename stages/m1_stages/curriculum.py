@@ -78,6 +78,10 @@ class StagePlan:
     slopes_new: Slopes
     softmax_layers: tuple[int, ...] = ()
     """0-based; their rows of slopes are unused."""
+    config_section: str
+    """Section of the configuration that describes the stage, like ``stages.32k`` or ``sft``."""
+    title: str
+    """What a person reads as the stage's name."""
 
     @property
     def ramp_steps(self) -> int:
@@ -124,6 +128,8 @@ def plan_stage(resolved: Resolved, stage: str) -> StagePlan:
         slopes_old=old,
         slopes_new=new,
         softmax_layers=softmax_layers(resolved),
+        config_section=f"stages.{stage}",
+        title=f"stage {stage}",
     )
 
 
@@ -150,6 +156,8 @@ def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
         slopes_old=slopes,
         slopes_new=slopes,
         softmax_layers=softmax_layers(resolved),
+        config_section="sft",
+        title="fine-tuning",
     )
 
 
@@ -165,4 +173,4 @@ def move_ramp(progress: float, ramp_steps: int, direction: Literal["advance", "h
         return progress
     steps = 1.0 if direction == "advance" else -2.0
     moved = min(1.0, max(0.0, progress + steps / ramp_steps))
-    return 1.0 if moved > 1.0 - 1e-9 else moved  # ten tenths are a hair less than one
+    return 1.0 if moved > 1.0 - 1e-9 else moved  # guards against float rounding

@@ -1,18 +1,21 @@
-"""Everything a run reports. Rank 0 sends each event to its sinks; ``metrics.jsonl`` is the truth.
+"""What a run reports. Rank 0 sends each event to its sinks; ``metrics.jsonl`` is the truth.
 
-One JSON object a line: ``{"event": "StepDone", "time": <unix seconds>, ...fields}``.
+The file holds one JSON object a line: ``{"event": "StepDone", "time": <unix seconds>, ...fields}``. ``JsonLines`` writes it,
+and ``read_events`` is the one reader, which also knows the names that fields had before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
+
+from m1_stages.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +38,11 @@ class RunStarted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageStarted:
-    """A stage begins or continues; what it changes and what it takes over."""
+    """A stage begins or continues; what it changes and what it starts from."""
 
     stage: str
+    title: str
+    """What a person reads as the stage's name."""
     step: int
     num_steps: int
     seq_len: int
@@ -54,13 +59,14 @@ class StageStarted:
     softmax_layers: list[int]
     """Layers whose row of slopes is unused."""
     mix: dict[str, Any]
-    takes_over: str
+    starts_from: str
+    """In words: a checkpoint and what of it, or random weights."""
     recompute: bool
     """Activations are computed again in the backward pass, instead of kept."""
     offload_activations: bool
     """The inputs of recomputed layers wait in host memory."""
     activations: str
-    """Both in words, with the reason."""
+    """What becomes of the activations, in words, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +109,7 @@ class StepRepeated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardNoticed:
-    """A step that the guard did not simply let through, and what was done."""
+    """The guard warned of a step or dropped it, and what was done."""
 
     stage: str
     step: int
@@ -113,7 +119,8 @@ class GuardNoticed:
     reason: str
     series: str
     value: float
-    usual: float
+    median: float
+    """Median of the series' window."""
     z: float
     loss: float
     grad_norm: float
@@ -122,13 +129,13 @@ class GuardNoticed:
     bad_ranks: list[int]
     """Ranks whose loss was not finite."""
     sample_ids: list[int]
-    """Of the micro-batches that were not finite, or of the whole step."""
+    """Samples of the micro-batches that were not finite, or of the whole step."""
     skipped_in_budget: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepLeftOut:
-    """A step whose samples a roll back left out: its place in the order is passed over."""
+class StepExcluded:
+    """A step whose samples a roll back excluded: its place in the order is skipped."""
 
     stage: str
     step: int
@@ -144,8 +151,8 @@ class RolledBack:
     from_step: int
     to_step: int
     checkpoint: str
-    left_out: list[int]
-    """Steps of the stage."""
+    excluded_steps: list[int]
+    """Steps of the stage that are not trained again."""
     sample_ids: list[int]
     reason: str
 
@@ -159,9 +166,9 @@ class StragglerNoticed:
     global_step: int
     rank: int
     seconds: float
-    """Of its own work in a step, median of the last steps."""
-    usual: float
-    """The same of the ranks of its pipeline stage."""
+    """Seconds of its own work in a step, median of the last steps."""
+    median: float
+    """The same number for the ranks of its pipeline stage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +188,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointRejected:
-    """A checkpoint failed verification and was put aside."""
+    """A checkpoint failed verification and was quarantined: renamed, and not used."""
 
     path: str
     reason: str
@@ -217,7 +224,7 @@ class StageEvaluated:
     stage: str
     checkpoint: str
     checkpoint_sha256: str
-    """Of its manifest."""
+    """Hash of the checkpoint's manifest."""
     global_step: int
     seq_len: int
     recall: float | None
@@ -243,7 +250,7 @@ class NeedleMap:
     exact: list[list[float]]
     """Share of values that are right in every token."""
     loss: list[list[float]]
-    """Of the value's tokens, nats."""
+    """Mean loss of the value's tokens, nats."""
     control_recall: list[float]
     """``[length]``: the same questions with nothing hidden, what guessing gives."""
     control_loss: list[float]
@@ -258,10 +265,10 @@ class PositionLoss:
     loss: list[float]
     """Mean, nats."""
     near_loss: list[float]
-    """Of the same tokens, when the documents are cut into pieces of ``near_tokens``: without the far context."""
+    """Loss of the same tokens when the documents are cut into pieces of ``near_tokens``: without the far context."""
     tokens: list[int]
     documents: list[int]
-    """That reach into the bucket."""
+    """Documents that reach into the bucket."""
     near_tokens: int
 
 
@@ -290,7 +297,7 @@ Event = (
     | StepDone
     | StepRepeated
     | GuardNoticed
-    | StepLeftOut
+    | StepExcluded
     | RolledBack
     | StragglerNoticed
     | CheckpointSaved
@@ -302,6 +309,17 @@ Event = (
     | RunStopped
 )
 Sink = Callable[[Event], None]
+Record = dict[str, Any]
+"""An event as plain values, with its name under ``event`` and its time under ``time``."""
+
+_RENAMED_EVENTS = {"StepLeftOut": "StepExcluded"}
+_RENAMED_FIELDS = {
+    "StageStarted": {"takes_over": "starts_from"},
+    "GuardNoticed": {"usual": "median"},
+    "RolledBack": {"left_out": "excluded_steps"},
+    "StragglerNoticed": {"usual": "median"},
+}
+"""Old to new names, by the new name of the event: files of runs from before a renaming stay readable."""
 
 
 class JsonLines:
@@ -320,6 +338,37 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
+    """Read a ``metrics.jsonl`` in order, with today's names of events and fields.
+
+    The torn last line of a run that was killed is skipped; a missing file has no events.
+
+    Args:
+        skip_damaged: skip every damaged line, not only the last one.
+
+    Raises:
+        DataError: a line that is not the last one is damaged.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = _with_present_names(orjson.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if skip_damaged or number == len(lines):
+                continue
+            raise DataError(f"a damaged line: {error}", where=f"{path}:{number}", fix="remove that line") from error
+        yield record
+
+
+def _with_present_names(record: Record) -> Record:
+    name: str = record["event"]
+    name = _RENAMED_EVENTS.get(name, name)
+    fields = _RENAMED_FIELDS.get(name, {})
+    return {fields.get(key, key): value for key, value in record.items()} | {"event": name}
 
 
 def _cut_torn_line(path: Path) -> None:

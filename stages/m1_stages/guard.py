@@ -4,10 +4,10 @@ Every rank sees the same numbers and the same state, so every rank reaches the s
 at random numbers: a run that is cut and continued judges as one that was not.
 
 Each series (loss, global gradient norm, norm of every layer, early over late layers) is compared with its own recent past:
-``z = (log x - median) / max(1.4826 MAD, floor)`` over a window of accepted steps, so a few outliers do not widen the band. In the
-first steps of a stage there is no such past: only the global norm is judged, by its factor over the stage before. A loss above
-that of guessing uniformly is a spike at any time, once the model has learned something: no text does that, random tokens do.
-Source of the rule's shape: OLMo skips steps beyond 6 standard deviations of 128 steps; the robust form and the per-layer
+``z = (log x - median) / max(1.4826 MAD, floor)`` over a window of accepted steps, so a few outliers do not widen the band. The
+first steps of a stage have no such past: there only the global norm is judged, by its factor over the stage before. A loss
+above that of guessing uniformly is a spike at any time, once the model has learned something: no text does that, random tokens
+do. Source of the rule's shape: OLMo skips steps beyond 6 standard deviations of 128 steps; the robust form and the per-layer
 bands are ours.
 """
 
@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from m1_stages.config import GuardConfig
 
@@ -27,10 +27,11 @@ Ramp = Literal["advance", "hold", "reverse"]
 FIRST_STEPS_FACTOR = 4.0
 """In the first steps of a stage a norm must be so many times ``norm_factor`` times the last stage's median to be a spike."""
 _LEARNED = 0.8
-"""A model has learned something when its usual loss is less than this share of the loss of guessing."""
+"""A model has learned something when its median loss is less than this share of the loss of guessing."""
+_FORMER_FIELDS = {"in_a_row": "consecutive", "calm": "in_band_steps"}
 _MAD_TO_SIGMA = 1.4826
 _SCALE_FLOOR = 0.02
-"""Of a series' logarithm: steps that differ by less than 2 % are not told apart, however steady the past was."""
+"""Smallest scale of a series' logarithm: steps that differ by less than 2 % are equal, however steady the past was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ class Observation:
     """What a step measured, the same on every rank."""
 
     step: int
-    """Of the whole run."""
+    """Step of the whole run."""
     loss: float
     grad_norm: float
     layer_grad_norms: Sequence[float]
@@ -60,31 +61,39 @@ class Verdict:
     series: str = ""
     """``loss``, ``grad_norm``, ``layer 3`` or ``early/late``: the one that is furthest out."""
     value: float = 0.0
-    usual: float = 0.0
+    median: float = 0.0
     """Median of the window."""
     z: float = 0.0
 
 
 @dataclass(kw_only=True, slots=True)
 class GuardState:
-    """Plain values; in every checkpoint."""
+    """What the guard remembers: plain values, in every checkpoint."""
 
     series: dict[str, list[float]] = field(default_factory=dict)
     """Logarithms of accepted steps, oldest first."""
     skipped: list[int] = field(default_factory=list)
     """Global steps whose update was dropped, within the budget's window."""
-    in_a_row: int = 0
+    consecutive: int = 0
     """Spikes without an accepted step between them."""
-    calm: int = 0
+    in_band_steps: int = 0
     """Steps in the band since the ramp was last held or reversed."""
     before: dict[str, float] = field(default_factory=dict)
     """Medians of the logarithms of the stage before."""
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GuardState:
+        """Rebuild a state from its fields, also under the names of checkpoints before version 0.2."""
+        return cls(**{_FORMER_FIELDS.get(name, name): value for name, value in values.items()})
+
     def at_stage_change(self) -> GuardState:
-        """What the next stage starts with. It reads other data, in fewer and longer rows, so neither level nor spread of the
-        last stage's numbers is its own; only the medians stay, to tell an explosion in its first steps."""
+        """Return what the next stage starts with.
+
+        The next stage reads other data, in fewer and longer rows, so neither the level nor the spread of the last stage's
+        numbers is its own. Only the medians stay, to tell an explosion in its first steps.
+        """
         medians = {name: median(past) for name, past in self.series.items()}
-        return replace(self, series={}, before=medians or self.before, in_a_row=0)
+        return replace(self, series={}, before=medians or self.before, consecutive=0)
 
 
 class Guard:
@@ -98,7 +107,7 @@ class Guard:
         self.config, self.state, self.guess_loss = config, state, guess_loss
 
     def judge(self, seen: Observation) -> Verdict:
-        """The verdict on a step, taken into the state."""
+        """Judge a step and take it into the state."""
         if not self.config.enabled:
             return Verdict(action="apply" if seen.finite else "stop", ramp="advance", reason=_not_finite(seen))
         if not seen.finite:
@@ -114,12 +123,12 @@ class Guard:
         if spikes:
             return self._drop(seen, max(spikes, key=lambda d: d.z))
         self._accept(values)
-        self.state.in_a_row = 0
+        self.state.consecutive = 0
         if warnings := [d for d in distances if (self._is_warning(d) if known else self._jumps(d))]:
-            self.state.calm = 0
+            self.state.in_band_steps = 0
             return _verdict("apply", "hold", max(warnings, key=lambda d: d.z), "outside of its band")
-        self.state.calm += 1
-        return Verdict(action="apply", ramp="advance" if self.state.calm >= self.config.calm_steps else "hold")
+        self.state.in_band_steps += 1
+        return Verdict(action="apply", ramp="advance" if self.state.in_band_steps >= self.config.calm_steps else "hold")
 
     def _drop(self, seen: Observation, why: _Distance) -> Verdict:
         c, state = self.config, self.state
@@ -127,17 +136,17 @@ class Guard:
         if what == "spike" and self._worse_than_guessing(why):
             what = f"spike, worse than guessing ({self.guess_loss:.2f})"
         policy = c.on_spike if math.isfinite(why.value) else c.on_nonfinite
-        state.calm = 0
+        state.in_band_steps = 0
         if policy == "apply":
             self._accept(_series(seen))
             return _verdict("apply", "reverse", why, f"{what}, applied as configured")
         if policy == "stop":
             return _verdict("stop", "hold", why, what)
         state.skipped = [step for step in state.skipped if step > seen.step - c.budget_steps] + [seen.step]
-        state.in_a_row += 1
-        if state.in_a_row > c.skips_in_a_row:
+        state.consecutive += 1
+        if state.consecutive > c.skips_in_a_row:
             return _verdict(
-                "roll_back", "hold", why, f"{what}, {state.in_a_row} in a row: more than {c.skips_in_a_row}"
+                "roll_back", "hold", why, f"{what}, {state.consecutive} in a row: more than {c.skips_in_a_row}"
             )
         if len(state.skipped) > c.skip_budget:
             left = f"more than {c.skip_budget} skipped in {c.budget_steps:,} steps"
@@ -216,6 +225,6 @@ def _verdict(action: Action, ramp: Ramp, why: _Distance, reason: str) -> Verdict
         reason=reason,
         series=why.name,
         value=why.value,
-        usual=math.exp(why.middle),
+        median=math.exp(why.middle),
         z=why.z,
     )

@@ -37,7 +37,7 @@ def work(job: dict[str, Any], folder: Path) -> None:
     latest = CheckpointStore(folder / job["name"] / "checkpoints").latest()
     steps = count(latest.meta.global_step if latest else 0)
 
-    def recorded(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], **how: Any) -> Any:
+    def recorded(chunks: Any, optimizer: Any, batches: list[PackedBatch], objective: Any, **how: Any) -> Any:
         layers = chunks[0].module.decoder.layers
         decay = [getattr(layer.self_attention, "log_decay", None) for layer in layers]
         line = {
@@ -48,7 +48,7 @@ def work(job: dict[str, Any], folder: Path) -> None:
             file.write(json.dumps(line) + "\n")
         if next(steps) == job["stop_at"] and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(chunks, optimizer, batches, **how)
+        return train_step(chunks, optimizer, batches, objective, **how)
 
     loop.train_step = recorded
     overrides = [*job["set"], f"run.dir={folder / job['name']}"]

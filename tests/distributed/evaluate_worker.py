@@ -7,7 +7,6 @@ import hashlib
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,6 @@ def layout(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     dev, sizes = device.use("cpu"), ParallelConfig(**job["parallel"])
     topology = parallel.start(sizes, device=dev, seed=1)
-    from m1_stages.runtime.ddp import gather_parameters
-
     before = measure.zigzag, measure._everywhere
     try:
         if job.get("mutation") == "marks of contiguous shards":
@@ -46,18 +43,18 @@ def layout(job: dict[str, Any]) -> dict[str, Any]:
             rows = [parity_worker.packed([0, 1]), parity_worker.packed([2, 3])]
             few = [dataclasses.replace(row, tokens=row.tokens % IDS, labels=row.labels % IDS) for row in rows]
             parity_worker.step_of(chunks, optimizer, [row.zigzag(topology.cp_rank, topology.cp_size) for row in few])
-        run: Any = SimpleNamespace(device=dev, topology=topology, model=model, chunks=chunks)
-        gather_parameters(chunks)  # as the stage-final checkpoint does
+        subject = measure.Subject(model=chunks, topology=topology, device=dev)
+        chunks.gather_parameters()  # as the stage-final checkpoint does
         haystack = Haystack.of_random_ids(np.arange(IDS), 200, seed=2)
         state = fingerprint(model, optimizer)
         checks: list[int] = []
         needles = measure.needle_map(
-            run, haystack, lengths=LENGTHS, depths=DEPTHS, samples=2, what="random",
+            subject, haystack, lengths=LENGTHS, depths=DEPTHS, samples=2, what="random",
             tokens_at_once=job.get("tokens_at_once", 256), check=lambda: checks.append(1),
         )  # fmt: skip
         documents = [haystack.span(n, seed=n) for n in (200, 128, 70)]
         positions = measure.loss_by_position(
-            run, documents, seq_len=128, pad_id=0, tokens_at_once=256, check=lambda: checks.append(1)
+            subject, documents, seq_len=128, pad_id=0, tokens_at_once=256, check=lambda: checks.append(1)
         )
         return {
             "needles": dataclasses.asdict(needles),
@@ -76,7 +73,7 @@ def fingerprint(model: Any, optimizer: Any) -> list[Any]:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         digest.update(parameter.detach().numpy().tobytes() + parameter.main_grad.numpy().tobytes())
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer.parts:
         for state in part.optimizer.state.values():
             digest.update(state["exp_avg"].numpy().tobytes() + state["exp_avg_sq"].numpy().tobytes())
     stats = [(layer.mlp.router.tokens_per_expert is None, layer.mlp.router.micro_batches) for layer in model.layers]
@@ -128,11 +125,12 @@ def oracle(job: dict[str, Any]) -> dict[str, Any]:
         model.decoder = Oracle(job["kind"], job["sight"])
         model.output_layer.weight.data = 40 * torch.eye(256)
         model.register_forward_pre_hook(lambda model, inputs: setattr(model.decoder, "batch", inputs[0]))
-        run: Any = SimpleNamespace(device=dev, topology=topology, model=model, chunks=[model])
+        whole: Any = [model]
+        subject = measure.Subject(model=whole, topology=topology, device=dev)
         text = Haystack.of_random_ids(np.arange(1, 250), 600, seed=2)
         if job["kind"] == "copy":
             needles = measure.needle_map(
-                run,
+                subject,
                 text,
                 lengths=job["lengths"],
                 depths=job["depths"],
@@ -144,7 +142,7 @@ def oracle(job: dict[str, Any]) -> dict[str, Any]:
             return dataclasses.asdict(needles)
         documents = [text.span(n, seed=n) for n in job["documents"]]
         measured = measure.loss_by_position(
-            run, documents, seq_len=job["seq_len"], pad_id=0, tokens_at_once=600, check=lambda: None
+            subject, documents, seq_len=job["seq_len"], pad_id=0, tokens_at_once=600, check=lambda: None
         )
         return dataclasses.asdict(measured)
     finally:
@@ -152,7 +150,7 @@ def oracle(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def pretrained(job: dict[str, Any]) -> dict[str, Any]:
-    """``m1 pretrain``'s engine: how it ended, every step exactly, and the events of evaluations."""
+    """``m1 pretrain``'s job: how it ended, every step exactly, and the events of evaluations."""
     steps: list[Any] = []
     events: list[Any] = []
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -57,31 +58,33 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 def _train(job: dict[str, Any], dev: Any, topology: parallel.Topology) -> dict[str, Any]:
     from m1_stages.runtime.signals import StopRequest
-    from m1_stages.training.loop import Run, train_stage
+    from m1_stages.training.loop import train_stage
+    from m1_stages.training.objective import NextTokenCrossEntropy
+    from m1_stages.training.run import Run
 
     model, chunks, optimizer = build(ParallelConfig(**job["parallel"]), seed=5)
     slopes, steps = released_slopes(MODEL.num_layers, MODEL.num_heads), job["steps"]
     plan = StagePlan(
         stage="32k", starts_from=None, context_tokens=SEQ_LEN, seq_len=SEQ_LEN, rope_base=1e4, global_batch_rows=ROWS,
         micro_batch_rows=job.get("micro_batch", ROWS), num_steps=steps, lr=LrSchedule(peak=3e-3, final=3e-3, num_steps=steps),
-        ramp_length=1, slopes_old=slopes, slopes_new=slopes,
+        ramp_length=1, slopes_old=slopes, slopes_new=slopes, config_section="stages.32k", title="stage 32k",
     )  # fmt: skip
     mine = topology.rank == job.get("rank", -1)
     events: list[Event] = []
     run = Run(
-        device=dev, topology=topology, model=model, chunks=chunks, optimizer=optimizer, emit=events.append,
+        run_dir=Path(), device=dev, topology=topology, model=model, trainable=chunks, optimizer=optimizer,
+        checkpointer=mock.Mock(save_now=lambda state, stage_final: ""), emit=events.append,
         save_every_steps=10**6, stop=StopRequest(),
         guard=dataclasses.replace(GuardConfig(), **job.get("guard", {})), max_grad_norm=1.0,
-        roll_back=lambda plan, rows, state, verdict: state, **{"check_replicas_every": 0} | job.get("run", {}),
+        **{"check_replicas_every": 0} | job.get("run", {}),
     )  # fmt: skip
-    run.saver = mock.Mock(save_now=lambda state, stage_final: "")
     fault = job.get("fault", "") if mine else ""
     state, error = TrainState(stage="32k", slopes=slopes), {}
     if fault == "stop asked":
         model.before_each_forward(lambda: setattr(run.stop, "received", "SIGTERM" * (state.global_step >= job["step"])))
     with _faulty(fault, job.get("step", 0), chunks, state):
         try:
-            train_stage(run, plan, Rows(steps, 0.1 if fault == "slow" else 0.0), state)
+            train_stage(run, plan, Rows(steps, 0.1 if fault == "slow" else 0.0), state, NextTokenCrossEntropy())
         except M1Error as problem:
             error = {"what": problem.what, "where": problem.where, "code": problem.exit_code}
     return {
@@ -95,12 +98,13 @@ def _train(job: dict[str, Any], dev: Any, topology: parallel.Topology) -> dict[s
 
 @contextmanager
 def _faulty(fault: str, at: int, chunks: list[Any], state: TrainState) -> Iterator[None]:
-    from m1_stages.training import loop, step
+    from m1_stages.training import update
+    from m1_stages.training.objective import NextTokenCrossEntropy
 
-    original_loss, original_check = step._loss, loop.check_replicas
+    original_loss, original_check = NextTokenCrossEntropy.loss, update.check_replicas
 
-    def loss(mask: Any, per_token: Any) -> Any:
-        return original_loss(mask, per_token * (float("nan") if state.global_step == at else 1.0))
+    def loss(self: NextTokenCrossEntropy, batch: PackedBatch, output: Any) -> Any:
+        return original_loss(self, batch, output * (float("nan") if state.global_step == at else 1.0))
 
     def spoiled(finalize: Callable[..., None], chunks: list[Any], *args: Any, **kwargs: Any) -> None:
         if state.global_step == at:
@@ -115,14 +119,14 @@ def _faulty(fault: str, at: int, chunks: list[Any], state: TrainState) -> Iterat
         original_check(chunks, step=step)
 
     if fault == "nan loss":
-        with mock.patch.object(step, "_loss", loss):
+        with mock.patch.object(NextTokenCrossEntropy, "loss", loss):
             yield
     elif fault == "nan gradient":
         config = chunks[0].config
         config.finalize_model_grads_func = partial(spoiled, config.finalize_model_grads_func)
         yield
     elif fault == "flipped bit":
-        with mock.patch.object(loop, "check_replicas", check):
+        with mock.patch.object(update, "check_replicas", check):
             yield
     else:
         yield

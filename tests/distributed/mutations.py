@@ -25,7 +25,7 @@ from m1_stages.model.attention import LightningAttention
 from m1_stages.model.hybrid import HybridModel
 from m1_stages.model.moe import Router
 from m1_stages.runtime import ddp
-from m1_stages.runtime import optimizer as engine_optimizer
+from m1_stages.runtime.optimizer import Optimizer
 
 Function = Callable[..., Any]
 
@@ -124,8 +124,8 @@ PATCHES: dict[str, tuple[Any, str, Function]] = {
     "outputs freed while they are sent": (chunks, "transformer_config", _outputs_freed),
     "balance loss over TP x CP": (Router, "_balance_loss", _balance_over_ranks),
     "parameters used before they are gathered": (ddp, "_wait_before_use", _nothing),
-    "parameters not gathered after the last update": (ddp, "gather_parameters", _nothing),
-    "one step counter for all parameters": (engine_optimizer, "finish_loading", _nothing),
+    "parameters not gathered after the last update": (ddp.TrainableModel, "gather_parameters", _nothing),
+    "one step counter for all parameters": (Optimizer, "separate_step_counters", _nothing),
     "weights drawn in module order": (chunks, "initialize", _weights_in_module_order),
 }
 SPOILED: dict[str, tuple[Callable[[str, nn.Parameter], bool], str, bool]] = {

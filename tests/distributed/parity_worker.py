@@ -99,30 +99,30 @@ def build(
     bucket: int = BUCKET,
     shape: ModelConfig = MODEL,
     on: str = "cpu",
-) -> tuple[Any, list[Any], Any]:
+) -> tuple[Any, Any, Any]:
     """Chunks of this rank, the same wrapped, and their optimizer."""
     from m1_stages.model import build_model
-    from m1_stages.runtime.ddp import wrap_ddp
-    from m1_stages.runtime.optimizer import build_optimizer
+    from m1_stages.runtime.ddp import TrainableModel
+    from m1_stages.runtime.optimizer import Optimizer
 
     model = build_model(shape, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute, device=on)
     if mutation:
         mutation.spoil(model)
-    chunks = wrap_ddp(model, sizes, bucket_size=bucket)
+    chunks = TrainableModel(model, sizes, bucket_size=bucket)
     optim = dataclasses.replace(OptimConfig(), eps=1e-8)
-    return model, chunks, build_optimizer(chunks, optim, bf16=False, distributed=sizes.distributed_optimizer)
+    return model, chunks, Optimizer(chunks, optim, bf16=False, distributed=sizes.distributed_optimizer)
 
 
-def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, apply: bool = True) -> Any:
+def step_of(chunks: Any, optimizer: Any, batches: list[PackedBatch], *, apply: bool = True) -> Any:
     """One step at a fixed rate; its gradients are applied, or dropped."""
-    from m1_stages.runtime.optimizer import set_learning_rate
+    from m1_stages.training.objective import NextTokenCrossEntropy
     from m1_stages.training.step import train_step
 
     for chunk in chunks:
         shape = chunk.module.model_config
         chunk.module.set_slopes(released_slopes(shape.num_layers, shape.num_heads))
-    set_learning_rate(optimizer, 3e-3)
-    result = train_step(chunks, optimizer, batches)
+    optimizer.set_learning_rate(3e-3)
+    result = train_step(chunks, optimizer, batches, NextTokenCrossEntropy())
     if apply:
         result.apply(max_norm=OptimConfig().grad_clip)
     return result
@@ -131,8 +131,6 @@ def step_of(chunks: list[Any], optimizer: Any, batches: list[PackedBatch], *, ap
 def _train(
     job: dict[str, Any], sizes: ParallelConfig, topology: parallel.Topology, dev: device.Device, mutation: Any
 ) -> dict[str, Any]:
-    from m1_stages.runtime import ddp
-
     options = {"recompute": job.get("recompute", False), "bucket": job.get("bucket", BUCKET), "on": dev.name}
     options["shape"] = dataclasses.replace(MODEL, **job.get("model", {}))
     model, chunks, optimizer = build(sizes, seed=5, mutation=mutation, **options)
@@ -164,7 +162,7 @@ def _train(
         state = model.sharded_state_dict(metadata=metadata)
         save_in_process({"model": state, "optimizer": optimizer.sharded_state_dict(state)}, Path(job["save"]))
     record["buckets"] = [[len(c.bucket_groups), len(c.expert_parallel_bucket_groups)] for c in chunks]
-    ddp.gather_parameters(chunks)
+    chunks.gather_parameters()
     record["weights"] = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     record["layers"] = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in model]
     record["local_parameters"] = sum(p.numel() for p in model.parameters())

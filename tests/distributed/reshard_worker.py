@@ -16,7 +16,8 @@ from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config.load import load_config
 from m1_stages.decay import released_slopes
 from m1_stages.runtime import device
-from m1_stages.training.session import Session, open_session
+from m1_stages.training.run import Run
+from m1_stages.training.session import open_session
 from m1_stages.training.train_state import TrainState
 
 LEARNING_RATE, FACTOR = 3e-3, 1.1
@@ -26,16 +27,15 @@ def work(job: dict[str, Any], folder: Path) -> None:
     """Load (or train three steps), save, and only then train on, so that the checkpoint is what the load gave."""
     home = folder / job["name"]
     overrides = [*job["set"], f"run.dir={home}", f"run.seed={job['seed']}"]
-    with open_session(load_config(folder / "m1.toml", overrides), [], rope_base=1e4, fresh=False) as session:
-        run = session.run
+    with open_session(load_config(folder / "m1.toml", overrides), [], rope_base=1e4, fresh=False) as run:
         before = [param.detach().clone() for param in run.model.parameters()]
-        state = restored(session, folder / job["load"]) if job["load"] else begun(session)
+        state = restored(run, folder / job["load"]) if job["load"] else begun(run)
         same = [i for i, param in enumerate(run.model.parameters()) if torch.equal(param, before[i])]
-        mutate(job.get("mutation", ""), session)
-        session.saver.save_now(state, stage_final=False)
+        mutate(job.get("mutation", ""), run)
+        run.checkpointer.save_now(state, stage_final=False)
         record = {
             "unchanged": same,
-            "losses": [train(session, state), train(session, state)],
+            "losses": [train(run, state), train(run, state)],
             "decay": {layer.layer_number: rates(layer) for layer in run.model.layers},
             "adam_steps": sorted({float(s["step"]) for s in adam(run.optimizer)}),
             "weights": sum(p.numel() for p in run.model.parameters()),
@@ -45,30 +45,30 @@ def work(job: dict[str, Any], folder: Path) -> None:
             (home / "record.json").write_text(json.dumps(record))
 
 
-def restored(session: Session, other: Path) -> TrainState:
-    found = session.restore(CheckpointStore(other / "checkpoints").committed())
+def restored(run: Run, other: Path) -> TrainState:
+    found = run.checkpointer.restore(CheckpointStore(other / "checkpoints").committed())
     assert found is not None
     return found[1]
 
 
-def begun(session: Session) -> TrainState:
+def begun(run: Run) -> TrainState:
     """Three steps with decay rates that no policy gives, so that they can only come from the checkpoint."""
-    model = session.resolved.config.model
+    model = run.model.model_config
     slopes = [[rate * FACTOR for rate in row] for row in released_slopes(model.num_layers, model.num_heads)]
     state = TrainState(stage="32k", slopes=slopes)
-    state.first_loss = train(session, state)
+    state.first_loss = train(run, state)
     for _ in range(2):
-        train(session, state)
+        train(run, state)
     return state
 
 
-def train(session: Session, state: TrainState) -> float:
-    from m1_stages.runtime.optimizer import set_learning_rate
+def train(run: Run, state: TrainState) -> float:
+    from m1_stages.training.objective import NextTokenCrossEntropy
     from m1_stages.training.step import train_step
 
-    run, place = session.run, session.run.topology
+    place = run.topology
     run.model.set_slopes(state.slopes)
-    set_learning_rate(run.optimizer, LEARNING_RATE)
+    run.optimizer.set_learning_rate(LEARNING_RATE)
     rows = batch_rows(
         state.global_step,
         global_batch=2 * ROWS,  # two micro-batches, as an interleaved pipeline of two needs
@@ -76,8 +76,9 @@ def train(session: Session, state: TrainState) -> float:
         dp_size=place.dp_size,
         micro_batch=ROWS // place.dp_size,
     )
-    result = train_step(run.chunks, run.optimizer, [packed(ids).zigzag(place.cp_rank, place.cp_size) for ids in rows])
-    result.apply(max_norm=session.resolved.config.optim.grad_clip)
+    batches = [packed(ids).zigzag(place.cp_rank, place.cp_size) for ids in rows]
+    result = train_step(run.trainable, run.optimizer, batches, NextTokenCrossEntropy())
+    result.apply(max_norm=run.max_grad_norm)
     state.stage_step += 1
     state.global_step += 1
     return result.loss
@@ -91,22 +92,22 @@ def rates(layer: Any) -> list[float]:
 
 def adam(optimizer: Any) -> list[dict[str, Any]]:
     """State of every parameter, or shard of one, that this rank's optimizer updates."""
-    return [s for part in getattr(optimizer, "chained_optimizers", [optimizer]) for s in part.optimizer.state.values()]
+    return [s for part in optimizer.parts for s in part.optimizer.state.values()]
 
 
 @torch.no_grad()
-def mutate(mutation: str, session: Session) -> None:
+def mutate(mutation: str, run: Run) -> None:
     """Spoil something between load and save, as a wrong load would."""
     if mutation == "weight":
-        _next_float(session.run.model[0].decoder.layers[3].mlp.router.weight)
+        _next_float(run.model[0].decoder.layers[3].mlp.router.weight)
     elif mutation == "moment":
-        _next_float(adam(session.run.optimizer)[0]["exp_avg_sq"])
+        _next_float(adam(run.optimizer)[0]["exp_avg_sq"])
     elif mutation == "shared step":
-        step = adam(session.run.optimizer)[0]["step"]
-        for state in adam(session.run.optimizer):
+        step = adam(run.optimizer)[0]["step"]
+        for state in adam(run.optimizer):
             state["step"] = step
     elif mutation == "moments forgotten":
-        for state in adam(session.run.optimizer):
+        for state in adam(run.optimizer):
             state["exp_avg"].zero_()
     elif mutation:
         raise ValueError(mutation)

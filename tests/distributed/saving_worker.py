@@ -45,7 +45,6 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
         from mutations import Mutation
 
         from m1_stages.checkpoint.snapshot import save_in_process
-        from m1_stages.runtime import optimizer as product
 
         batches = [packed(list(range(ROWS)))]
         mutation = Mutation(job["mutation"])
@@ -56,14 +55,12 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
         went_on = [step_of(chunks, optimizer, batches).loss for _ in range(4)]
 
         model, chunks, optimizer = build(sizes, seed=6)
-        product.make_loadable(optimizer)
-        loaded = dist_checkpointing.load(state_of(model, optimizer, is_loading=True), job["folder"])
-        model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-        with mutation.applied():
-            product.finish_loading(optimizer)
+        with mutation.applied(), optimizer.loading():
+            loaded = dist_checkpointing.load(state_of(model, optimizer, is_loading=True), job["folder"])
+            model.load_state_dict(loaded["model"])
+            optimizer.load_state_dict(loaded["optimizer"])
         came_back = [step_of(chunks, optimizer, batches).loss for _ in range(4)]
-        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        parts = optimizer.parts
         counters = {float(state["step"]) for part in parts for state in part.optimizer.state.values()}
         return {"went_on": went_on, "came_back": came_back, "counters": sorted(counters), "mutated": mutation.calls}
 

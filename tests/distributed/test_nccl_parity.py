@@ -132,7 +132,7 @@ class Cases:
             return [{**rank, "seconds": time.monotonic() - began} for rank in found]
 
     def pretrain(self, name: str, *overrides: str) -> list[dict[str, Any]]:
-        """The events of ``m1 pretrain``'s engine on two ranks."""
+        """The events of ``m1 pretrain``'s job on two ranks."""
         folder = self._prepared / name
         settings = [*DP2, f"run.dir={folder}", f"stages.32k.tokens={RUN_STEPS * 1024}", "run.async_save=on",
                     f"run.save_every_steps={SAVE_EVERY}", *overrides]  # fmt: skip

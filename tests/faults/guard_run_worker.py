@@ -1,4 +1,4 @@
-"""Runs ``m1 pretrain``'s engine once with bad samples in it, and writes every event.
+"""Runs ``m1 pretrain``'s job once with bad samples in it, and writes every event.
 
 Usage: python guard_run_worker.py CONFIG STAGES OUT.jsonl JOB
 JOB: JSON with ``bad``: {sample id: factor of its micro-batch's loss, "nan", or "nan once"}, and ``stop_at`` a global step. A
@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from m1_stages.jobs import pretrain
 
 def spoil(bad: dict[str, Any]) -> None:
     """Multiply the loss of micro-batches that hold a bad sample; "nan once" is used up by the first."""
-    from m1_stages.training import step
+    from m1_stages.training.objective import NextTokenCrossEntropy
 
-    original = step._loss
+    original = NextTokenCrossEntropy.loss
 
-    def forward_step(batches: Any, model: Any) -> tuple[Any, Any]:
-        batch = next(batches)
+    def loss(self: NextTokenCrossEntropy, batch: Any, output: Any) -> Any:
         factor = 1.0
         tokens = batch.tokens.shape[1] // len(batch.sample_ids)
         for sample in (name for row in batch.sample_ids for name in (str(row), f"{tokens}:{row}")):
@@ -40,13 +38,9 @@ def spoil(bad: dict[str, Any]) -> None:
                 factor = math.nan if str(bad[sample]).startswith("nan") else float(bad[sample])
                 if bad[sample] == "nan once":
                     del bad[sample]
+        return original(self, batch, output * factor)
 
-        def loss(mask: Any, per_token: Any) -> Any:
-            return original(mask, per_token * factor)
-
-        return model(batch), partial(loss, batch.loss_mask)
-
-    step._forward_step = forward_step
+    NextTokenCrossEntropy.loss = loss  # type: ignore[method-assign]
 
 
 def main(config: str, stages: str, out: str, text: str) -> int:

@@ -32,7 +32,7 @@ import m1_stages.model  # noqa: E402, F401
 from m1_stages.events import Event  # noqa: E402
 from m1_stages.jobs import pretrain  # noqa: E402
 
-MOMENTS = ("RolledBack", "GuardNoticed skip", "StepLeftOut", "GuardNoticed roll_back")
+MOMENTS = ("RolledBack", "GuardNoticed skip", "StepExcluded", "GuardNoticed roll_back")
 
 
 def dying_at(moment: str) -> Callable[[Event], None]:

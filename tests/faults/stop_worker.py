@@ -1,4 +1,4 @@
-"""Runs ``m1 pretrain``'s engine once and asks it to stop at one place.
+"""Runs ``m1 pretrain``'s job once and asks it to stop at one place.
 
 Usage: python stop_worker.py CONFIG STAGES PLACE
 PLACE: data, forward, micro-batch, save, evaluate, or none; the process sends itself a SIGTERM there, once.
@@ -17,16 +17,17 @@ from m1_data.sampling.loader import PackedDataset
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.errors import M1Error
-from m1_stages.jobs import evaluate, pretrain
-from m1_stages.training import checkpointer as saving
-from m1_stages.training import step
+from m1_stages.evaluation import stage_evaluation
+from m1_stages.jobs import pretrain
+from m1_stages.training.checkpointer import Checkpointer
+from m1_stages.training.objective import NextTokenCrossEntropy
 
 PLACES: dict[str, tuple[Any, str, int]] = {
     "data": (PackedDataset, "batch", 2),
-    "forward": (step, "_forward_step", 1),
-    "micro-batch": (step, "_loss", 3),
-    "save": (saving.Saver, "_begin", 1),
-    "evaluate": (evaluate, "needle_map", 1),
+    "forward": (NextTokenCrossEntropy, "forward", 1),
+    "micro-batch": (NextTokenCrossEntropy, "loss", 3),
+    "save": (Checkpointer, "_begin", 1),
+    "evaluate": (stage_evaluation, "needle_map", 1),
 }
 """Where: owner, function, and its call that is interrupted."""
 

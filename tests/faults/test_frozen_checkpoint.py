@@ -41,11 +41,11 @@ def run_dir(tmp_path: Path) -> Path:
 def test_it_still_loads(run_dir: Path) -> None:
     make = _make()
     with make.session(run_dir.parent) as opened:
-        found = opened.restore(opened.store.committed())
+        found = opened.checkpointer.restore(opened.checkpointer.store.committed())
         assert found is not None
         committed, state = found
         values = dict(make.tensors(opened))
-        parameters = sum(1 for _ in opened.run.model.parameters())
+        parameters = sum(1 for _ in opened.model.parameters())
     assert committed.meta.versions["m1cli"] == "0.1.0"
     assert state == make.position()
     assert len(values) == 3 * parameters == 54, "each with both moments"

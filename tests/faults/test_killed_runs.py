@@ -62,7 +62,7 @@ def killed_and_continued(
     assert done.returncode == 0, done.stderr[-3000:]
     killed = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("killed ")]
     assert sum(killed) >= kills
-    kinds = ("StepDone", "StepLeftOut", "GuardNoticed")
+    kinds = ("StepDone", "StepExcluded", "GuardNoticed")
     expected = {(r["event"], r["global_step"]): exact(r) for r in records_of(runs / "uninterrupted", *kinds)}
     assert {step for _, step in expected} == set(range(NUM_STEPS))
     final = Path("checkpoints") / f"step_{NUM_STEPS:08d}"
@@ -76,7 +76,7 @@ def killed_and_continued(
         # In the background the step after a save is made while it is written, and the next save waits for it. Between
         # dropped updates nothing is saved.
         most = (2 * SAVE_EVERY if number % 2 == 0 else SAVE_EVERY) + (GuardConfig().skips_in_a_row if bad else 0)
-        lost += made_again(records_of(run_dir, "StepDone", "StepLeftOut", "RolledBack"), most)
+        lost += made_again(records_of(run_dir, "StepDone", "StepExcluded", "RolledBack"), most)
         mine = tensors_of(run_dir / final)
         assert mine.keys() == weights.keys()
         assert [name for name in mine if not torch.equal(mine[name], weights[name])] == []
@@ -114,7 +114,7 @@ def guarded_runs(folder: Path, *, kills: int, seed: int) -> list[int]:
         ("128k", 3, "skip", "reverse"), ("128k", 4, "skip", "reverse"), ("128k", 5, "roll_back", "hold"),
     ]  # fmt: skip
     (back,) = [r for r in seen if r["event"] == "RolledBack"]
-    assert (back["to_step"], back["left_out"]) == (2, [2, 3, 4, 5])
+    assert (back["to_step"], back["excluded_steps"]) == (2, [2, 3, 4, 5])
     steps = {(r["stage"], r["step"]): r for r in records_of(folder / "runs" / "uninterrupted", "StepDone")}
     assert steps["128k", 10]["ramp_progress"] == pytest.approx(2 / 3), "what the guard took back stays back"
     return lost

@@ -270,16 +270,16 @@ def _batch_script(training: Training, folder: Path) -> int:
 WATCHED = """
 import sys, time
 from pathlib import Path
-from m1_stages.runtime.watchdog import Watchdog, beat
+from m1_stages.runtime.watchdog import Watchdog, heartbeat
 folder, what = Path(sys.argv[1]), sys.argv[2]
 with Watchdog(folder, rank=0, world=int(sys.argv[3]), deadline_s=1.0, on_expired=lambda e: print(e.what, flush=True)):
-    beat("train", 7)
+    heartbeat("train", 7)
     print("started", flush=True)
     if what == "hang":
         time.sleep(60)
     for _ in range(20):
         time.sleep(0.1)
-        beat("train", 8)
+        heartbeat("train", 8)
 print("done", flush=True)
 """
 

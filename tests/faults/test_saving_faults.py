@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 from tiny_checkpoint import load, meta, save, state
 
-from m1_stages.checkpoint import CheckpointStore, files
+from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, files
 from m1_stages.checkpoint import store as store_module
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.config import ParallelConfig
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed
 from m1_stages.runtime import device, parallel
-from m1_stages.training.checkpointer import Saver
+from m1_stages.training.checkpointer import Checkpointer
 from m1_stages.training.train_state import TrainState
 
 
@@ -97,33 +97,41 @@ def test_without_the_copy_it_would_not_be(root: Path, gate: Gate, monkeypatch: p
         load(CheckpointStore(root))
 
 
+class StepsOnly(Checkpointer):
+    """Saves the number of the step instead of a model and its optimizer."""
+
+    def __init__(self, store: CheckpointStore, **how: Any) -> None:
+        nothing: Any = None
+        parts = {"model": nothing, "trainable": nothing, "optimizer": nothing, "topology": nothing, "resolved": nothing}
+        super().__init__(store, **parts, **how)
+
+    def _sharded_state(self, position: TrainState, *, is_loading: bool) -> dict[str, Any]:
+        return state(float(position.global_step))
+
+    def _meta(self, position: TrainState, stage_final: bool) -> CheckpointMeta:
+        return meta(position.global_step, final=stage_final)
+
+
 class Job:
-    """A run that only counts steps, with the product's saver."""
+    """A run that only counts steps, with the product's checkpointer."""
 
     def __init__(self, root: Path, *, background: bool = True, deadline_s: float = 60.0) -> None:
         self.stuck: list[str] = []
         self.events: list[Any] = []
         self.store = CheckpointStore(root, deadline_s=deadline_s, on_stuck=self.stuck.append)
-        self.saver = Saver(
-            self.store,
-            sharded_state=lambda position: state(float(position.global_step)),
-            meta=lambda position, final: meta(position.global_step, final=final),
-            emit=self.events.append,
-            background=background,
-            max_failed=3,
-        )
+        self.checkpointer = StepsOnly(self.store, emit=self.events.append, background=background, max_failed=3)
 
     def save(self, *steps: int) -> None:
         for step in steps:
-            self.saver.save(TrainState(stage="32k", stage_step=step, global_step=step))
+            self.checkpointer.save(TrainState(stage="32k", stage_step=step, global_step=step))
 
     def save_and_wait(self, *steps: int) -> None:
         for step in steps:
             self.save(step)
-            self.saver.settle()
+            self.checkpointer.finish_save()
 
     def save_now(self, step: int, *, final: bool = False) -> str:
-        return self.saver.save_now(TrainState(stage="32k", stage_step=step, global_step=step), stage_final=final)
+        return self.checkpointer.save_now(TrainState(stage="32k", stage_step=step, global_step=step), stage_final=final)
 
     def told(self) -> list[tuple[str, int]]:
         """("saved" or "failed", step) in order."""
@@ -137,7 +145,7 @@ class Job:
 def test_one_save_at_a_time_and_final_ones_wait(root: Path, gate: Gate) -> None:
     job = Job(root)
     job.save(1)
-    job.saver.poll()
+    job.checkpointer.poll()
     assert job.told() == []
     gate.open.set()
     job.save(2)  # first waits for the one before it
@@ -145,8 +153,8 @@ def test_one_save_at_a_time_and_final_ones_wait(root: Path, gate: Gate) -> None:
     path = job.save_now(3, final=True)
     assert job.told() == [("saved", 1), ("saved", 2), ("saved", 3)]
     assert Path(path).name == "step_00000003"
-    job.saver.poll()
-    job.saver.settle()
+    job.checkpointer.poll()
+    job.checkpointer.finish_save()
     assert [c.meta.stage_final for c in job.store.committed()] == [True, False, False]
     saved = job.events[0]
     assert 0 < saved.stall_s <= saved.seconds
@@ -194,7 +202,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_tried(
         patch.setattr(files, "open", failing_open(error, lambda path: path.suffix == ".distcp"), raising=False)
         job.save_and_wait(2, 3)
     job.save(4)
-    job.saver.settle()
+    job.checkpointer.finish_save()
     assert job.told() == [("saved", 1), ("failed", 2), ("failed", 3), ("saved", 4)]
     assert os.strerror(error) in job.events[1].reason
     assert "MiB are free there" in job.events[1].reason
@@ -236,7 +244,7 @@ def test_a_stuck_writer_is_given_up_and_training_goes_on(root: Path, gate: Gate)
     job.save_now(1)
     gate.open.clear()
     job.save(2)
-    job.saver.settle()
+    job.checkpointer.finish_save()
     assert job.told() == [("saved", 1), ("failed", 2)]
     assert "its writer has not moved for" in job.events[1].reason
     assert len(job.stuck) == 1
@@ -247,7 +255,7 @@ def test_a_stuck_writer_is_given_up_and_training_goes_on(root: Path, gate: Gate)
     for writer in job.store._given_up:
         writer._thread.join(60)
     job.save(4)
-    job.saver.settle()
+    job.checkpointer.finish_save()
     assert job.told()[3:] == [("saved", 4)]
     assert load(CheckpointStore(root)) == 4
     assert not list(root.glob("*.tmp-*")), "what the stuck writer left is swept"
@@ -285,7 +293,7 @@ from m1_stages.runtime.watchdog import Watchdog, beat
 folder = Path(sys.argv[1])
 os.mkfifo(folder / "shard")  # to open it takes for ever
 with Watchdog(folder, rank=0, world=1, deadline_s=0.5, on_expired=lambda e: print(e.what, flush=True)):
-    beat("build", 0)
+    heartbeat("build", 0)
     sha256_of(folder / "shard")
 """
 

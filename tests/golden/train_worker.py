@@ -1,4 +1,4 @@
-"""Runs ``m1 pretrain``'s engine once, in a process of its own, and writes every step it made.
+"""Runs ``m1 pretrain``'s job once, in a process of its own, and writes every step it made.
 
 Usage: python train_worker.py CONFIG STAGES OUT.jsonl [STOP_AT_GLOBAL_STEP]
 A stop is a SIGTERM this process sends itself when that step is reported.

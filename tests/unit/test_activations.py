@@ -16,25 +16,25 @@ from m1_stages.plan.memory import Activations
 from m1_stages.runtime.device import Device
 from m1_stages.runtime.parallel import Topology
 from m1_stages.training import recompute_choice as activations
-from m1_stages.training.recompute_choice import settle
+from m1_stages.training.recompute_choice import choose_recompute
 
 CPU = Device(name="cpu", torch_device=torch.device("cpu"), backend="gloo", why="")
 CUDA = Device(name="cuda", torch_device=torch.device("cuda"), backend="nccl", why="")
 
 
-def settled(folder: Path, stage: str, device: Device, *overrides: str, **sizes: int) -> activations.Settled:
+def settled(folder: Path, stage: str, device: Device, *overrides: str, **sizes: int) -> activations.RecomputeDecision:
     (folder / "m1.toml").write_text('preset = "700m"\n')
     resolved = load_config(folder / "m1.toml", ["model.vocab_size=32000", *overrides])
     one = {f"{axis}_size": 1 for axis in ("world", "tp", "pp", "cp", "ep", "etp", "dp")}
     topology = Topology(rank=0, local_world=1, dp_rank=0, **one)  # type: ignore[arg-type]
     topology = dataclasses.replace(topology, **{f"{axis}_size": size for axis, size in sizes.items()})
-    return settle(resolved.config, plan_stage(resolved, stage), topology, device)
+    return choose_recompute(resolved.config, plan_stage(resolved, stage), topology, device)
 
 
 def test_on_a_cpu_nothing_is_recomputed_unless_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = settled(tmp_path, "1m", CPU, "run.offload_activations=true")
     assert auto.activations == Activations()
-    assert str(auto).startswith("kept: on a CPU")
+    assert str(auto) == "kept: recomputation is off on CPU"
     monkeypatch.setattr(activations, "agree_min", lambda value: value)
     always = settled(tmp_path, "32k", CPU, "run.recompute=always", "run.offload_activations=true")
     assert always.activations == Activations(recompute=True, offload=True)

@@ -82,7 +82,7 @@ def test_one_layer_out_of_its_band_holds_the_ramp() -> None:
     step = calm(g)
     verdict = g.judge(seen(step, layers={5: 2.5}))
     assert (verdict.action, verdict.ramp, verdict.series) == ("apply", "hold", "layer 5")
-    assert verdict.value / verdict.usual == pytest.approx(2.5, rel=0.1)
+    assert verdict.value / verdict.median == pytest.approx(2.5, rel=0.1)
 
 
 def test_a_spike_needs_both_distance_and_factor() -> None:
@@ -167,7 +167,7 @@ def test_another_stage_has_another_level_and_spread() -> None:
     held = following.judge(seen(step + 1, loss=7.0, norm=7.0))
     assert (held.action, held.ramp, held.series) == ("apply", "hold", "grad_norm")
     exploded = following.judge(seen(step + 2, norm=25.0))
-    assert (exploded.action, exploded.ramp, round(exploded.usual)) == ("skip", "reverse", 1)
+    assert (exploded.action, exploded.ramp, round(exploded.median)) == ("skip", "reverse", 1)
     for n in range(3, 20):
         assert following.judge(seen(step + n, loss=7.0 if n % 3 else 3.0, norm=4.0 if n % 2 else 1.0)).action == "apply"
     assert following.judge(seen(step + 20, loss=60.0, norm=4.0)).action == "skip", "the stage's own past counts by now"
@@ -183,7 +183,7 @@ def test_a_loss_worse_than_guessing_is_a_spike_in_the_first_steps_of_a_stage_too
     following = Guard(CONFIG, g.state.at_stage_change(), guess)
     assert following.judge(seen(60, loss=0.97 * guess)).action == "apply"
     bad = following.judge(seen(61, loss=1.05 * guess))
-    assert (bad.action, bad.ramp, bad.series, round(bad.usual)) == ("skip", "reverse", "loss", 5)
+    assert (bad.action, bad.ramp, bad.series, round(bad.median)) == ("skip", "reverse", "loss", 5)
     assert bad.reason == "spike, worse than guessing (7.62)"
     assert Guard(CONFIG, g.state.at_stage_change()).judge(seen(61, loss=1.05 * guess)).action == "apply", "size unknown"
 

@@ -16,9 +16,10 @@ from m1_stages.decay import released_slopes
 from m1_stages.errors import ConfigError
 from m1_stages.model import build_model
 from m1_stages.runtime import device, parallel
-from m1_stages.runtime.ddp import wrap_ddp
-from m1_stages.runtime.optimizer import build_optimizer, set_learning_rate
+from m1_stages.runtime.ddp import TrainableModel
+from m1_stages.runtime.optimizer import Optimizer
 from m1_stages.runtime.optimizer_offload import HostState
+from m1_stages.training.objective import NextTokenCrossEntropy
 from m1_stages.training.step import train_step
 
 SHAPE = ModelConfig(
@@ -41,15 +42,17 @@ def trained(*, offload: bool, distributed: bool, precision: str) -> tuple[list[f
         SHAPE, parallel=ParallelConfig(), precision=precision, rope_base=1e4, device=where.name, seed=7
     )[0]
     model.set_slopes(released_slopes(SHAPE.num_layers, SHAPE.num_heads))
-    chunks = wrap_ddp([model], ParallelConfig(distributed_optimizer=distributed))
-    optimizer = build_optimizer(chunks, OptimConfig(), bf16=precision == "bf16", distributed=distributed)
+    chunks = TrainableModel([model], ParallelConfig(distributed_optimizer=distributed))
+    optimizer = Optimizer(chunks, OptimConfig(), bf16=precision == "bf16", distributed=distributed)
     if offload:
-        optimizer.host_state = HostState(optimizer, chunks)
+        optimizer.host_state = HostState(optimizer.parts, chunks)
     losses = []
     for step in range(5):
         tokens = torch.randint(0, SHAPE.vocab_size, (96,), generator=torch.Generator().manual_seed(step // 4))
-        set_learning_rate(optimizer, 1e-2)
-        result = train_step(chunks, optimizer, [packed_batch(tokens, [60, 36]).to(where.torch_device)])
+        optimizer.set_learning_rate(1e-2)
+        result = train_step(
+            chunks, optimizer, [packed_batch(tokens, [60, 36]).to(where.torch_device)], NextTokenCrossEntropy()
+        )
         result.apply(max_norm=1.0)
         losses.append(result.loss)
     return losses, list(model.parameters()), optimizer
@@ -64,40 +67,40 @@ def test_training_is_the_same(distributed: bool, precision: str) -> None:
     assert losses[3] < losses[0] != losses[4]
     assert all(torch.equal(a, b) for a, b in zip(weights, moved, strict=True))
     state = optimizer.host_state
-    assert not state._away, "checkpoints are written from the device"
+    assert not state._offloaded, "checkpoints are written from the device"
     before = [tensor.data_ptr() for tensor in state._tensors()]
     values = [tensor.clone() for tensor in state._tensors()]
     count = sum(tensor.numel() for tensor in state._tensors())
     size = sum(weight.numel() for weight in weights)
     assert count == size * (3 if precision == "bf16" else 2), "two moments, and master weights besides bf16 ones"
     places = [weight.data_ptr() for weight in moved]
-    state.send_away()
+    state.offload()
     assert all(place != tensor.data_ptr() for place, tensor in zip(before, state._tensors(), strict=True))
     assert places == [weight.data_ptr() for weight in moved], "the model stays"
-    state.bring_back()
+    state.reload()
     assert all(torch.equal(a, b) for a, b in zip(values, state._tensors(), strict=True))
 
 
 def test_state_left_away_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison has teeth: state that is lost on the way changes the losses."""
     losses, _, _ = trained(offload=False, distributed=False, precision="bf16")
-    bring_back = HostState.bring_back
+    reload = HostState.reload
 
     def lossy(self: HostState) -> None:
-        bring_back(self)
+        reload(self)
         for tensor in self._tensors():
             tensor.data.mul_(0.99)
 
-    monkeypatch.setattr(HostState, "bring_back", lossy)
+    monkeypatch.setattr(HostState, "reload", lossy)
     assert trained(offload=True, distributed=False, precision="bf16")[0] != losses
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_key_is_refused() -> None:
     model = build_model(SHAPE, parallel=ParallelConfig(), precision="bf16", rope_base=1e4)[0]
-    chunks = wrap_ddp([model], ParallelConfig())
+    chunks = TrainableModel([model], ParallelConfig())
     with pytest.raises(ConfigError, match="this run has none"):
-        build_optimizer(chunks, OptimConfig(offload=True), bf16=True, distributed=False)
+        Optimizer(chunks, OptimConfig(offload=True), bf16=True, distributed=False)
 
 
 @pytest.mark.gpu
@@ -107,10 +110,10 @@ def test_on_a_gpu_the_state_leaves_the_device() -> None:
     size = sum(weight.numel() for weight in weights)
     torch.cuda.synchronize()
     here = torch.cuda.memory_allocated()
-    optimizer.host_state.send_away()
+    optimizer.host_state.offload()
     assert here - torch.cuda.memory_allocated() >= 12 * size
     assert all(tensor.device.type == "cpu" and tensor.is_pinned() for tensor in optimizer.host_state._tensors())
-    optimizer.host_state.bring_back()
+    optimizer.host_state.reload()
     assert all(tensor.is_cuda for tensor in optimizer.host_state._tensors())
     assert torch.cuda.memory_allocated() >= here
 
@@ -123,18 +126,18 @@ def steps_on_a_gpu(*, offload: bool) -> tuple[list[float], int]:
     chunks = build_model(WIDE, parallel=ParallelConfig(), precision="bf16", rope_base=1e4, device="cuda", seed=7)
     chunks.set_slopes(released_slopes(WIDE.num_layers, WIDE.num_heads))
     chunks.set_recompute(True, offload=offload)
-    wrapped = wrap_ddp(chunks, ParallelConfig())
-    optimizer = build_optimizer(wrapped, OptimConfig(), bf16=True, distributed=False)
+    wrapped = TrainableModel(chunks, ParallelConfig())
+    optimizer = Optimizer(wrapped, OptimConfig(), bf16=True, distributed=False)
     tokens = torch.randint(0, WIDE.vocab_size, (65_536,), generator=torch.Generator().manual_seed(3))
     batch = packed_batch(tokens, [2048] * 32).to(torch.device("cuda"))
     losses, before, peak = [], 0, 0
     for step in range(3):
-        set_learning_rate(optimizer, 1e-3)
+        optimizer.set_learning_rate(1e-3)
         if step == 1:  # moments and workspaces are there
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        result = train_step(wrapped, optimizer, [batch])
+        result = train_step(wrapped, optimizer, [batch], NextTokenCrossEntropy())
         if step == 1:
             peak = torch.cuda.max_memory_allocated() - before
         result.apply(max_norm=1.0)

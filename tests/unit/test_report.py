@@ -49,7 +49,7 @@ def stage(name: str, step: int = 0) -> StageStarted:
     return StageStarted(
         stage=name, step=step, num_steps=10, seq_len=128, context_tokens=32_768, rope_base=1e6, global_batch_rows=4,
         tokens=5_120, lr_peak=1e-3, lr_final=1e-4, decay_policy="relax", ramp_steps=0, slopes_old=SLOPES, slopes_new=SLOPES,
-        softmax_layers=[7], mix=MIX, takes_over="nothing", recompute=False, offload_activations=False,
+        softmax_layers=[7], mix=MIX, title="stage 32k", starts_from="random weights", recompute=False, offload_activations=False,
         activations="kept: on a CPU",
     )  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_what_the_guard_did_is_in_the_list_of_events(tmp_path: Path) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     common: dict[str, Any] = {"stage": "32k", "step": 7, "global_step": 7, "sample_ids": list(range(28, 38))}
     numbers: dict[str, Any] = {
-        "series": "grad_norm", "value": 99.2, "usual": 0.5, "z": 42.0, "loss": 5.0, "grad_norm": 99.2, "layer_grad_norms": [],
+        "series": "grad_norm", "value": 99.2, "median": 0.5, "z": 42.0, "loss": 5.0, "grad_norm": 99.2, "layer_grad_norms": [],
         "ramp_progress": 0.5, "bad_ranks": [], "skipped_in_budget": 1,
     }  # fmt: skip
     lines(GuardNoticed(**common, **numbers, action="skip", ramp="reverse", reason="spike"))
@@ -179,7 +179,8 @@ def test_what_the_guard_did_is_in_the_list_of_events(tmp_path: Path) -> None:
     lines.close()
     page = write_report(tmp_path, None, tmp_path / "r.html").read_text()
     for part in (
-        "32k step 7: spike in grad_norm, 99.2 where 0.5 is usual: skip, decay ramp reverse; samples 28, 29, 30, 31, 32, 33, 34, "
+        "32k step 7: spike in grad_norm, 99.2 where 0.5 is the median: skip, decay ramp reverse; "
+        "samples 28, 29, 30, 31, 32, 33, 34, "
         "35 and 2 more",
         "32k step 7 was not finite; repeated: transient",
         "the guard held the decay ramp of stage 32k in 3 steps",

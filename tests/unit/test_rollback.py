@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from m1_stages.guard import GuardState
-from m1_stages.training.rollback import _Record, without_the_trouble
+from m1_stages.training.rollback import RollbackRecord, apply_rollback_exclusions
 from m1_stages.training.train_state import TrainState
 
 
@@ -15,13 +15,13 @@ def loaded(global_step: int) -> TrainState:
         slopes=[[0.5]],
         global_step=global_step,
         ramp_progress=0.5,
-        left_out=[1],
+        excluded_steps=[1],
         guard=GuardState(skipped=[8]),
     )
 
 
-def record(to: int, left_out: list[int], ramp: float) -> _Record:
-    return _Record("128k", "data", to, left_out, "spike", ramp)
+def record(to: int, excluded: list[int], ramp: float) -> RollbackRecord:
+    return RollbackRecord("128k", "data", to, excluded, "spike", ramp)
 
 
 @pytest.mark.parametrize(
@@ -32,10 +32,10 @@ def record(to: int, left_out: list[int], ramp: float) -> _Record:
 def test_ramp_and_budget_are_those_of_the_run_that_rolled_back(
     global_step: int, ramp: float, skipped: list[int]
 ) -> None:
-    state = without_the_trouble(loaded(global_step), [record(10, [3], 0.9), record(14, [4, 5], 0.2)])
-    assert (state.ramp_progress, state.guard.skipped, state.left_out) == (ramp, skipped, [1, 3, 4, 5])
+    state = apply_rollback_exclusions(loaded(global_step), [record(10, [3], 0.9), record(14, [4, 5], 0.2)])
+    assert (state.ramp_progress, state.guard.skipped, state.excluded_steps) == (ramp, skipped, [1, 3, 4, 5])
 
 
 def test_the_ramp_is_never_put_forward() -> None:
-    assert without_the_trouble(loaded(14), [record(14, [4], 0.9)]).ramp_progress == 0.5
-    assert without_the_trouble(loaded(14), []) == loaded(14)
+    assert apply_rollback_exclusions(loaded(14), [record(14, [4], 0.9)]).ramp_progress == 0.5
+    assert apply_rollback_exclusions(loaded(14), []) == loaded(14)

@@ -13,14 +13,14 @@ _CHUNK = 8 << 20
 
 
 class HashedFile:
-    """Append-only binary file that hashes what is written and says whenever it got further; a context manager.
+    """Append-only binary file that hashes what is written and reports its progress; a context manager.
 
     Raises:
         OSError: the file system failed, or gives back something else than was written.
     """
 
-    def __init__(self, path: Path, moved: Callable[[], None]) -> None:
-        self._path, self._moved, self._size = path, moved, 0
+    def __init__(self, path: Path, report_progress: Callable[[], None]) -> None:
+        self._path, self._report_progress, self._size = path, report_progress, 0
         self._file, self._sha = open(path, "wb"), hashlib.sha256()  # noqa: SIM115 - closed in ``__exit__``
 
     def __enter__(self) -> HashedFile:
@@ -37,7 +37,7 @@ class HashedFile:
             piece = view[start : start + _CHUNK]
             self._file.write(piece)
             self._sha.update(piece)
-            self._moved()
+            self._report_progress()
         self._size += len(view)
         return len(view)
 
@@ -56,19 +56,19 @@ class HashedFile:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         self._file.close()
-        self._moved()
-        if sha256_of(self._path, self._moved) != self._sha.hexdigest():
+        self._report_progress()
+        if sha256_of(self._path, self._report_progress) != self._sha.hexdigest():
             raise OSError(None, "the disk gives back something else than was written", str(self._path))
         return self._size, self._sha.hexdigest()
 
 
-def sha256_of(path: Path, moved: Callable[[], None] = lambda: None) -> str:
+def sha256_of(path: Path, report_progress: Callable[[], None] = lambda: None) -> str:
     """SHA-256 of a file, in pieces."""
     sha = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while piece := file.read(_CHUNK):
             sha.update(piece)
-            moved()
+            report_progress()
     return sha.hexdigest()
 
 

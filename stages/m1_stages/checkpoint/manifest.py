@@ -1,4 +1,4 @@
-"""What a committed checkpoint says about itself."""
+"""The manifest of a committed checkpoint: what it says about itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointMeta:
-    """Where a run stood when it was saved."""
+    """The position of a run when it was saved."""
 
     stage: str
     stage_step: int

@@ -64,11 +64,11 @@ class Snapshot:
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
 
-    def write(self, moved: Callable[[], None]) -> Files:
+    def write(self, report_progress: Callable[[], None]) -> Files:
         """Write this rank's file to the disk; no collectives, so any thread may do it.
 
         Args:
-            moved: called after every piece, from which others see that the writer is not stuck.
+            report_progress: called after every piece, from which others see that the writer is not stuck.
 
         Raises:
             OSError: the file system failed.
@@ -78,7 +78,7 @@ class Snapshot:
         written, hashes = {}, {}
         for number, (path, key, (data, tensors)) in enumerate(self._files):
             file: Any
-            with HashedFile(Path(path), moved) as file:
+            with HashedFile(Path(path), report_progress) as file:
                 written[number] = [
                     _write_item(self._transforms, file, value, item, key, SerializationFormat.TORCH_SAVE)
                     for item, value in [*data, *tensors]

@@ -28,7 +28,7 @@ from m1_stages.checkpoint.snapshot import Files, Snapshot
 from m1_stages.checkpoint.unpickle import check_metadata, objects_restricted
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
-from m1_stages.runtime.collectives import barrier, gather, largest, rank, run_together, world
+from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together, world
 
 LATEST = "LATEST"
 _STEP = re.compile(r"step_(\d{8,})$")
@@ -36,7 +36,7 @@ _LOOK_S = 0.2
 """Seconds between two looks at a writer that is waited for."""
 
 OnRejected = Callable[[Path, str, Path], None]
-"""Called on every rank with (checkpoint, reason, where it was put)."""
+"""Called on every rank with (checkpoint, reason, its new path)."""
 
 
 @dataclass(slots=True)
@@ -55,10 +55,10 @@ class CheckpointStore:
 
     Args:
         keep_last: unfinished-stage checkpoints kept; the final ones of each stage are kept for ever.
-        deadline_s: seconds without progress after which the writer of a checkpoint is given up as stuck.
-        on_rejected: told about every checkpoint that fails verification.
-        on_waiting: called again and again while a save is waited for.
-        on_stuck: told on every rank that a writer does not move, before the save is given up.
+        deadline_s: seconds without progress after which the writer of a checkpoint is abandoned as stuck.
+        on_rejected: called with every checkpoint that fails verification.
+        on_waiting: called again and again while the store waits for a save.
+        on_stuck: called on every rank with the reason when a writer makes no progress, before the save is abandoned.
 
     Raises:
         EnvironmentProblem: psutil is missing (Megatron's checkpointing needs it and does not say so).
@@ -81,15 +81,15 @@ class CheckpointStore:
         self.root, self._keep_last, self._deadline_s = root, max(2, keep_last), deadline_s
         self._on_rejected, self._on_waiting, self._on_stuck = on_rejected, on_waiting, on_stuck
         self._saving: _Save | None = None
-        self._given_up: list[Writer] = []
+        self._abandoned: list[Writer] = []
         self._verified: set[Path] = set()
-        """Whose files this process has read and found to be what the manifest says."""
+        """Checkpoints whose files this process has read and found to be what the manifest says."""
 
     def committed(self) -> list[Committed]:
         """Checkpoints with a valid manifest, newest first.
 
         Raises:
-            OtherFormat: there is one of another version, which is neither damaged nor to be passed over.
+            OtherFormat: there is one of another version, which is neither damaged nor to be skipped.
         """
         found = []
         for path in self._step_dirs():
@@ -152,7 +152,7 @@ class CheckpointStore:
             None when there is nothing to commit yet.
 
         Raises:
-            CheckpointError: it could not be written, or a writer is stuck; the save is given up, older ones are untouched.
+            CheckpointError: it could not be written, or a writer is stuck; the save is abandoned, older ones are untouched.
         """
         if self._saving is None:
             return None
@@ -162,7 +162,7 @@ class CheckpointStore:
         save, self._saving = self._saving, None
         with self._failing(save.temporary, save.final, keep=progress == Progress.STUCK):
             if progress != Progress.DONE:
-                run_together(lambda: self._give_up(save.writer, mine))
+                run_together(lambda: self._abandon(save.writer, mine))
             run_together(save.snapshot.finish)
             files = {name: value for part in gather(save.writer.files) for name, value in part.items()}
             run_together(lambda: self._commit(save, files) if rank() == 0 else None)
@@ -172,30 +172,30 @@ class CheckpointStore:
         return save.final
 
     def _progress(self, wait: bool) -> tuple[Progress, Progress]:
-        """Of this rank's writer, and of all."""
+        """Progress of this rank's writer, and of all ranks' together."""
         assert self._saving is not None
         while True:
             mine = self._saving.writer.progress(_LOOK_S if wait else 0.0)
-            progress = Progress(largest(mine))
+            progress = Progress(agree_max(mine))
             if progress != Progress.WRITING or not wait:
                 return mine, progress
             self._on_waiting()
 
-    def _give_up(self, writer: Writer, mine: Progress) -> None:
-        """On every rank when the save failed on any; a rank that has nothing to say returns."""
+    def _abandon(self, writer: Writer, mine: Progress) -> None:
+        """Called on every rank when the save failed on any: raises this rank's reason, if it has one."""
         if mine == Progress.STUCK:
             reason = f"its writer has not moved for {writer.stuck_for():.0f} s"
             self._on_stuck(reason)
-        self._given_up.append(writer)
+        self._abandoned.append(writer)
         if mine == Progress.STUCK:
             raise CheckpointError(reason)
         if mine == Progress.FAILED:
             raise CheckpointError(writer.reason)
 
     def _refuse_while_stuck(self) -> None:
-        """A stuck writer cannot be ended and keeps its copy of the state in memory: no second one beside it."""
-        self._given_up = [writer for writer in self._given_up if writer.alive]
-        if self._given_up:
+        """Refuse a second writer beside a stuck one, which cannot be ended and keeps its copy of the state in memory."""
+        self._abandoned = [writer for writer in self._abandoned if writer.alive]
+        if self._abandoned:
             raise CheckpointError("the writer of an earlier checkpoint is still stuck in the file system")
 
     @contextmanager
@@ -215,7 +215,7 @@ class CheckpointStore:
     def load_first_verified(
         self, candidates: Sequence[Committed], build: Callable[[], dict[str, Any]]
     ) -> tuple[Committed, dict[str, Any]] | None:
-        """Load the first candidate whose every file is what the manifest says; put aside the ones before it.
+        """Load the first candidate whose every file is what the manifest says; quarantine the ones before it.
 
         Args:
             build: makes the sharded state dict to load into, anew for every attempt.
@@ -230,7 +230,7 @@ class CheckpointStore:
         from megatron.core import dist_checkpointing
         from torch.distributed.checkpoint.api import CheckpointException
 
-        reasons = self._put_aside_broken_manifests()
+        reasons = self._quarantine_broken_manifests()
         for candidate in candidates:
             try:
                 self.verify(candidate)
@@ -241,7 +241,7 @@ class CheckpointStore:
                     raise _refused(error) from error
             except CheckpointError as error:
                 reasons.append(f"{candidate.path.name}: {error.what}")
-                self._put_aside(candidate.path, error.what)
+                self._quarantine(candidate.path, error.what)
         quarantined = sorted(self.root.glob("step_*.quarantined-*")) if self.root.is_dir() else []
         if not reasons and not quarantined:
             return None
@@ -276,7 +276,7 @@ class CheckpointStore:
                 check_metadata(path)
 
     def _commit(self, save: _Save, files: Files) -> None:
-        """On rank 0: the ranks' files are flushed and hashed; what rank 0 wrote besides is now."""
+        """Commit on rank 0. Files rank 0 wrote in addition are flushed and hashed here; those of the ranks are already."""
         temporary = save.temporary
         present = {p.relative_to(temporary).as_posix() for p in temporary.rglob("*") if p.is_file()}
         for name in sorted(files):
@@ -312,8 +312,8 @@ class CheckpointStore:
             for path in self.root.glob("step_*.tmp-*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def set_aside_newer(self, committed: Committed, stage: str) -> None:
-        """Rename the checkpoints of ``stage`` after ``committed``: it goes another way from there. Every rank calls it."""
+    def rename_newer(self, committed: Committed, stage: str) -> None:
+        """Rename the checkpoints of ``stage`` after ``committed``: training diverges from it. Every rank calls it."""
         later = [c for c in self.committed() if c.meta.global_step > committed.meta.global_step]
         newer = [c.path for c in later if c.meta.stage == stage]
         barrier()
@@ -324,7 +324,7 @@ class CheckpointStore:
             path.rename(moved)
         barrier()
 
-    def _put_aside_broken_manifests(self) -> list[str]:
+    def _quarantine_broken_manifests(self) -> list[str]:
         reasons = []
         for path in self._step_dirs():
             try:
@@ -333,10 +333,10 @@ class CheckpointStore:
                 raise
             except CheckpointError as error:
                 reasons.append(f"{path.name}: {error.what}")
-                self._put_aside(path, error.what)
+                self._quarantine(path, error.what)
         return reasons
 
-    def _put_aside(self, path: Path, reason: str) -> None:
+    def _quarantine(self, path: Path, reason: str) -> None:
         barrier()
         number = 1
         while (moved := path.with_name(f"{path.name}.quarantined-{number}")).exists():
@@ -368,7 +368,7 @@ def _complete(committed: Committed) -> bool:
 
 
 def _refused(error: BaseException) -> BaseException:
-    """A checkpoint's fault as such; anything else as it is."""
+    """The error of a checkpoint that must not be unpickled; any other error as it is."""
     found = [error, *(wrapped for wrapped, _ in getattr(error, "failures", {}).values())]
     for one in found:
         if isinstance(one, pickle.UnpicklingError):

@@ -12,7 +12,7 @@ from m1_stages.runtime.collectives import reason_of
 
 
 class Progress(IntEnum):
-    """Where a writer is; of several ranks the largest counts: a failed one is spoken of when the others are through."""
+    """The progress of a writer. Over several ranks the largest counts: failures are reported after all ranks finish."""
 
     DONE = 0
     FAILED = 1
@@ -21,20 +21,20 @@ class Progress(IntEnum):
 
 
 class Writer:
-    """Runs ``write`` in a thread and watches that it moves.
+    """Runs ``write`` in a thread and watches its progress.
 
     Args:
-        write: called with a function that it calls whenever it got further.
-        deadline_s: seconds without progress after which the writer counts as stuck. Waiting counts between two looks only,
-            and at most a quarter of it each time: a process that was suspended is not stuck.
+        write: called with a function that it calls after every piece of work.
+        deadline_s: seconds without progress after which the writer counts as stuck. Only the time between two looks counts,
+            and at most a quarter of the deadline each time: a process that was suspended is not stuck.
     """
 
     def __init__(self, write: Callable[[Callable[[], None]], Files], *, deadline_s: float) -> None:
         self._write, self._deadline_s = write, deadline_s
-        self._moves, self._seen, self._waited, self._looked = 0, 0, 0.0, time.monotonic()
+        self._pieces, self._seen, self._waited, self._looked = 0, 0, 0.0, time.monotonic()
         self.files: Files = {}
-        self.reason = "the writer ended without a word"
-        """Why it failed; empty when it did not."""
+        self.reason = "the writer ended without a reason"
+        """The reason why it failed; empty when it did not."""
         self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
         self._thread.start()
 
@@ -44,14 +44,14 @@ class Writer:
         return self._thread.is_alive()
 
     def progress(self, wait_s: float = 0.0) -> Progress:
-        """Where the writer is, after waiting for it up to ``wait_s`` seconds."""
+        """Return the writer's progress, after waiting for it up to ``wait_s`` seconds."""
         if wait_s:
             self._thread.join(wait_s)
         now = time.monotonic()
         self._waited += min(now - self._looked, self._deadline_s / 4)
         self._looked = now
-        if self._moves != self._seen:
-            self._seen, self._waited = self._moves, 0.0
+        if self._pieces != self._seen:
+            self._seen, self._waited = self._pieces, 0.0
         if self.alive:
             return Progress.STUCK if self._waited > self._deadline_s else Progress.WRITING
         return Progress.FAILED if self.reason else Progress.DONE
@@ -64,9 +64,9 @@ class Writer:
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
-            self.files, self.reason = self._write(self._move), ""
+            self.files, self.reason = self._write(self._report_progress), ""
         except (Exception, CheckpointException) as error:
             self.reason = reason_of(error)
 
-    def _move(self) -> None:
-        self._moves += 1
+    def _report_progress(self) -> None:
+        self._pieces += 1

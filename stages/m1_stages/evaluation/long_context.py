@@ -1,6 +1,6 @@
 """Forward passes over rows made for the purpose: recall of needles, and loss by position in a document.
 
-Any parallel layout; every rank gets the same numbers. Nothing of the training is touched: no gradients, no routing
+They run in any parallel layout, and every rank gets the same numbers. They leave training untouched: no gradients, no routing
 statistics, no random numbers. Logits exist for the answers' tokens only.
 """
 
@@ -20,7 +20,9 @@ from m1_data.sampling.loader import PackedBatch, Segment, collate, zigzag
 from m1_data.sampling.needles import VALUE_TOKENS, Haystack, needle_document
 from m1_data.sampling.packing import Ints, key
 from m1_stages.events import NeedleMap, PositionLoss
-from m1_stages.training.loop import Run
+from m1_stages.runtime.ddp import TrainableModel
+from m1_stages.runtime.device import Device
+from m1_stages.runtime.parallel import Topology
 
 NEAR = 16
 """The control for the loss by position sees pieces of this part of the context."""
@@ -37,7 +39,16 @@ class MarkedRow(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rows:
+class Subject:
+    """The subject of a measurement: a model, its layout and its device."""
+
+    model: TrainableModel
+    topology: Topology
+    device: Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationRows:
     """``number`` rows of ``length`` tokens, made when they are needed; at most ``tokens_at_once`` in one pass of a rank."""
 
     number: int
@@ -48,7 +59,7 @@ class Rows:
 
 
 def needle_map(
-    run: Run,
+    subject: Subject,
     haystack: Haystack,
     *,
     lengths: Sequence[int],
@@ -80,9 +91,9 @@ def needle_map(
             marks[first : first + VALUE_TOKENS] = index * VALUE_TOKENS + np.arange(VALUE_TOKENS)
             return MarkedRow(_segments(document.tokens, np.append(document.tokens[1:], 0), length), marks)
 
-        rows = Rows(number=samples * cells, length=length, row=row, tokens_at_once=tokens_at_once, pad_id=0)
-        scores = torch.zeros(rows.number * VALUE_TOKENS, 2, dtype=torch.float64, device=run.device.torch_device)
-        for marks, values in _forward(run, rows, check, argmax=True):
+        rows = EvaluationRows(number=samples * cells, length=length, row=row, tokens_at_once=tokens_at_once, pad_id=0)
+        scores = torch.zeros(rows.number * VALUE_TOKENS, 2, dtype=torch.float64, device=subject.device.torch_device)
+        for marks, values in _forward(subject, rows, check, argmax=True):
             scores[marks] = values.double()
         table.append(_everywhere(scores).view(samples, cells, VALUE_TOKENS, 2).cpu())
     grid = torch.stack(table)  # [length, sample, cell, value token, (loss, right)]
@@ -102,7 +113,13 @@ def needle_map(
 
 
 def loss_by_position(
-    run: Run, documents: Sequence[Ints], *, seq_len: int, pad_id: int, tokens_at_once: int, check: Callable[[], None]
+    subject: Subject,
+    documents: Sequence[Ints],
+    *,
+    seq_len: int,
+    pad_id: int,
+    tokens_at_once: int,
+    check: Callable[[], None],
 ) -> PositionLoss:
     """Mean loss by the number of tokens before the predicted one, in buckets of powers of two.
 
@@ -110,7 +127,7 @@ def loss_by_position(
     gained beyond that is the use of the far context, not of easier text.
 
     Args:
-        documents: token ids; what exceeds ``seq_len`` is left out.
+        documents: token ids; what exceeds ``seq_len`` is excluded.
     """
     near = max(_FIRST_POSITIONS, seq_len // NEAR)
     longest = min(seq_len, max(len(d) for d in documents))
@@ -128,9 +145,11 @@ def loss_by_position(
         marks[: len(before)] = np.searchsorted(edges, before, side="right") - 1 + cut * len(edges)
         return MarkedRow(_segments(ids, labels, near if cut else seq_len), marks)
 
-    rows = Rows(number=2 * len(documents), length=seq_len, row=row, tokens_at_once=tokens_at_once, pad_id=pad_id)
-    sums = torch.zeros(2 * len(edges), 2, dtype=torch.float64, device=run.device.torch_device)
-    for marks, values in _forward(run, rows, check, argmax=False):
+    rows = EvaluationRows(
+        number=2 * len(documents), length=seq_len, row=row, tokens_at_once=tokens_at_once, pad_id=pad_id
+    )
+    sums = torch.zeros(2 * len(edges), 2, dtype=torch.float64, device=subject.device.torch_device)
+    for marks, values in _forward(subject, rows, check, argmax=False):
         sums.index_add_(0, marks, torch.stack([values.double(), torch.ones_like(values).double()], 1))
     whole, pieces = _everywhere(sums).cpu().view(2, len(edges), 2)
     return PositionLoss(
@@ -151,7 +170,9 @@ def _segments(ids: Ints, labels: Ints, piece: int) -> list[Segment]:
     ]
 
 
-def _forward(run: Run, rows: Rows, check: Callable[[], None], *, argmax: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _forward(
+    subject: Subject, rows: EvaluationRows, check: Callable[[], None], *, argmax: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Run all rows; yields this rank's marks [P] and values: [P, 2] loss and right, or [P] loss, on the last stage.
 
     All ranks make the same number of equal passes, because experts and stages of a pipeline work together.
@@ -159,18 +180,18 @@ def _forward(run: Run, rows: Rows, check: Callable[[], None], *, argmax: bool) -
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    t = run.topology
+    t = subject.topology
     each = max(1, min(rows.tokens_at_once // rows.length, _MOST_ROWS, -(-rows.number // t.dp_size)))
     passes = parallel_state.get_pipeline_model_parallel_world_size()
-    with _measuring(run.chunks):
+    with _measuring(subject.model):
         for first in range(0, rows.number, each * t.dp_size * passes):
             check()
             starts = [first + (n * t.dp_size + t.dp_rank) * each for n in range(passes)]
-            batches = [_batch(run, rows, range(start, start + each), argmax=argmax) for start in starts]
+            batches = [_batch(subject, rows, range(start, start + each), argmax=argmax) for start in starts]
             yield from get_forward_backward_func()(
                 forward_step_func=_forward_step,
-                data_iterator=[iter(batches) for _ in run.chunks] if len(run.chunks) > 1 else iter(batches),
-                model=run.chunks if len(run.chunks) > 1 else run.chunks[0],
+                data_iterator=[iter(batches) for _ in subject.model] if len(subject.model) > 1 else iter(batches),
+                model=subject.model.chunks if len(subject.model) > 1 else subject.model[0],
                 num_microbatches=passes,
                 seq_length=each * rows.length,
                 micro_batch_size=1,
@@ -189,7 +210,7 @@ class _Marked(NamedTuple):
     argmax: bool
 
 
-def _batch(run: Run, rows: Rows, indices: range, *, argmax: bool) -> _Marked:
+def _batch(subject: Subject, rows: EvaluationRows, indices: range, *, argmax: bool) -> _Marked:
     """The rows as one micro-batch; those beyond the last repeat it and are not measured."""
     made = [rows.row(min(index, rows.number - 1)) for index in indices]
     marks = np.concatenate(
@@ -199,7 +220,7 @@ def _batch(run: Run, rows: Rows, indices: range, *, argmax: bool) -> _Marked:
         ]
     )
     whole = collate([row.segments for row in made], list(indices), seq_len=rows.length, pad_id=rows.pad_id)
-    shard, device = (run.topology.cp_rank, run.topology.cp_size), run.device.torch_device
+    shard, device = (subject.topology.cp_rank, subject.topology.cp_size), subject.device.torch_device
     mine = zigzag(torch.from_numpy(marks)[None], *shard)[0]
     at = torch.nonzero(mine >= 0)[:, 0]
     return _Marked(whole.zigzag(*shard).to(device), at.to(device), mine[at].to(device), argmax)
@@ -227,7 +248,7 @@ def _everywhere(mine: Tensor) -> Tensor:
 
 
 @contextmanager
-def _measuring(chunks: list[Any]) -> Iterator[None]:
+def _measuring(chunks: TrainableModel) -> Iterator[None]:
     for chunk in chunks:
         chunk.eval()
     try:

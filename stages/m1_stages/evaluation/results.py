@@ -1,21 +1,19 @@
-"""Results of evaluations: what is measured at which length, where results lie, and the gate. No torch."""
+"""Results of evaluations on the disk, and the lengths that are measured. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from m1_data.sampling.needles import SHORTEST_TOKENS
+from m1_data.storage.durable import write_atomically
 from m1_stages.config import Config
 from m1_stages.errors import DataError
 from m1_stages.events import StageEvaluated
-
-EVALUATION = "evaluation"
-"""Folder inside the run directory: ``STAGE.json`` of each stage."""
+from m1_stages.run_dir import EVALUATION
 
 Result = dict[str, Any]
 """A ``StageEvaluated`` as plain values."""
@@ -24,7 +22,7 @@ Result = dict[str, Any]
 def needle_lengths(config: Config, stage: str) -> list[int]:
     """Lengths of the needle documents of ``stage`` in tokens, shortest first.
 
-    Rounded to what the context- and tensor-parallel ranks can share; those too short to hide a needle are left out.
+    Rounded to what the context- and tensor-parallel ranks can share; those too short to hide a needle are excluded.
     """
     p = config.parallel
     parts = (2 * p.context if p.context > 1 else 1) * p.tensor
@@ -33,7 +31,7 @@ def needle_lengths(config: Config, stage: str) -> list[int]:
 
 
 def result_path(run_dir: Path, stage: str) -> Path:
-    """Where the result of ``stage`` lies."""
+    """Return the path of the result of ``stage``."""
     return run_dir / EVALUATION / f"{stage}.json"
 
 
@@ -41,12 +39,7 @@ def write_result(run_dir: Path, result: StageEvaluated) -> None:
     """Write ``result``, replacing an earlier one."""
     path = result_path(run_dir, result.stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(orjson.dumps(dataclasses.asdict(result), option=orjson.OPT_INDENT_2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    write_atomically(path, orjson.dumps(dataclasses.asdict(result), option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def read_result(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | None:

@@ -11,10 +11,11 @@ from m1_stages.config import Resolved
 from m1_stages.curriculum import plan_sft
 from m1_stages.errors import ConfigError
 from m1_stages.events import Sink
-from m1_stages.jobs.pretrain import begin, start_stage
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
+from m1_stages.training.objective import NextTokenCrossEntropy
 from m1_stages.training.session import open_session, with_vocab
+from m1_stages.training.stage_start import announce_stage, restore_stage
 
 
 def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> None:
@@ -27,15 +28,15 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     resolved = with_vocab(resolved, manifest.vocab_size)
     rows = conversations(resolved)
     plan = plan_sft(resolved, rows.rows_per_epoch)
-    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=fresh) as session:
-        refuse_uneven_pipeline(resolved, [plan], session.run.topology.dp_size)
-        state = start_stage(session, plan, rows)
+    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=fresh) as opened:
+        refuse_uneven_pipeline(resolved, [plan], opened.topology.dp_size)
+        state = restore_stage(opened, plan, rows)
         if state.stage_step == plan.num_steps:
             return
         if state.ramp_from:
             plan = plan.starting_from(state.ramp_from)
-        begin(session, resolved, plan, rows.stats_dict(), state)
-        train_stage(session.run, plan, rows, state)
+        announce_stage(opened, resolved, plan, rows.stats_dict(), state)
+        train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
 
 
 def conversations(resolved: Resolved) -> SFTDataset:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from m1_stages.config import METRICS, ParallelConfig
+from m1_stages.config import ParallelConfig
+from m1_stages.events import read_events
 from m1_stages.plan.layout import Layout
 from m1_stages.plan.memory import Activations
+from m1_stages.run_dir import METRICS
 
 WARM_UP_STEPS = 3
 """Left out: kernels are compiled and memory is claimed in them."""
@@ -36,20 +37,13 @@ class Measured:
 def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Measured], dict[str, str]]:
     """By stage, the last configuration that ran on GPUs, and why other stages that ran are left out; empty without a run.
 
-    Unreadable lines are passed over.
+    Damaged lines are skipped.
     """
-    path = run_dir / METRICS
-    if not path.is_file():
-        return {}, {}
     start: dict[str, Any] = {}
     stage: dict[str, Any] = {}
     found: dict[str, tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = {}
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        kind = record.get("event")
+    for record in read_events(run_dir / METRICS, skip_damaged=True):
+        kind = record["event"]
         if kind == "RunStarted":
             start = record
         elif kind == "StageStarted":

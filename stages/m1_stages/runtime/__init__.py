@@ -1,1 +1,1 @@
-"""What a training process runs on: device, process groups, collectives, optimizer, watchdog, signals."""
+"""The runtime of a training process: device, process groups, collectives, optimizer, watchdog, signals."""

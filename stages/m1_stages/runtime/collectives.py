@@ -1,4 +1,4 @@
-"""What the ranks of a run do together around a checkpoint; one process needs no process group.
+"""Collectives between the ranks of a run outside of a training step. One process needs no process group.
 
 Everything here is collective and belongs to the main thread.
 """
@@ -46,16 +46,37 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def largest(value: int) -> int:
-    """The largest of the ranks' small numbers: one all-reduce."""
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank: what it read from a file, say, that others may not see yet."""
+    if world() == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def agree_max(value: int) -> int:
+    """The largest of the ranks' small numbers, on every rank: one all-reduce."""
+    return int(_reduced(value, largest=True))
+
+
+def agree_min(value: float) -> float:
+    """The smallest of the ranks' values, on every rank: one all-reduce in fp64."""
+    return _reduced(value, largest=False)
+
+
+def _reduced(value: float, *, largest: bool) -> float:
     if world() == 1:
         return value
     import torch
     import torch.distributed as dist
 
-    tensor = torch.tensor([value], device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor.item())
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    number = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX if largest else dist.ReduceOp.MIN)
+    return float(number.item())
 
 
 def run_together(action: Callable[[], Any]) -> None:

@@ -2,72 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 from torch import Tensor, nn
 
 from m1_stages.config import ParallelConfig
-from m1_stages.runtime.layer_timer import LayerClock
+from m1_stages.runtime.layer_timer import LayerTimer
 
 
-def wrap_ddp(chunks: Sequence[Any], parallel: ParallelConfig, *, bucket_size: int | None = None) -> list[Any]:
-    """Wrap each chunk in Megatron's DDP and hang the reductions on the model's configuration.
+class TrainableModel(Sequence[Any]):
+    """This rank's chunks of the model, each wrapped in Megatron's DDP, used as one.
 
-    Gradients are complete when ``Finalize`` has run, at the end of the backward passes, whether their reduction overlaps
-    with these or not.
+    The reductions are set in the model's configuration, where Megatron's schedules look for them. Gradients are complete when
+    ``Finalize`` has run, at the end of the backward passes, whether their reduction overlaps with these or not.
 
     Args:
+        chunks: the bare chunks in model order: one, or several in an interleaved pipeline.
+        parallel: decides what overlaps with computing, and whether optimizer state is sharded.
         bucket_size: parameters that are reduced and gathered together where that overlaps; Megatron's own by default.
     """
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    interleaved = len(chunks) > 1
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        align_param_gather=interleaved,
-        bucket_size=bucket_size,
-    )
-    wrapped: list[Any] = [
-        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
-        for i, chunk in enumerate(chunks)
-    ]
-    wrapped[0].layer_clock = LayerClock(chunks)
-    config = wrapped[0].config
-    config.finalize_model_grads_func = Finalize()
-    config.no_sync_func = _per_chunk([chunk.no_sync for chunk in wrapped])
-    if parallel.overlap_grad_reduce:
-        # The stages of a pipeline start their reductions together, or each would slow down the others' messages.
-        config.grad_sync_func = _per_chunk([chunk.start_grad_sync for chunk in wrapped])
-    if parallel.overlap_param_gather:
-        if interleaved:
-            config.param_sync_func = _per_chunk([chunk.start_param_sync for chunk in wrapped])
-        for chunk in wrapped:
-            _wait_before_use(chunk)
-    return wrapped
+    def __init__(self, chunks: Sequence[Any], parallel: ParallelConfig, *, bucket_size: int | None = None) -> None:
+        from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+        interleaved = len(chunks) > 1
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            align_param_gather=interleaved,
+            bucket_size=bucket_size,
+        )
+        self.chunks: list[Any] = [
+            DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(chunks)
+        ]
+        self.layer_timer = LayerTimer(chunks)
+        config = self.chunks[0].config
+        config.finalize_model_grads_func = Finalize()
+        config.no_sync_func = _per_chunk([chunk.no_sync for chunk in self.chunks])
+        if parallel.overlap_grad_reduce:
+            # The stages of a pipeline start their reductions together, or each would slow down the others' messages.
+            config.grad_sync_func = _per_chunk([chunk.start_grad_sync for chunk in self.chunks])
+        if parallel.overlap_param_gather:
+            if interleaved:
+                config.param_sync_func = _per_chunk([chunk.start_param_sync for chunk in self.chunks])
+            for chunk in self.chunks:
+                _wait_before_use(chunk)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.chunks[index]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def zero_grad_buffers(self) -> None:
+        """Set the fp32 gradient buffers to zero, before the first backward pass of a step."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
+    def gather_parameters(self) -> None:
+        """Make the whole of every parameter current; every rank calls it before parameters are read outside a forward pass.
+
+        Where the gather overlaps with the forward pass, an update leaves this rank with new values of its own shards only.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
 
 class Finalize:
-    """Megatron's reductions of the gradients, without its division by the tokens: that would wait for the device and pass
-    over all gradients once more, and ``StepResult.apply`` does it together with clipping."""
+    """Megatron's reductions of the gradients, without its division by the number of tokens.
+
+    The division would wait for the device and pass over all gradients once more; ``StepResult.apply`` does it together with
+    clipping.
+    """
 
     def __call__(self, chunks: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         from megatron.core.distributed import finalize_model_grads
 
         finalize_model_grads(chunks, None, **kwargs)
-
-
-def gather_parameters(wrapped: Iterable[Any]) -> None:
-    """Make the whole of every parameter current; every rank calls it before parameters are read outside a forward pass.
-
-    Where the gather overlaps with the forward pass, an update leaves this rank with new values of its own shards only.
-    """
-    for chunk in wrapped:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
 
 
 def _per_chunk(functions: list[Callable[..., Any]]) -> Any:

@@ -26,7 +26,7 @@ _installed = False
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """Where this process computes."""
+    """The device that this process computes on."""
 
     name: Literal["cpu", "cuda"]
     torch_device: torch.device
@@ -65,7 +65,7 @@ def use(name: str, *, local_rank: int = 0) -> Device:
 
 
 def hits() -> dict[str, int]:
-    """How often each redirected call was answered since the start; empty where CUDA exists."""
+    """Count how often each redirected call was answered since the start; empty where CUDA exists."""
     return dict(_hits)
 
 

@@ -1,4 +1,4 @@
-"""Reduced gradients of one step: measured layer by layer without a wait for the device, then applied or dropped."""
+"""The reduced gradients of one step: measured layer by layer without a wait for the device, then applied or dropped."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m1_stages.runtime.ddp import TrainableModel
+from m1_stages.runtime.optimizer import Optimizer
+
 
 class ReadyGradients:
     """Sums over the trained tokens of the global batch; ``apply`` divides by their number and clips, in one pass.
 
-    Build it after every backward pass, on every rank; a step that is not applied leaves no trace but the next
-    ``zero_grad`` clears.
+    Build it after the backward passes of a step, on every rank. A step that is not applied leaves nothing behind that the
+    next ``begin_step`` does not clear.
     """
 
-    def __init__(self, optimizer: Any, chunks: list[Any]) -> None:
-        self._optimizer, self._num_layers = optimizer, int(chunks[0].config.num_layers)
-        if optimizer.host_state is not None:
-            optimizer.host_state.bring_back()
-        optimizer.prepare_grads()
-        layer_of = _layers(chunks)
-        self._parts = [(part, _pairs(part, layer_of)) for part in _parts(optimizer)]
+    def __init__(self, optimizer: Optimizer, model: TrainableModel) -> None:
+        self._optimizer, self._num_layers = optimizer, int(model[0].config.num_layers)
+        optimizer.prepare_gradients()
+        layer_of = _layers(model)
+        self._parts = [(part, _pairs(part, layer_of)) for part in optimizer.parts]
 
     @torch.no_grad()
     def squares(self) -> Tensor:
@@ -58,41 +59,32 @@ class ReadyGradients:
             torch.distributed.all_reduce(total, group=group)
         return torch.stack(list(sums.values())).sum(0)
 
-    @torch.no_grad()
     def apply(self, *, scale: float) -> None:
         """Multiply by ``scale`` (one over the trained tokens, times what clipping leaves) and update the parameters."""
-        for part in _parts(self._optimizer):
-            grads = [param.grad for param in part.get_parameters() if param.grad is not None]
-            if grads and scale != 1.0:
-                torch._foreach_mul_(grads, scale)
-        self._optimizer.step_with_ready_grads()
+        self._optimizer.apply_gradients(scale=scale)
 
 
 def _on_cuda(part: Any) -> bool:
     return torch.distributed.get_backend(part.get_grad_stats_parallel_group()) == "nccl"
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
-
-
-def _layers(chunks: list[Any]) -> dict[int, int]:
-    """0-based decoder layer of each model parameter, by ``id``; parameters outside of layers are not in it."""
+def _layers(model: TrainableModel) -> dict[int, int]:
+    """Map the ``id`` of each parameter inside a decoder layer to the 0-based layer."""
     return {
         id(param): int(layer.layer_number) - 1
-        for chunk in chunks
+        for chunk in model
         for layer in chunk.module.decoder.layers
         for param in layer.parameters()
     }
 
 
 def _pairs(part: Any, layer_of: dict[int, int]) -> list[tuple[int, Any]]:
-    """(layer, the parameter whose gradient the optimizer uses); layer -1 is outside of all layers."""
+    """Pairs of (layer, the parameter whose gradient the optimizer uses); layer -1 is outside of all layers."""
     return [(layer_of.get(id(model), -1), main) for model, main in _main_parameters(part)]
 
 
 def _main_parameters(part: Any) -> Iterator[tuple[Any, Any]]:
-    """(model parameter, what the optimizer updates in its place: itself, an fp32 copy, or a shard of either).
+    """Pairs of (model parameter, what the optimizer updates in its place: itself, an fp32 copy, or a shard of either).
 
     Source: Megatron-Core 0.16.1, ``optimizer.py`` and ``distrib_optimizer.py``, where the groups are parallel lists.
     """

@@ -1,4 +1,4 @@
-"""How long a rank computes between two waits for the others; a slow GPU shows there, not in the time of a whole step."""
+"""Measures how long a rank computes between two waits for the others. A slow GPU shows there, not in a whole step's time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-class LayerClock:
+class LayerTimer:
     """Times the attention of a rank's first layer on its GPU, by forward hooks that wait for nothing."""
 
     def __init__(self, chunks: Sequence[Any]) -> None:
@@ -27,5 +27,5 @@ class LayerClock:
         self._passes += 1
 
     def seconds(self) -> float:
-        """Of as many such passes as this rank has layers, as the step before went; 0 on a CPU, where ranks share cores."""
+        """Seconds of as many such passes as this rank has layers, from the step before; 0 on a CPU, where ranks share cores."""
         return self._layers * self._events[0].elapsed_time(self._events[1]) / 1e3 if self._passes else 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from m1_stages.config import ParallelConfig
 from m1_stages.errors import ConfigError
 from m1_stages.runtime.device import Device
-from m1_stages.runtime.watchdog import PATIENCE, beat
+from m1_stages.runtime.watchdog import SLOW_PHASE_FACTOR, heartbeat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,14 +74,14 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
             fix='on a CPU set dispatcher = "allgather", or one of the two to 1',
         )
     # The watchdog knows more about a hang than the collective that times out, so it comes first.
-    timeout = datetime.timedelta(seconds=PATIENCE * parallel.timeout_s + 60.0)
-    beat("join")
+    timeout = datetime.timedelta(seconds=SLOW_PHASE_FACTOR * parallel.timeout_s + 60.0)
+    heartbeat("join")
     if world == 1:
         store = dist.HashStore()
         dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(device.backend, rank=rank, world_size=world, timeout=timeout)
-    beat("build")
+    heartbeat("build")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -119,31 +118,3 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def agree_min(value: float) -> float:
-    """The smallest of all ranks' values, on every rank."""
-    if dist.get_world_size() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    number = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(number, dist.ReduceOp.MIN)
-    return float(number.item())
-
-
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank: what it read from a file, say, that others may not see yet."""
-    values = [value]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def agree_max(value: bool) -> bool:
-    """True on every rank when it is true on any."""
-    if dist.get_world_size() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    flag = torch.tensor([int(value)], device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return bool(flag.item())

@@ -1,4 +1,4 @@
-"""Do the replicas of the parameters still agree? A bit that flips in one GPU's memory makes no error message.
+"""Checks that the replicas of the parameters still agree. A bit that flips in one GPU's memory makes no error message.
 
 Every data-parallel rank holds the same weights. Their checksums are compared every ``run.check_replicas_every`` steps: one
 pass over the weights and one small gather.
@@ -7,6 +7,7 @@ pass over the weights and one small gather.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def check_replicas(chunks: list[Any], *, step: int) -> None:
+def check_replicas(chunks: Sequence[Any], *, step: int) -> None:
     """Compare all parameters over the ranks that hold the same ones; every rank calls it, between two updates.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which rank keeps the others waiting? From the seconds that every rank reports with its step; no torch."""
+"""Finds the rank that keeps the others waiting, from the seconds that every rank reports with its step. No torch."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Stragglers:
         found = []
         for rank, seconds in enumerate(own):
             peers = own[rank // size * size :][:size]  # Megatron numbers the ranks of a pipeline stage in a row
-            usual = median(peers) if len(peers) > 2 else min(peers)
-            late = seconds > SLOWER * usual + AT_LEAST_S
+            typical = median(peers) if len(peers) > 2 else min(peers)
+            late = seconds > SLOWER * typical + AT_LEAST_S
             if late and step - self._named.get(rank, -REPORT_EVERY) >= REPORT_EVERY:
                 self._named[rank] = step
-                found.append((rank, seconds, usual))
+                found.append((rank, seconds, typical))
         return found

@@ -1,6 +1,6 @@
-"""Notices a rank that has stopped moving, says which one is to blame, and ends this process instead of waiting for ever.
+"""Notices a rank without progress, says which one is to blame, and ends this process instead of waiting for ever.
 
-Every rank keeps ``RUN_DIR/ranks/rank-N.json`` (where it is, when it last moved, when its watching thread last ran), so the
+Every rank keeps ``RUN_DIR/ranks/rank-N.json`` (where it is, its last progress, when its watching thread last ran), so the
 others can tell a dead process from a stopped one and from one that waits like themselves. Stacks go to
 ``RUN_DIR/stacks/rank-N.txt``: at the deadline, on a crash in native code, and on SIGUSR2, which then ends the process.
 """
@@ -20,19 +20,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from m1_stages.errors import EXIT_LOST, RankLost
+from m1_stages.run_dir import RANKS, STACKS
 
-PATIENCE = 3.0
-"""Joining, building, loading and saving may take this many deadlines: they are long at scale and have no beats inside."""
-RANKS, STACKS = "ranks", "stacks"
-"""Names inside the run directory."""
+SLOW_PHASE_FACTOR = 3.0
+"""Joining, building, loading and saving may take this many deadlines: they are long at scale and have no heartbeats inside."""
 
-_PHASES = {"join": PATIENCE, "build": PATIENCE, "data": 1.0, "train": 1.0, "save": PATIENCE, "evaluate": 1.0}
-"""In the order of a step, with the deadlines each may take."""
+_PHASES = {
+    "join": SLOW_PHASE_FACTOR,
+    "build": SLOW_PHASE_FACTOR,
+    "data": 1.0,
+    "train": 1.0,
+    "save": SLOW_PHASE_FACTOR,
+    "evaluate": 1.0,
+}
+"""The phases in the order of a step, with the number of deadlines that each may take."""
 _current: Watchdog | None = None
 
 
-def beat(phase: str, step: int = 0) -> None:
-    """Say that this rank moves and where it is; nothing happens without a watchdog.
+def heartbeat(phase: str, step: int = 0) -> None:
+    """Say that this rank makes progress, and where it is; nothing happens without a watchdog.
 
     Args:
         phase: "join" (the process group), "build" (model, checkpoint), "data", "train" (a micro-batch), "save" or
@@ -40,26 +46,26 @@ def beat(phase: str, step: int = 0) -> None:
         step: optimizer steps done in the whole run.
     """
     if _current is not None:
-        _current.beat(phase, step)
+        _current.heartbeat(phase, step)
 
 
-def moved() -> None:
-    """Say that this rank moves, in the phase and step it is in."""
+def report_progress() -> None:
+    """Say that this rank makes progress in the phase and step that it is in."""
     if _current is not None:
-        _current.moved()
+        _current.report_progress()
 
 
 def dump_stacks(reason: str) -> str:
-    """Write this rank's stacks beside those of the other ranks; says where, or nothing without a watchdog."""
+    """Write this rank's stacks beside those of the other ranks; returns the file, or an empty text without a watchdog."""
     return _current.dump(reason) if _current is not None else ""
 
 
 class Watchdog:
-    """Context manager around a rank's work; the watch begins with the first beat.
+    """Context manager around a rank's work; the watch begins with the first heartbeat.
 
     Args:
-        deadline_s: seconds without a beat after which the process reports, writes its stacks and leaves with ``EXIT_LOST``.
-        on_expired: told why, on the first rank that still answers only; a blocked terminal does not delay the exit.
+        deadline_s: seconds without a heartbeat after which the process reports, writes its stacks and leaves with ``EXIT_LOST``.
+        on_expired: called with the reason, only on the first rank that still answers; a blocked terminal does not delay the exit.
     """
 
     def __init__(
@@ -67,7 +73,7 @@ class Watchdog:
     ) -> None:
         self._run_dir, self._rank, self._world = run_dir, rank, world
         self._deadline_s, self._on_expired = deadline_s, on_expired
-        self._host, self._phase, self._step, self._moved = socket.gethostname(), "join", 0, time.monotonic()
+        self._host, self._phase, self._step, self._progress_at = socket.gethostname(), "join", 0, time.monotonic()
         self._done, self._expired = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._stacks: IO[bytes] | None = None
@@ -95,9 +101,9 @@ class Watchdog:
             with suppress(OSError):
                 (self._run_dir / name).rmdir()
 
-    def beat(self, phase: str, step: int) -> None:
-        """See :func:`beat`."""
-        self._phase, self._step, self._moved = phase, step, time.monotonic()
+    def heartbeat(self, phase: str, step: int) -> None:
+        """See :func:`heartbeat`."""
+        self._phase, self._step, self._progress_at = phase, step, time.monotonic()
         if self._thread is None:
             for name in (RANKS, STACKS):
                 (self._run_dir / name).mkdir(parents=True, exist_ok=True)
@@ -108,9 +114,9 @@ class Watchdog:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
-    def moved(self) -> None:
-        """See :func:`moved`."""
-        self._moved = time.monotonic()
+    def report_progress(self) -> None:
+        """See :func:`report_progress`."""
+        self._progress_at = time.monotonic()
 
     def dump(self, reason: str) -> str:
         """See :func:`dump_stacks`."""
@@ -122,7 +128,7 @@ class Watchdog:
         return str(self._stack_path())
 
     def verdict(self, what: str) -> RankLost:
-        """Who is to blame, from what all ranks last wrote; waits for ever when this process is being ended already."""
+        """Find the rank to blame from what all ranks last wrote; wait for ever when this process is being ended already."""
         while self._expired.is_set() and threading.current_thread() is not self._thread:
             time.sleep(1.0)
         silent = self._silent()
@@ -139,11 +145,11 @@ class Watchdog:
         while not self._done.wait(interval):
             now = time.monotonic()
             if now - woke > interval + self._deadline_s / 4:
-                self._moved = now  # this process, or all of them, was stopped for a while: nobody's fault
+                self._progress_at = now  # this process, or all of them, was stopped for a while: nobody's fault
             woke = now
             self._write_record()
-            if now - self._moved > self._deadline_s * _PHASES[self._phase]:
-                self._expire(now - self._moved, interval)
+            if now - self._progress_at > self._deadline_s * _PHASES[self._phase]:
+                self._expire(now - self._progress_at, interval)
 
     def _expire(self, waited: float, interval: float) -> None:
         self._expired.set()
@@ -175,7 +181,7 @@ class Watchdog:
         return found
 
     def _behind(self) -> str:
-        """Of ranks that all answer, those that are not as far as the others."""
+        """Name the ranks that are not as far as the others, when all of them answer."""
         records = {rank: record for rank in range(self._world) if (record := self._read_record(rank))}
         places = {rank: (r["step"], list(_PHASES).index(r["phase"])) for rank, r in records.items()}
         behind = [rank for rank, place in places.items() if place < max(places.values())]
@@ -190,7 +196,7 @@ class Watchdog:
 
     def _write_record(self) -> None:
         record = {"rank": self._rank, "pid": os.getpid(), "host": self._host, "phase": self._phase, "step": self._step,
-                  "moved": time.time() - (time.monotonic() - self._moved), "alive": time.time()}  # fmt: skip
+                  "progress": time.time() - (time.monotonic() - self._progress_at), "alive": time.time()}  # fmt: skip
         path = self._record_path(self._rank)
         with suppress(OSError):  # a full disk must not end a run that still moves
             path.with_suffix(".tmp").write_text(json.dumps(record))

@@ -1,65 +1,96 @@
-"""When checkpoints are written: periodic ones beside training, final ones at once; and how many may fail."""
+"""Decides what a run's checkpoints hold and when they are written, and restores one.
+
+Periodic checkpoints are written beside training, final ones while the loop waits. A limited number of periodic ones in
+sequence may fail.
+"""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
+from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
+from m1_stages.config import Resolved
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
-from m1_stages.runtime.watchdog import beat
+from m1_stages.runtime.ddp import TrainableModel
+from m1_stages.runtime.optimizer import Optimizer
+from m1_stages.runtime.parallel import Topology
+from m1_stages.runtime.watchdog import heartbeat
 from m1_stages.training.train_state import TrainState
+
+if TYPE_CHECKING:
+    from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
+
+_SHARDING = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 @dataclass(kw_only=True, slots=True)
-class _Begun:
+class _Save:
+    """A checkpoint that is being written."""
+
     state: TrainState
     stage_final: bool
     began: float
     stall_s: float = 0.0
 
 
-class Saver:
-    """Saves a run; every rank calls every method at the same step.
+class Checkpointer:
+    """Saves and restores a run; every rank calls every method at the same step.
 
     Args:
-        sharded_state: the model, optimizer and position as ``CheckpointStore.begin`` takes them.
-        meta: what the checkpoint says about itself, from (state, stage_final).
+        store: the checkpoints of the run.
+        model: this rank's part of the bare model.
+        trainable: the same chunks, wrapped for data parallelism.
+        optimizer: the optimizer of its parameters.
+        topology: the layout, which checkpoints name.
+        resolved: the configuration, which checkpoints name.
+        emit: where events go.
         background: training goes on while a periodic checkpoint is written.
-        max_failed: so many periodic checkpoints in a row that cannot be written end the run.
+        max_failed: the run ends when this many periodic checkpoints in a row could not be written.
     """
 
     def __init__(
         self,
         store: CheckpointStore,
         *,
-        sharded_state: Callable[[TrainState], dict[str, Any]],
-        meta: Callable[[TrainState, bool], CheckpointMeta],
+        model: ModelChunks,
+        trainable: TrainableModel,
+        optimizer: Optimizer,
+        topology: Topology,
+        resolved: Resolved,
         emit: Sink,
         background: bool,
         max_failed: int,
     ) -> None:
-        self._store, self._sharded_state, self._meta, self._emit = store, sharded_state, meta, emit
+        self.store = store
+        self.forced_gates: list[dict[str, Any]] = []
+        """Stages on the way to these weights that were started although the one before recalled too little."""
+        self._model, self._trainable, self._optimizer = model, trainable, optimizer
+        self._topology, self._resolved, self._emit = topology, resolved, emit
         self._background, self._max_failed, self._failed = background, max_failed, 0
-        self._begun: _Begun | None = None
+        self._save: _Save | None = None
 
     def save(self, state: TrainState) -> None:
-        """A periodic checkpoint. When it cannot be written, training goes on and the next one is tried.
+        """Write a periodic checkpoint. When it cannot be written, training goes on and the next one is tried.
 
         Raises:
             CheckpointError: too many in a row could not be written.
         """
-        beat("save", state.global_step)
-        self.settle()
-        with self._counted(state.global_step):
+        heartbeat("save", state.global_step)
+        self.finish_save()
+        with self._failures_counted(state.global_step):
             self._begin(state, stage_final=False)
         if not self._background:
-            self.settle()
+            self.finish_save()
 
     def save_now(self, state: TrainState, *, stage_final: bool) -> str:
         """Commit a checkpoint of this moment and wait for it; returns its path.
@@ -67,62 +98,89 @@ class Saver:
         Raises:
             CheckpointError: it could not be written.
         """
-        beat("save", state.global_step)
-        self.settle()
+        heartbeat("save", state.global_step)
+        self.finish_save()
         self._begin(state, stage_final=stage_final)
         return self._commit(wait=True)
 
     def poll(self) -> None:
-        """At every step boundary: commit what has been written meanwhile; free while nothing is being written.
+        """At every step boundary: commit what has been written meanwhile. It costs nothing while nothing is being written.
 
         Raises:
             CheckpointError: too many in a row could not be written.
         """
-        if self._begun is not None:
-            with self._counted(self._begun.state.global_step):
+        if self._save is not None:
+            with self._failures_counted(self._save.state.global_step):
                 self._commit(wait=False)
 
-    def settle(self) -> None:
+    def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any.
 
         Raises:
             CheckpointError: too many in a row could not be written.
         """
-        if self._begun is not None:
-            with self._counted(self._begun.state.global_step):
+        if self._save is not None:
+            with self._failures_counted(self._save.state.global_step):
                 self._commit(wait=True)
 
+    def restore(self, candidates: Sequence[Committed]) -> tuple[Committed, TrainState] | None:
+        """Load the first of ``candidates`` that verifies; None when there are none.
+
+        Raises:
+            CheckpointError: there are candidates, but none can be used.
+        """
+        self.finish_save()
+        heartbeat("build")
+        for committed in candidates:
+            self._refuse_other_shape(committed)
+        with self._optimizer.loading() if candidates else nullcontext():
+            found = self.store.load_first_verified(
+                candidates, lambda: self._sharded_state(TrainState(stage=""), is_loading=True)
+            )
+            if found is None:
+                return None
+            committed, loaded = found
+            self._model.load_state_dict(loaded["model"])
+            self._optimizer.load_state_dict(loaded["optimizer"])
+        saved = committed.meta.extra.get("forced_gates", [])
+        self.forced_gates = saved + [gate for gate in self.forced_gates if gate not in saved]  # also after a roll back
+        return committed, TrainState.from_dict(loaded["train_state"])
+
+    def finals(self, stage: str) -> list[Committed]:
+        """Committed final checkpoints of ``stage``, newest first."""
+        return [c for c in self.store.committed() if c.meta.stage == stage and c.meta.stage_final]
+
     def _begin(self, state: TrainState, *, stage_final: bool) -> None:
-        begun = _Begun(state=copy.copy(state), stage_final=stage_final, began=time.perf_counter())
-        self._store.begin(self._sharded_state(state), self._meta(state, stage_final))
-        begun.stall_s = time.perf_counter() - begun.began
-        self._begun = begun
+        save = _Save(state=copy.copy(state), stage_final=stage_final, began=time.perf_counter())
+        self.store.begin(self._sharded_state(state, is_loading=False), self._meta(state, stage_final))
+        save.stall_s = time.perf_counter() - save.began
+        self._save = save
 
     def _commit(self, *, wait: bool) -> str:
-        """Path of the checkpoint when it is committed now."""
-        looked, begun, self._begun = time.perf_counter(), self._begun, None
-        assert begun is not None
-        path = self._store.poll(wait=wait)
-        begun.stall_s += time.perf_counter() - looked
+        """Path of the checkpoint when it is committed now, else an empty text."""
+        looked, save, self._save = time.perf_counter(), self._save, None
+        assert save is not None
+        path = self.store.poll(wait=wait)
+        save.stall_s += time.perf_counter() - looked
         if path is None:
-            self._begun = begun
+            self._save = save
             return ""
         self._failed = 0
         self._emit(
             CheckpointSaved(
                 path=str(path),
-                stage=begun.state.stage,
-                step=begun.state.stage_step,
-                global_step=begun.state.global_step,
-                stage_final=begun.stage_final,
-                seconds=time.perf_counter() - begun.began,
-                stall_s=begun.stall_s,
+                stage=save.state.stage,
+                step=save.state.stage_step,
+                global_step=save.state.global_step,
+                stage_final=save.stage_final,
+                seconds=time.perf_counter() - save.began,
+                stall_s=save.stall_s,
             )
         )
         return str(path)
 
     @contextmanager
-    def _counted(self, step: int) -> Iterator[None]:
+    def _failures_counted(self, step: int) -> Iterator[None]:
         try:
             yield
         except CheckpointError as error:
@@ -134,3 +192,44 @@ class Saver:
                     where=error.where,
                     fix=error.fix,
                 ) from error
+
+    def _sharded_state(self, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
+        """Model, optimizer and position as ``dist_checkpointing`` takes them; every rank calls it."""
+        self._trainable.gather_parameters()
+        metadata: dict[str, Any] = {**_SHARDING}  # Megatron adds the data-parallel group, which ends with the session
+        model = self._model.sharded_state_dict(metadata=metadata)
+        optimizer = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer, "train_state": state.as_dict()}
+
+    def _meta(self, state: TrainState, stage_final: bool) -> CheckpointMeta:
+        """Describe a checkpoint of ``state``."""
+        return CheckpointMeta(
+            stage=state.stage,
+            stage_step=state.stage_step,
+            global_step=state.global_step,
+            stage_final=stage_final,
+            config_sha256=self._resolved.sha256,
+            data_fingerprint=state.data_fingerprint,
+            topology=self._topology.sizes(),
+            decay={"policy": self._resolved.config.curriculum.decay, "slopes": state.slopes},
+            extra={
+                "tokens_seen": state.tokens_seen,
+                "model": self._model_shape(),
+                "rope_base": self._model.rope_base,
+                "forced_gates": self.forced_gates,
+            },
+        )
+
+    def _model_shape(self) -> dict[str, Any]:
+        """The resolved model section: a checkpoint of another shape is refused by name, not by a shape error."""
+        return dict(self._resolved.as_dict()["model"])
+
+    def _refuse_other_shape(self, committed: Committed) -> None:
+        saved, now = committed.meta.extra.get("model", {}), self._model_shape()
+        for key in sorted(saved.keys() | now.keys()):
+            if saved.get(key) != now.get(key):
+                raise CheckpointError(
+                    f"the checkpoint has model.{key} = {saved.get(key)}, the configuration says {now.get(key)}",
+                    where=str(committed.path),
+                    fix=f"set model.{key} back, use another run.dir, or start over with --fresh",
+                )

@@ -1,23 +1,41 @@
-"""How a step's rows become micro-batches; no torch."""
+"""Cuts a step's rows into micro-batches and says which rank trains on which."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from m1_data.sampling.loader import batch_rows
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
 from m1_stages.errors import ConfigError
+from m1_stages.runtime.parallel import Topology
 
 
 def micro_batch_rows(plan: StagePlan, dp_size: int) -> int:
-    """Rows of a micro-batch: as configured, or the next smaller number that divides what a data-parallel rank has."""
+    """Return the rows of a micro-batch: as configured, or the next smaller number that divides a data-parallel rank's rows."""
     local_rows = plan.global_batch_rows // dp_size
     candidates = (m for m in range(1, min(plan.micro_batch_rows, local_rows) + 1) if local_rows % m == 0)
     return max(candidates, default=1)  # with more ranks than rows, ``batch_rows`` says what is wrong
 
 
+def row_ids(plan: StagePlan, topology: Topology, step: int, dp_rank: int | None = None) -> list[list[int]]:
+    """Return the row ids of each micro-batch of a data-parallel rank: a pure function of the step.
+
+    Args:
+        step: step of the stage.
+        dp_rank: the data-parallel rank; this process's own by default.
+    """
+    return batch_rows(
+        step,
+        global_batch=plan.global_batch_rows,
+        dp_rank=topology.dp_rank if dp_rank is None else dp_rank,
+        dp_size=topology.dp_size,
+        micro_batch=micro_batch_rows(plan, topology.dp_size),
+    )
+
+
 def refuse_uneven_pipeline(resolved: Resolved, plans: Sequence[StagePlan], dp_size: int) -> None:
-    """An interleaved pipeline takes micro-batches in groups of its size; look at every stage before the first is trained.
+    """Refuse stages whose micro-batches an interleaved pipeline cannot take in groups of its size, before the first is trained.
 
     Raises:
         ConfigError: the micro-batches of a step do not divide into such groups.
@@ -29,7 +47,7 @@ def refuse_uneven_pipeline(resolved: Resolved, plans: Sequence[StagePlan], dp_si
         rows = micro_batch_rows(plan, dp_size)
         count = plan.global_batch_rows // dp_size // rows
         if count == 0 or count % p.pipeline:
-            section = "sft" if plan.stage == "sft" else f"stages.{plan.stage}"
+            section = plan.config_section
             raise ConfigError(
                 f"an interleaved pipeline of {p.pipeline} takes micro-batches in groups of {p.pipeline}; stage {plan.stage} "
                 f"has {count} on each of {dp_size} data-parallel ranks ({plan.global_batch_rows} rows a step, {rows} at a time)",

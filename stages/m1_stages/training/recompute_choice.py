@@ -1,4 +1,4 @@
-"""At the start of a stage: keep its activations, or compute them again."""
+"""Chooses at the start of a stage whether its activations are kept or recomputed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from m1_stages.plan.layout import Layout
 from m1_stages.plan.memory import Activations
 from m1_stages.plan.memory_policy import choose, habits_of
 from m1_stages.plan.stage_workload import Work
+from m1_stages.runtime.collectives import agree_min
 from m1_stages.runtime.device import Device
-from m1_stages.runtime.parallel import Topology, agree_min
+from m1_stages.runtime.parallel import Topology
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settled:
-    """What a stage does, the same on all ranks."""
+class RecomputeDecision:
+    """A decision about a stage's activations, the same on all ranks."""
 
     activations: Activations
     why: str
@@ -30,11 +31,11 @@ class Settled:
         return f"{what}{where}: {self.why}"
 
 
-def settle(config: Config, plan: StagePlan, topology: Topology, device: Device) -> Settled:
+def choose_recompute(config: Config, plan: StagePlan, topology: Topology, device: Device) -> RecomputeDecision:
     """Choose for ``plan``; every rank calls it. On a CPU nothing is recomputed unless the configuration says so."""
     habits = habits_of(config)
     if device.name != "cuda" and habits.recompute == "auto":
-        return Settled(activations=Activations(), why="on a CPU recomputing saves nothing that is short")
+        return RecomputeDecision(activations=Activations(), why="recomputation is off on CPU")
     work = Work(
         stage=plan.stage,
         seq_len=plan.seq_len,
@@ -56,11 +57,11 @@ def settle(config: Config, plan: StagePlan, topology: Topology, device: Device) 
         dispatcher=config.parallel.dispatcher,
     )
     chosen = choose(config.model, work, layout, habits, agree_min(_free_gib(device)))
-    return Settled(activations=chosen.activations, why=chosen.why)
+    return RecomputeDecision(activations=chosen.activations, why=chosen.why)
 
 
 def _free_gib(device: Device) -> float:
-    """What this process can have of its GPU: others may hold a part."""
+    """Memory of its GPU that this process can have, GiB: others may hold a part."""
     if device.name != "cuda":
         return 0.0
     free, _ = torch.cuda.mem_get_info()

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward over the micro-batches, reduced gradients, and what they say.
+"""One optimizer step: forward and backward over the micro-batches, reduced gradients, and what was measured.
 
 Gradients and losses are per trained token: every rank sums over its tokens, sums are reduced over the data-parallel
 ranks and divided by the number of trained tokens of the whole global batch, so the result does not depend on how the
@@ -20,12 +20,15 @@ from torch import Tensor, nn
 
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.model.routing import RoutingStats, routing_counts
+from m1_stages.runtime.ddp import TrainableModel
 from m1_stages.runtime.gradients import ReadyGradients
+from m1_stages.runtime.optimizer import Optimizer
+from m1_stages.training.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one step measured; the same on every rank."""
+    """The measurements of one step, the same on every rank."""
 
     loss: float
     """Mean over the trained tokens of the global batch, nats; inf when it is not finite."""
@@ -33,11 +36,13 @@ class StepResult:
     grad_norm: float
     """L2 norm of the whole gradient before clipping; inf when it is not finite."""
     layer_grad_norms: list[float]
-    """The same per decoder layer."""
+    """Gradient norm of each decoder layer."""
+    metrics: dict[str, float]
+    """The objective's own sums, per trained token of the global batch."""
     gradients: ReadyGradients
     routing: RoutingStats
     rank_seconds: list[float]
-    """Of each rank: its work before the forward pass (reading rows), and on a GPU the attention of its layers."""
+    """Seconds of each rank's own work: reading rows before the forward pass, and on a GPU the attention of its layers."""
     bad_ranks: list[int]
     """Ranks on which the loss of a micro-batch was not finite."""
     bad_micro_batches: dict[int, int]
@@ -57,9 +62,10 @@ class StepResult:
 
 
 def train_step(
-    chunks: list[Any],
-    optimizer: Any,
+    model: TrainableModel,
+    optimizer: Optimizer,
     micro_batches: Sequence[PackedBatch],
+    objective: Objective,
     *,
     stop: Callable[[], bool] = lambda: False,
     began: float | None = None,
@@ -69,39 +75,41 @@ def train_step(
     The host waits for the device once, when everything measured comes back in one copy.
 
     Args:
-        chunks: DDP-wrapped model chunks.
+        model: this rank's chunks of the model.
+        optimizer: the optimizer of its parameters.
         micro_batches: this data-parallel rank's share of the global batch, each ``[1, T]``, all of equal ``T``, cut for
             this context-parallel rank.
+        objective: what is minimised.
         stop: whether this rank was asked to stop; asked once, after the backward pass.
         began: ``time.perf_counter()`` when this rank began the step, if before this call.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     began = time.perf_counter() if began is None else began
-    seconds = time.perf_counter() - began + chunks[0].layer_clock.seconds()
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    if optimizer.host_state is not None:
-        optimizer.host_state.send_away()
+    seconds = time.perf_counter() - began + model.layer_timer.seconds()
+    model.zero_grad_buffers()
+    optimizer.begin_step()
     outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
-        data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
-        model=chunks if len(chunks) > 1 else chunks[0],
+        forward_step_func=partial(_forward_step, objective),
+        data_iterator=[iter(micro_batches) for _ in model] if len(model) > 1 else iter(micro_batches),
+        model=model.chunks if len(model) > 1 else model[0],
         num_microbatches=len(micro_batches),
         seq_length=micro_batches[0].tokens.shape[1] * micro_batches[0].shard[1],
         micro_batch_size=1,
         forward_only=False,
     )
-    gradients = ReadyGradients(optimizer, chunks)
-    return _measured(chunks, gradients, outputs, micro_batches=len(micro_batches), seconds=seconds, stop=stop())
+    gradients = ReadyGradients(optimizer, model)
+    return _measured(
+        model, gradients, outputs, objective.metrics, micro_batches=len(micro_batches), seconds=seconds, stop=stop()
+    )
 
 
 @torch.no_grad()
 def _measured(
-    chunks: list[Any],
+    model: TrainableModel,
     gradients: ReadyGradients,
     outputs: list[Tensor],
+    metrics: Sequence[str],
     *,
     micro_batches: int,
     seconds: float,
@@ -112,9 +120,11 @@ def _measured(
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     dp, dp_rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
     squares = gradients.squares()
-    routing = routing_counts(chunks)
+    routing = routing_counts(model)
     device = squares.device
-    per_micro_batch = torch.stack(outputs) if outputs else torch.zeros(1, 2, dtype=torch.float64, device=device)
+    per_micro_batch = (
+        torch.stack(outputs) if outputs else torch.zeros(1, 2 + len(metrics), dtype=torch.float64, device=device)
+    )
     total = per_micro_batch.sum(0)
     torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
     if mpu.get_pipeline_model_parallel_world_size() > 1:
@@ -132,15 +142,16 @@ def _measured(
     if world > 1:  # equal numbers on all ranks, to the last bit, give equal decisions
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
     numbers = values.tolist()
-    sizes = [2, len(squares), routing.numel(), world, world, dp, 1]
+    sizes = [2, len(metrics), len(squares), routing.numel(), world, world, dp, 1]
     parts = [numbers[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
-    (loss_sum, tokens), squares_list, routed, rank_seconds, bad_ranks, bad_dp, (stopped,) = parts
+    (loss_sum, tokens), own_sums, squares_list, routed, rank_seconds, bad_ranks, bad_dp, (stopped,) = parts
     layers, width = routing.shape
     return StepResult(
         loss=loss_sum / max(tokens, 1.0),
         trained_tokens=int(tokens),
         grad_norm=math.sqrt(sum(squares_list)) / max(tokens, 1.0),
         layer_grad_norms=[math.sqrt(square) / max(tokens, 1.0) for square in squares_list[:-1]],
+        metrics={name: value / max(tokens, 1.0) for name, value in zip(metrics, own_sums, strict=True)},
         gradients=gradients,
         routing=RoutingStats.of([routed[i * width : (i + 1) * width] for i in range(layers)]),
         rank_seconds=rank_seconds,
@@ -150,15 +161,6 @@ def _measured(
     )
 
 
-def _forward_step(batches: Iterator[PackedBatch], model: nn.Module) -> tuple[Tensor, Any]:
+def _forward_step(objective: Objective, batches: Iterator[PackedBatch], model: nn.Module) -> tuple[Tensor, Any]:
     batch = next(batches)
-    return model(batch), partial(_loss, batch.loss_mask)
-
-
-def _loss(loss_mask: Tensor, per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over trained tokens, their number, and both for the log in float64."""
-    mask = loss_mask.view(-1)
-    loss = (per_token.view(-1) * mask).sum()
-    tokens = mask.sum()
-    logged = torch.stack([loss.detach().double(), tokens.double()])
-    return loss, tokens.to(torch.int), logged
+    return objective.forward(model, batch), partial(objective.loss, batch)

@@ -1,4 +1,4 @@
-"""What a run remembers besides weights and optimizer state; small, JSON-ready, in every checkpoint."""
+"""Holds what a run remembers besides weights and optimizer state: small plain values, in every checkpoint."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 from m1_stages.curriculum import StagePlan
 from m1_stages.guard import GuardState
 
+_FORMER_FIELDS = {"left_out": "excluded_steps"}
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainState:
-    """Position of a run. ``stage_step`` steps of ``stage`` are done."""
+    """The position of a run: ``stage_step`` steps of ``stage`` are done."""
 
     stage: str
     stage_step: int = 0
@@ -24,26 +26,30 @@ class TrainState:
     ramp_from: list[list[float]] = field(default_factory=list)
     """Slopes that the stage's ramp starts from: those of the last step of the stage before."""
     guard: GuardState = field(default_factory=GuardState)
-    left_out: list[int] = field(default_factory=list)
-    """Steps of the stage whose samples are passed over after a roll back."""
+    excluded_steps: list[int] = field(default_factory=list)
+    """Steps of the stage whose samples are skipped after a roll back."""
     data_fingerprint: str = ""
     first_loss: float = float("nan")
     """Loss of the stage's first step, for its closing report."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """The state as plain values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """Rebuild from ``as_dict``."""
-        return cls(**{**values, "guard": GuardState(**values.get("guard", {}))})
+        """Rebuild from ``as_dict``, also under the names of checkpoints before version 0.2."""
+        present = {_FORMER_FIELDS.get(name, name): value for name, value in values.items()}
+        return cls(**present | {"guard": GuardState.from_dict(values.get("guard", {}))})
 
 
 def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | None) -> TrainState:
-    """Where a stage begins: ``before`` is the end of the one it takes over from, None for random weights.
+    """Return the state in which a stage begins.
 
     The ramp starts at the slopes that ``before`` really ended with, whatever the configuration says they should have been.
+
+    Args:
+        before: the end of the stage that it continues; None for random weights.
     """
     if before is None:
         return TrainState(stage=plan.stage, data_fingerprint=data_fingerprint, slopes=plan.slopes_at(0.0))

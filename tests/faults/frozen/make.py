@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from m1_stages.config.load import load_config
-from m1_stages.training.session import Session, open_session, with_vocab
+from m1_stages.training.run import Run
+from m1_stages.training.session import open_session, with_vocab
 from m1_stages.training.train_state import TrainState
 
 HERE = Path(__file__).parent
@@ -47,7 +48,7 @@ def expected(name: str, like: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def session(folder: Path) -> Iterator[Session]:
+def session(folder: Path) -> Iterator[Run]:
     """A session whose run directory is ``folder/run``."""
     config = folder / "m1.toml"
     config.write_text(CONFIG)
@@ -55,10 +56,10 @@ def session(folder: Path) -> Iterator[Session]:
         yield opened
 
 
-def tensors(opened: Session) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(opened: Run) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and both moments by name, in the order of parameters."""
-    names = {id(parameter): name for name, parameter in opened.run.model[0].named_parameters()}
-    for part in getattr(opened.run.optimizer, "chained_optimizers", [opened.run.optimizer]):
+    names = {id(parameter): name for name, parameter in opened.model[0].named_parameters()}
+    for part in opened.optimizer.parts:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 name = names[id(parameter)]
@@ -81,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, session(Path(folder)) as opened:
         for name, tensor in tensors(opened):
             tensor.copy_(expected(name, tensor))
-        path: Any = opened.saver.save_now(position(), stage_final=False)
+        path: Any = opened.checkpointer.save_now(position(), stage_final=False)
         shutil.rmtree(CHECKPOINT, ignore_errors=True)
         shutil.copytree(path, CHECKPOINT)
 

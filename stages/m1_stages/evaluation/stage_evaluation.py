@@ -1,0 +1,109 @@
+"""The evaluation of one stage: recall of needles and loss by position with the loaded weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from m1_data.sampling.needles import SHORTEST_TOKENS, Haystack
+from m1_data.sampling.packing import Ints, key
+from m1_data.storage.store import Store, open_store
+from m1_stages.checkpoint import Committed
+from m1_stages.config import Resolved
+from m1_stages.curriculum import StagePlan
+from m1_stages.evaluation.long_context import Subject, loss_by_position, needle_map
+from m1_stages.evaluation.results import needle_lengths, write_result
+from m1_stages.events import NeedleMap, PositionLoss, Sink, StageEvaluated
+
+
+def evaluate_stage(
+    resolved: Resolved,
+    subject: Subject,
+    plan: StagePlan,
+    committed: Committed,
+    *,
+    emit: Sink,
+    check: Callable[[], None],
+) -> StageEvaluated:
+    """Measure the loaded weights, write ``RUN_DIR/evaluation/STAGE.json`` and report; every rank calls it.
+
+    Args:
+        committed: the checkpoint whose weights are loaded.
+        check: called between passes on every rank; whatever it raises ends the measurement, and nothing is written.
+    """
+    began, skipped = time.perf_counter(), []
+    config = resolved.config
+    data_dir = resolved.path(config.data.out)
+    held_out = open_store(data_dir, held_out=True)
+    tokens_at_once = plan.seq_len * plan.micro_batch_rows
+    needles: NeedleMap | None = None
+    positions: PositionLoss | None = None
+    if lengths := needle_lengths(config, plan.stage):
+        haystack, what = _haystack(held_out, open_store(data_dir), max(lengths))
+        needles = needle_map(
+            subject,
+            haystack,
+            lengths=lengths,
+            depths=sorted(config.evaluate.depths),
+            samples=config.evaluate.samples,
+            what=what,
+            tokens_at_once=tokens_at_once,
+            check=check,
+        )
+    else:
+        skipped.append(f"needles: no length of evaluate.lengths reaches {SHORTEST_TOKENS} tokens in this stage")
+    documents = _longest(held_out, config.evaluate.documents, plan.seq_len)
+    if documents:
+        positions = loss_by_position(
+            subject,
+            documents,
+            seq_len=plan.seq_len,
+            pad_id=held_out.eod_id,
+            tokens_at_once=tokens_at_once,
+            check=check,
+        )
+    elif config.evaluate.documents:
+        skipped.append(
+            "loss by position: the prepared data holds no documents out (data.held_out = 0, data.dedup = none, few "
+            "documents, or prepared by an older version: m1 prepare-data with another data.out)"
+        )
+    else:
+        skipped.append("loss by position: evaluate.documents is 0")
+    result = StageEvaluated(
+        stage=plan.stage,
+        checkpoint=committed.path.name,
+        checkpoint_sha256=committed.sha256,
+        global_step=committed.meta.global_step,
+        seq_len=plan.seq_len,
+        recall=float(np.mean(needles.recall)) if needles else None,
+        needles=needles,
+        positions=positions,
+        skipped=skipped,
+        seconds=time.perf_counter() - began,
+    )
+    if subject.topology.rank == 0:
+        write_result(resolved.run_dir, result)
+    emit(result)
+    return result
+
+
+def _haystack(held_out: Store, trained: Store, longest: int) -> tuple[Haystack, str]:
+    """Text that was held out from training, and its name; without any, random draws of the ids that the training text uses."""
+    if held_out.readers:
+        return Haystack.of_text(list(held_out.readers.values())), "held-out text"
+    alphabet = Haystack.of_text(list(trained.readers.values())).alphabet
+    return Haystack.of_random_ids(alphabet, longest, key("needles", "evaluation")), "random token ids"
+
+
+def _longest(held_out: Store, wanted: int, seq_len: int) -> list[Ints]:
+    """Up to ``wanted`` documents: those that fill the context, else the longest."""
+    found: list[tuple[int, Any, int]] = [
+        (min(int(length), seq_len + 1), reader, n)
+        for reader in held_out.readers.values()
+        for n, length in enumerate(reader.lengths.tolist())
+    ]
+    found.sort(key=lambda item: -item[0])
+    return [np.asarray(reader.get(n, 0, length), dtype=np.int64) for length, reader, n in found[:wanted] if length > 1]

@@ -1,0 +1,22 @@
+"""Names of the files and folders in a run directory, and who writes them. Nothing else names them."""
+
+from __future__ import annotations
+
+METRICS = "metrics.jsonl"
+"""Events, one JSON object a line (``m1_stages.events``)."""
+CHECKPOINTS = "checkpoints"
+"""Committed checkpoints (``m1_stages.checkpoint``)."""
+ROLLBACKS = "rollbacks.json"
+"""Roll backs and the steps they excluded (``m1_stages.training.rollback``)."""
+EVALUATION = "evaluation"
+"""``STAGE.json`` of each evaluated stage (``m1_stages.evaluation.results``)."""
+RANKS = "ranks"
+"""Heartbeats of the running ranks (``m1_stages.runtime.watchdog``)."""
+STACKS = "stacks"
+"""Stacks of ranks that stopped or crashed (``m1_stages.runtime.watchdog``)."""
+TENSORBOARD = "tensorboard"
+"""TensorBoard events (``m1 pretrain`` and ``m1 sft`` with ``run.tensorboard``)."""
+REPORT = "report.html"
+"""The page that ``m1 report`` writes."""
+EXPORT_PREFIX = "export-"
+"""``export-STAGE``: what ``m1 export`` writes unless it is given another folder."""
