@@ -73,7 +73,7 @@ def write_guides(out: Path) -> list[str]:
 
 
 def module_names() -> list[str]:
-    """Names of all modules. pdoc's own search leaves out the modules of a package that has ``__all__``; several of ours have it."""
+    """Names of all modules. pdoc's own search skips the modules of a package with ``__all__``; several of ours have it."""
     names = list(PACKAGES)
     for name in PACKAGES:
         found = pkgutil.walk_packages(import_module(name).__path__, f"{name}.", onerror=_fail)
