@@ -25,12 +25,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup ## the main job on a tiny model: text, five stages, fine-tuning, export, report
-	@echo "== the whole road on this machine's CPU; results go to $(DEMO)/"
+	@echo "== an end-to-end run on this machine's CPU; results go to $(DEMO)/"
 	$(BIN)/m1 demo --dir $(DEMO)
 
-check: setup ## format, lint, types and import layers
+check: setup ## format, lint, spelling, types and import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -60,8 +61,8 @@ bench-gpu: setup ## kernel benchmarks; need a CUDA device (and fla-core, liger-k
 	$(BIN)/python benchmarks/cross_entropy.py
 	$(BIN)/python benchmarks/kernel_training.py
 
-docs: ## where to read
-	@echo "README.md  docs/adr/  docs/LOG.md  kernels/README.md"
+docs: setup ## API pages from the docstrings, and the guides, in build/docs
+	$(BIN)/python tools/build_docs.py
 
-clean: ## remove the environment, caches and the demo
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(DEMO)
+clean: ## remove the environment, caches, builds and the demo
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache $(DEMO)
