@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -16,7 +15,8 @@ from pathlib import Path
 
 from m1_stages.config import CHECKPOINTS, STAGE_NAMES, Resolved
 from m1_stages.doctor.probes import Finding, Probe, collective_finding, gpu_findings, has_nvidia
-from m1_stages.model.count import count_parameters
+from m1_stages.plan.shapes import count_parameters
+from m1_stages.plan.stage_workload import model_with_vocab
 
 _BYTES_PER_PARAMETER = 14
 """Of a checkpoint: fp32 weights and two moments, and bf16 weights at the most."""
@@ -142,7 +142,7 @@ def _shadowed(folder: Path) -> Finding:
 def _home(package: str) -> Path | None:
     """The folder a package is installed in; for m1 that of the source it runs from."""
     if package == "m1cli":
-        return Path(__file__).resolve().parents[2]
+        return Path(__file__).resolve().parents[3]
     try:
         name = {"megatron": "megatron-core"}.get(package, package)
         return Path(str(importlib.metadata.distribution(name).locate_file(""))).resolve()
@@ -168,9 +168,7 @@ def _disk(run_dir: Path, resolved: Resolved | None) -> Finding:
     there = sum(f.stat().st_size for f in (run_dir / CHECKPOINTS).rglob("*") if f.is_file())
     free, needed, detail = shutil.disk_usage(place).free, _GIB, ""
     if resolved:
-        model = resolved.config.model
-        model = dataclasses.replace(model, vocab_size=model.vocab_size or resolved.config.tokenizer.vocab_size)
-        one = count_parameters(model).total * _BYTES_PER_PARAMETER
+        one = count_parameters(model_with_vocab(resolved.config)).total * _BYTES_PER_PARAMETER
         count = resolved.config.run.keep_last + 1 + len(STAGE_NAMES) + 1
         needed = one * count - there
         detail = f"; {count} checkpoints of {one / _GIB:,.1f} GiB have to fit"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from m1_stages import curriculum
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
 from m1_stages.errors import ConfigError
 
 
 def micro_batch_rows(plan: StagePlan, dp_size: int) -> int:
-    """Rows of a micro-batch: as configured, or the next smaller number that divides what a data-parallel rank has."""
-    local_rows = plan.global_batch_rows // dp_size
-    candidates = (m for m in range(1, min(plan.micro_batch_rows, local_rows) + 1) if local_rows % m == 0)
-    return max(candidates, default=1)  # with more ranks than rows, ``batch_rows`` says what is wrong
+    """Return the rows of a micro-batch of ``plan`` on ``dp_size`` data-parallel ranks (``curriculum.micro_batch_rows``)."""
+    return curriculum.micro_batch_rows(plan.global_batch_rows, plan.micro_batch_rows, dp_size)
 
 
 def refuse_uneven_pipeline(resolved: Resolved, plans: Sequence[StagePlan], dp_size: int) -> None:
