@@ -79,7 +79,7 @@ def roll_back(session: Session, plan: StagePlan, rows: Rows, state: TrainState, 
     session.saver.settle()
     first_step = state.global_step - state.stage_step
     skipped = state.guard.skipped
-    trouble = max(first_step, skipped[-max(1, state.guard.in_a_row) :][0] - config.leave_out_before)
+    trouble = max(first_step, skipped[-max(1, state.guard.in_a_row) :][0] - config.exclude_before)
     where = f"stage {plan.stage}, step {state.stage_step}"
     done = recorded(session.resolved.run_dir, plan.stage, rows.fingerprint)
     if len(done) >= config.max_rollbacks:
