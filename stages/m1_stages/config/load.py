@@ -28,7 +28,7 @@ RENAMED = {
     "guard.skips_in_a_row": "guard.max_consecutive_skips",
     "guard.leave_out_before": "guard.exclude_before",
 }
-"""Dotted keys of earlier versions and the keys that replace them; an old key is refused with its new name."""
+"""Keys of earlier versions, ``section.key``, and those that replace them; an old key is refused with its new name."""
 
 _HEADER = re.compile(r"^\s*\[(\[)?\s*([^\]]+?)\s*\]")
 _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*")(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
@@ -72,10 +72,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Resolved:
         config=config,
         origins=origins,
         base_dir=path.resolve().parent,
-        sha256=hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest(),
+        sha256=_sha256(config),
     )
     check(resolved)
     return resolved
+
+
+def _sha256(config: Config) -> str:
+    """Hash all values. Renamed keys count under their old names, so that the hashes in older checkpoints still compare equal."""
+    values = dataclasses.asdict(config)
+    for old, new in RENAMED.items():
+        (section, old_key), (_, new_key) = old.split("."), new.split(".")
+        values[section][old_key] = values[section].pop(new_key)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class _Layer:
