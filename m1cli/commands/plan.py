@@ -1,4 +1,4 @@
-"""``m1 plan``: parameters, FLOPs, memory and time of every stage, and the parallel layouts to choose."""
+"""Implements ``m1 plan``: parameters, FLOPs, memory and time of every stage, and the parallel layouts to choose."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def plan_command(
     """Print the plan.
 
     Raises:
-        ConfigError: unknown GPU or preset, no such configuration.
-        EnvironmentProblem: a stage fits in no layout; what is known is printed first.
+        ConfigError: the GPU or preset is unknown, or there is no such configuration.
+        EnvironmentProblem: a stage fits in no layout; the estimates are printed first.
     """
     known = gpu_named(gpu)
     if gpus is not None and gpus < 1:
@@ -133,12 +133,12 @@ def _flops(plan: Plan) -> None:
     table.add_row("per step, one document", *(_si(s.flops.total * s.workload.tokens_per_step) for s in plan.stages))
     table.add_row("[dim]tokens per step[/]", *(_si(s.workload.tokens_per_step) for s in plan.stages))
     console.print(table)
-    console.print("[dim]Softmax attention counts the causal half. Nothing that is computed again is counted.[/]\n")
+    console.print("[dim]Softmax attention counts the causal half. Recomputation is not counted.[/]\n")
 
 
 def _generation(plan: Plan) -> None:
     table = _table(
-        "FLOPs of generating tokens, beside DeepSeek-R1 (671B, 37B active)",
+        "FLOPs of generating tokens, compared with DeepSeek-R1 (671B, 37B active)",
         "tokens",
         ["this model", "R1", "ratio", "published", "last token", "R1 absorbed", "ratio"],
     )
@@ -181,7 +181,7 @@ def _layouts(plan: Plan) -> None:
         table.add_section()
     console.print(table)
     console.print(
-        "[dim]micro: rows of a forward pass x passes a step. act.: activations kept, computed again, or their inputs in host "
+        "[dim]micro: rows of a forward pass x passes a step. act.: activations kept, recomputed (again), or their inputs in host "
         "memory (run.recompute, run.offload_activations). GiB: of the fullest GPU, red if too much. "
         "tok/s/GPU and MFU: every row one document, nothing counted twice.[/]\n"
     )

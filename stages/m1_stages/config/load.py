@@ -16,6 +16,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -102,7 +103,7 @@ class _Layer:
         return cls._parse(str(path), text)
 
     @classmethod
-    def of_recipe(cls, path: Any, name: str) -> _Layer:
+    def of_recipe(cls, path: Traversable, name: str) -> _Layer:
         layer = cls._parse(name, path.read_text(encoding="utf-8"))
         return cls(name, layer.values, {})
 

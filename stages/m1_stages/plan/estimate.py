@@ -113,8 +113,8 @@ class Plan:
             "flops_per_token": stage.flops.as_dict(),
             "flops_per_token_mix": stage.mix_flops.as_dict(),
             "flops_per_step": stage.flops.scaled(workload.tokens_per_step).as_dict(),
-            "layouts": [self._candidate(stage, x) for x in stage.layouts],
-            "configured": self._candidate(stage, stage.configured) if stage.configured else None,
+            "layouts": [self._layout(stage, x) for x in stage.layouts],
+            "configured": self._layout(stage, stage.configured) if stage.configured else None,
             "measured": None
             if compared is None
             else {
@@ -130,7 +130,7 @@ class Plan:
             },
         }
 
-    def _candidate(self, stage: StageEstimate, x: LayoutEstimate) -> dict[str, Any]:
+    def _layout(self, stage: StageEstimate, x: LayoutEstimate) -> dict[str, Any]:
         return {
             "parallel": x.layout.settings(),
             "data": x.layout.data,

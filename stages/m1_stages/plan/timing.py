@@ -53,7 +53,8 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds of the whole step."""
-        return sum(asdict(self).values())
+        parts: Parts = asdict(self)
+        return sum(parts.values())
 
     def as_dict(self) -> dict[str, float]:
         """Return the parts and their sum."""
