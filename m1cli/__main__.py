@@ -1,4 +1,4 @@
-"""``python -m m1cli`` is ``m1``; training processes are started this way."""
+"""Makes ``python -m m1cli`` the same as ``m1``; training processes are started this way."""
 
 from m1cli.app import main
 

@@ -1,4 +1,4 @@
-"""The ``m1`` command. Command bodies import what they need, so that ``--help`` is instant and needs no torch."""
+"""Defines the ``m1`` command. Command bodies import what they need, so that ``--help`` is instant and needs no torch."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ app = typer.Typer(
     help="Train lightning-attention hybrid MoE language models from raw text to a million-token context.",
     epilog=EXIT_CODES.replace("\n", " "),
 )
-config_app = typer.Typer(no_args_is_help=True, help="Look at the resolved configuration.")
+config_app = typer.Typer(no_args_is_help=True, help="Show the resolved configuration.")
 app.add_typer(config_app, name="config")
-launch_app = typer.Typer(no_args_is_help=True, help="Write the script that runs training on a cluster.")
+launch_app = typer.Typer(no_args_is_help=True, help="Write a script that runs training on a cluster.")
 app.add_typer(launch_app, name="launch")
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; may be repeated.")
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; can be repeated.")
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 GpusOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Processes on this machine: one per GPU, or that many on a CPU; default: parallel.processes, or all GPUs.",
+        help="Processes on this machine, one per GPU or any number on a CPU; default: parallel.processes, or all GPUs.",
     ),
 ]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Start a stage although the one before it recalls less than evaluate.gate.")
+    bool, typer.Option("--force", help="Start a stage although the recall of the stage before is below evaluate.gate.")
 ]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Put existing checkpoints aside and start over.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Rename existing checkpoints and start over.")]
 DEFAULT_CONFIG = Path("m1.toml")
 
 
@@ -76,7 +76,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Look at packages, GPUs, network, disk and limits of this machine; say what is wrong and what mends it."""
+    """Check packages, GPUs, network, disk and limits of this machine; say what is wrong and how to fix it."""
     with reported(debug):
         from m1cli.commands.doctor import doctor_command
 
@@ -90,7 +90,7 @@ def stages(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show the chain of stages: state, context, mix, rates, decay half-lives, layout, checkpoints, needle recall."""
+    """Show the stages: state, context, mix, learning rates, decay half-lives, layout, checkpoints, needle recall."""
     with reported(debug):
         from m1cli.commands.stages import stages_command
 
@@ -100,7 +100,7 @@ def stages(
 @app.command()
 def plan(
     config: ConfigOption = DEFAULT_CONFIG,
-    preset: Annotated[str | None, typer.Option(help="Plan a bare preset instead of a configuration.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Plan a preset without a configuration file.")] = None,
     gpus: Annotated[
         int | None, typer.Option(help="Number of GPUs; default: as many as the parallel sizes need.")
     ] = None,
@@ -109,7 +109,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Say what training will cost: parameters, FLOPs, memory, time, and the parallel layouts that fit."""
+    """Estimate what training will cost: parameters, FLOPs, memory, time, and the parallel layouts that fit."""
     with reported(debug):
         from m1cli.commands.plan import plan_command
 
@@ -152,7 +152,7 @@ def evaluate(
     gpus: GpusOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Measure a finished stage at long range: needles by length and depth, loss by position in held-out documents."""
+    """Evaluate a finished stage on long contexts: needle recall by length and depth, loss by position in held-out documents."""
     with reported(debug):
         from m1cli.commands.train import evaluate_command
 
@@ -186,7 +186,7 @@ def launch_slurm(
     container: Annotated[str | None, typer.Option(help="Image with m1 installed; needs Slurm's pyxis plugin.")] = None,
     sbatch: Annotated[
         list[str] | None,
-        typer.Option(metavar="OPTION", help="Another sbatch option: --sbatch=--qos=high; may be repeated."),
+        typer.Option(metavar="OPTION", help="Another sbatch option: --sbatch=--qos=high; can be repeated."),
     ] = None,
     save_before: Annotated[
         int, typer.Option(min=1, help="Seconds before the time limit at which ranks save and the job requeues.")
@@ -194,7 +194,7 @@ def launch_slurm(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("m1.sbatch"),
     debug: DebugOption = False,
 ) -> None:
-    """Write a batch script: one rank per GPU, saves before the time limit, requeues itself, continues."""
+    """Write a batch script that starts one rank per GPU, saves before the time limit, requeues itself and continues."""
     with reported(debug):
         from m1cli.commands.launch import slurm_command
 
@@ -219,7 +219,9 @@ def export(
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="One checkpoint directory instead of a stage.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN_DIR/export-STAGE.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Load it with transformers and compare logits.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load the export with transformers and compare logits.")
+    ] = False,
     prompt: Annotated[list[str] | None, typer.Option(help="Generate from this text with transformers.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export.")] = False,
     debug: DebugOption = False,
@@ -259,7 +261,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--dir", help="Folder of the demo.")] = Path("demo"),
     debug: DebugOption = False,
 ) -> None:
-    """Run the whole road on a tiny model: text, five stages, fine-tuning, export, report."""
+    """Do an end-to-end run with a tiny model: text, five stages, fine-tuning, export, report."""
     with reported(debug):
         from m1cli.commands.demo import demo_command
 
@@ -267,5 +269,5 @@ def demo(
 
 
 def main() -> None:
-    """Entry point of the ``m1`` script."""
+    """Run the ``m1`` command."""
     app()

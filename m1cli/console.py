@@ -1,4 +1,4 @@
-"""The one console. Only rank 0 speaks; NO_COLOR and non-terminals are respected by Rich."""
+"""Defines the consoles of the process. Only rank 0 prints; Rich respects NO_COLOR and non-terminals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees when something goes wrong: three lines (what, where, what to do) and a documented exit code."""
+"""Shows errors to a person: three lines (what, where, how to fix it) and a documented exit code."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _OS_ADVICE = {
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turn exceptions into a message and an exit code; ``debug`` lets the traceback through."""
+    """Turn exceptions into a message and an exit code; with ``debug`` the exception itself is raised, with its traceback."""
     try:
         yield
     except M1Error as error:
         if debug and error.exit_code != EXIT_PREEMPTED:
             raise
-        if _has_something_to_add(error):
+        if _should_report(error):
             show(error)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
@@ -53,8 +53,11 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(EnvironmentProblem.exit_code) from None
 
 
-def _has_something_to_add(error: M1Error) -> bool:
-    """What stops one rank mostly stops all in the same words: rank 0 speaks, and the launcher ends the others meanwhile."""
+def _should_report(error: M1Error) -> bool:
+    """Return whether this rank reports ``error``.
+
+    Most errors stop all ranks with the same message. Rank 0 reports at once; the launcher ends the other ranks while these wait.
+    """
     if int(os.environ.get("RANK", "0")) == 0:
         return True
     if error.exit_code == EXIT_PREEMPTED:

@@ -1,4 +1,4 @@
-"""An evaluation on a terminal: the map of needles as coloured numbers, and the loss by position as a small table."""
+"""Shows an evaluation on a terminal: needle recall as coloured numbers, and the loss by position as a table."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.text import Text
 from m1_stages.events import NeedleMap, PositionLoss, StageEvaluated
 
 _COLOURS = ((120, 30, 40), (178, 110, 20), (30, 120, 60))
-"""Backgrounds at a recall of 0, a half and 1."""
+"""Background colours (red, green, blue) at a recall of 0, a half and 1."""
 
 
 def evaluation_view(result: StageEvaluated) -> Group:
-    """Everything about one evaluation."""
+    """Return all tables of one evaluation."""
     parts: list[RenderableType] = []
     if result.needles:
         parts.append(needle_table(result.stage, result.needles))
@@ -27,7 +27,7 @@ def evaluation_view(result: StageEvaluated) -> Group:
 
 
 def needle_table(stage: str, needles: NeedleMap) -> Table:
-    """Depth by length, recall in percent, and what guessing gives."""
+    """Return the recall in percent by depth and length, and the recall of a text with nothing hidden."""
     found, guessed = _mean(needles.loss), sum(needles.control_loss) / len(needles.control_loss)
     table = Table(
         title=f"stage {stage}: needle recall %, mean {100 * _mean(needles.recall):.0f}",
@@ -47,7 +47,7 @@ def needle_table(stage: str, needles: NeedleMap) -> Table:
 
 
 def recall_text(value: float) -> Text:
-    """A recall of 0 to 1 as a percentage on a colour."""
+    """Return a recall of 0 to 1 as a percentage on a colour."""
     place = min(1.0, max(0.0, value)) * (len(_COLOURS) - 1)
     low = min(int(place), len(_COLOURS) - 2)
     mixed = (round(a + (b - a) * (place - low)) for a, b in zip(_COLOURS[low], _COLOURS[low + 1], strict=True))
@@ -55,7 +55,7 @@ def recall_text(value: float) -> Text:
 
 
 def position_table(stage: str, seq_len: int, positions: PositionLoss) -> Table:
-    """Loss by the number of tokens before, with and without the far context."""
+    """Return the loss by the number of preceding tokens, with and without the far context."""
     table = Table(title=f"stage {stage}: loss by position in held-out documents", title_justify="left")
     for name in ("tokens before", "loss", f"seeing ≤ {positions.near_tokens:,}", "gain", "documents"):
         table.add_column(name, justify="right", no_wrap=True)

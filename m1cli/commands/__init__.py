@@ -1,1 +1,1 @@
-"""One module per command; each does the talking, the work is in the rooms below."""
+"""Holds one module per command. A command prints; the packages below do the work."""

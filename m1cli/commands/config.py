@@ -1,4 +1,4 @@
-"""``m1 init`` and ``m1 config show``: the configuration written and explained from its own annotations."""
+"""Implements ``m1 init`` and ``m1 config show``, which explain the configuration by its own annotations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _SECTIONS = ("run", "model", "tokenizer", "data", "curriculum", "optim", "parall
 
 
 def init_command(folder: Path, preset: str) -> None:
-    """Write ``folder/m1.toml``; an existing one is never replaced."""
+    """Write ``folder/m1.toml``.
+
+    Raises:
+        ConfigError: the preset is unknown, or the file exists already.
+    """
     if preset not in PRESETS:
         hint = difflib.get_close_matches(preset, PRESETS, n=1)
         raise ConfigError(
@@ -41,7 +45,7 @@ def init_command(folder: Path, preset: str) -> None:
 
 
 def template(preset: str) -> str:
-    """A commented ``m1.toml`` that resolves to exactly the bare preset."""
+    """Return a commented ``m1.toml`` that resolves to exactly the bare preset."""
     bare = _bare(preset)
     lines = [
         f"# m1 configuration, preset {preset}. Every line that is commented out shows the value in force.",

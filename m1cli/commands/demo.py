@@ -1,4 +1,4 @@
-"""``m1 demo``: the whole road, as the commands a user would type, each in a process of its own."""
+"""Implements ``m1 demo``: an end-to-end run by the commands that a user would type, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def demo_command(folder: Path) -> None:
         ["report"],
     ):
         _run(folder, arguments)
-    console.print(f"\n[bold green]the whole road in {time.perf_counter() - began:.0f} s[/]")
+    console.print(f"\n[bold green]end-to-end run finished in {time.perf_counter() - began:.0f} s[/]")
     console.print(f"  report  {escape(str(folder / 'run' / 'report.html'))}", soft_wrap=True)
     console.print(f"  model   {escape(str(folder / 'run' / 'export-sft'))}", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""``m1 doctor``: look at the machine before a long run does."""
+"""Implements ``m1 doctor``, which checks the machine before a long run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _NAME_WIDTH = 27
 
 
 def doctor_command(config: Path, overrides: list[str], *, as_json: bool) -> None:
-    """Print one line for each thing looked at; leave with ``EXIT_ENVIRONMENT`` when something is wrong.
+    """Print one line for each check; exit with ``EXIT_ENVIRONMENT`` when something is wrong.
 
-    A configuration is used where there is one: it names the run directory and the size of a checkpoint.
+    A configuration is used if there is one: it names the run directory and the size of a checkpoint.
     """
     resolved = load_config(config, overrides) if config.exists() or overrides else None
     findings = []

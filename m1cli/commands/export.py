@@ -1,4 +1,4 @@
-"""``m1 export``: a checkpoint as a folder other programs load."""
+"""Implements ``m1 export``, which writes a checkpoint as a folder that other programs load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m1_stages.errors import CheckpointError
 from m1cli.console import console
 
 TOLERANCE = 1e-4
-"""Largest fp32 logit difference between the trained model and transformers that is still called equal."""
+"""Largest fp32 logit difference between the trained model and transformers that counts as equal."""
 
 
 def export_command(
@@ -30,8 +30,8 @@ def export_command(
     """Export a checkpoint, then compare it and generate from it when asked.
 
     Args:
-        stage: whose final checkpoint; None: the newest final one.
-        out: folder to write; None: ``RUN_DIR/export-STAGE``.
+        stage: stage whose final checkpoint is exported; None takes the newest final one.
+        out: folder to write; None takes ``RUN_DIR/export-STAGE``.
         verify: compare transformers' logits with the trained model's.
         prompts: texts that transformers continues from the export.
         overwrite: replace an existing folder.

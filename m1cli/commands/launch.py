@@ -1,4 +1,4 @@
-"""``m1 launch slurm``: a batch script that saves in time, goes back into the queue, and continues."""
+"""Implements ``m1 launch slurm``: a batch script that saves in time, requeues itself, and continues."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def slurm_command(
     """Write the script and print the command that submits it.
 
     Args:
-        command: what each rank runs, from ``pretrain`` or ``sft`` on.
+        command: the command of each rank, from ``pretrain`` or ``sft`` on.
         save_before_s: seconds before the time limit at which the ranks are asked to save.
-        options: values of sbatch options by name; None leaves one out.
-        extra: further sbatch options as they are written, ``--qos=high``.
+        options: values of sbatch options by name; None omits the option.
+        extra: further sbatch options as they are written, like ``--qos=high``.
 
     Raises:
-        ConfigError: a command that does not train, sizes that do not fit the nodes, a value that would break the script, or
-            another script in place of ``out``.
+        ConfigError: the command does not train, sizes do not fit the nodes, a value would break the script, or ``out`` is
+            another script.
     """
     resolved = _checked(command, nodes * gpus_per_node)
     settings = {
@@ -83,16 +83,14 @@ def slurm_command(
 
 
 def _checked(command: list[str], world: int) -> Resolved:
-    """The configuration of the command: what would be refused on the cluster is refused before it is queued."""
+    """Return the configuration of the command; what the cluster would refuse is refused before it is queued."""
     if not command or command[0] not in _COMMANDS:
         raise ConfigError(
             f"{_in_one_line(command) or 'nothing'} cannot be launched",
             fix=f"after the options write -- and {' or '.join(_COMMANDS)} with its options: … -- pretrain --stage all",
         )
     if "--fresh" in command:
-        raise ConfigError(
-            "--fresh would start over after every requeue", fix="put the old checkpoints aside by hand once"
-        )
+        raise ConfigError("--fresh would start over after every requeue", fix="rename the old checkpoints by hand once")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", type=Path, default=Path("m1.toml"))
     parser.add_argument("--set", action="append", default=[])

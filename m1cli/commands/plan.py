@@ -1,4 +1,4 @@
-"""``m1 plan``: parameters, FLOPs, memory and time of every stage, and the parallel layouts to choose."""
+"""Implements ``m1 plan``: parameters, FLOPs, memory and time of every stage, and the parallel layouts to choose."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.table import Table
 from m1_stages.config import PRESETS, Resolved
 from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError, EnvironmentProblem
-from m1_stages.plan.estimate import Compared, Plan, StagePlan, make_plan
+from m1_stages.plan.estimate import Compared, Plan, StageEstimate, make_plan
 from m1_stages.plan.hardware import gpu_named
-from m1_stages.plan.search import Candidate
+from m1_stages.plan.search import LayoutEstimate
 from m1cli.console import console
 
 
@@ -27,8 +27,8 @@ def plan_command(
     """Print the plan.
 
     Raises:
-        ConfigError: unknown GPU or preset, no such configuration.
-        EnvironmentProblem: a stage fits in no layout; what is known is printed first.
+        ConfigError: the GPU or preset is unknown, or there is no such configuration.
+        EnvironmentProblem: a stage fits in no layout; the estimates are printed first.
     """
     known = gpu_named(gpu)
     if gpus is not None and gpus < 1:
@@ -58,16 +58,16 @@ def _resolve(path: Path, preset: str | None, overrides: list[str]) -> Resolved:
 
 def _show(plan: Plan) -> None:
     machine, parameters = plan.machine, plan.parameters
-    habits = machine.habits
-    precision = "bf16" if habits.bf16 else "fp32"
+    policy = machine.memory_policy
+    precision = "bf16" if policy.bf16 else "fp32"
     recompute = {
         "auto": "activations kept where they fit",
         "always": "activations recomputed",
         "never": "activations kept",
     }
-    settings = [precision, recompute[habits.recompute]]
-    settings += ["inputs of recomputed layers in host memory"] * habits.offload_activations
-    settings += ["optimizer in host memory"] * habits.offload_optimizer
+    settings = [precision, recompute[policy.recompute]]
+    settings += ["inputs of recomputed layers in host memory"] * policy.offload_activations
+    settings += ["optimizer in host memory"] * policy.offload_optimizer
     console.print(
         f"[bold]{plan.preset}[/] on {machine.gpus:,} {machine.gpu.name} ({machine.gpu.memory_gib:.0f} GiB each), "
         f"{', '.join(settings)}: [bold]{_count(parameters.total)}[/] parameters, "
@@ -84,7 +84,7 @@ def _show(plan: Plan) -> None:
     compared = [stage.compared for stage in plan.stages if stage.compared]
     if compared:
         _measured(compared)
-    for name, why in plan.left_out.items():
+    for name, why in plan.not_compared.items():
         console.print(f"[dim]stage {name} of this run is not compared: {why}[/]", soft_wrap=True)
 
 
@@ -117,7 +117,7 @@ def _parameters(plan: Plan) -> None:
 
 
 def _flops(plan: Plan) -> None:
-    table = _table("FLOPs of training one token (forward and backward)", "", [s.work.stage for s in plan.stages])
+    table = _table("FLOPs of training one token (forward and backward)", "", [s.workload.stage for s in plan.stages])
     parts = {
         "attention projections": "projections",
         "experts": "experts",
@@ -130,15 +130,15 @@ def _flops(plan: Plan) -> None:
     table.add_section()
     table.add_row("total, one document a row", *(_si(s.flops.total) for s in plan.stages))
     table.add_row("total, documents of the mix", *(_si(s.mix_flops.total) for s in plan.stages))
-    table.add_row("per step, one document", *(_si(s.flops.total * s.work.tokens_per_step) for s in plan.stages))
-    table.add_row("[dim]tokens per step[/]", *(_si(s.work.tokens_per_step) for s in plan.stages))
+    table.add_row("per step, one document", *(_si(s.flops.total * s.workload.tokens_per_step) for s in plan.stages))
+    table.add_row("[dim]tokens per step[/]", *(_si(s.workload.tokens_per_step) for s in plan.stages))
     console.print(table)
-    console.print("[dim]Softmax attention counts the causal half. Nothing that is computed again is counted.[/]\n")
+    console.print("[dim]Softmax attention counts the causal half. Recomputation is not counted.[/]\n")
 
 
 def _generation(plan: Plan) -> None:
     table = _table(
-        "FLOPs of generating tokens, beside DeepSeek-R1 (671B, 37B active)",
+        "FLOPs of generating tokens, compared with DeepSeek-R1 (671B, 37B active)",
         "tokens",
         ["this model", "R1", "ratio", "published", "last token", "R1 absorbed", "ratio"],
     )
@@ -172,16 +172,16 @@ def _layouts(plan: Plan) -> None:
     for stage in plan.stages:
         for number, x in enumerate(stage.layouts, 1):
             mine = x.layout == (stage.configured and stage.configured.layout)
-            table.add_row(f"{stage.work.stage} #{number}{' yours' * mine}", *_layout_cells(x))
+            table.add_row(f"{stage.workload.stage} #{number}{' yours' * mine}", *_layout_cells(x))
             arguments = x.layout.arguments(plan.parallel) or "as configured"
-            commands.append(f"[dim]{stage.work.stage:>5} #{number}[/]  {escape(arguments)}")
+            commands.append(f"[dim]{stage.workload.stage:>5} #{number}[/]  {escape(arguments)}")
         own = stage.configured
         if own and own.layout not in [x.layout for x in stage.layouts]:
-            table.add_row(f"[dim]{stage.work.stage} yours[/]", *_layout_cells(own))
+            table.add_row(f"[dim]{stage.workload.stage} yours[/]", *_layout_cells(own))
         table.add_section()
     console.print(table)
     console.print(
-        "[dim]micro: rows of a forward pass x passes a step. act.: activations kept, computed again, or their inputs in host "
+        "[dim]micro: rows of a forward pass x passes a step. act.: activations kept, recomputed (again), or their inputs in host "
         "memory (run.recompute, run.offload_activations). GiB: of the fullest GPU, red if too much. "
         "tok/s/GPU and MFU: every row one document, nothing counted twice.[/]\n"
     )
@@ -193,19 +193,23 @@ def _layouts(plan: Plan) -> None:
     console.print()
 
 
-def _layout_cells(x: Candidate) -> list[str]:
+def _layout_cells(x: LayoutEstimate) -> list[str]:
     y = x.layout
     pipeline, acts = f"{y.pipeline}x{y.virtual_pipeline}" if y.virtual_pipeline > 1 else y.pipeline, x.activations
     cells = [str(size) for size in (y.tensor, pipeline, y.context, y.expert, y.expert_tensor, y.data)]
     return [
-        *cells, f"{x.micro_rows}x{x.micro_batches}", "host" if acts.offload else "again" if acts.recompute else "kept",
+        *cells, f"{x.micro_batch_rows}x{x.micro_batches}", "host" if acts.offload else "again" if acts.recompute else "kept",
         f"{x.memory.needed:,.0f}" if x.fits else f"[red]{x.memory.needed:,.0f}[/]", _seconds(x.time.total),
         f"{x.tokens_per_s_per_gpu:,.0f}", f"{x.mfu:.0%}",
     ]  # fmt: skip
 
 
 def _parts(
-    table: Table, stages: list[StagePlan], names: dict[str, str], value: Callable[[Candidate], Any], digits: int
+    table: Table,
+    stages: list[StageEstimate],
+    names: dict[str, str],
+    value: Callable[[LayoutEstimate], Any],
+    digits: int,
 ) -> None:
     for title, name in names.items():
         numbers = [getattr(value(stage.layouts[0]), name) for stage in stages]
@@ -215,7 +219,7 @@ def _parts(
 
 def _memory(plan: Plan) -> None:
     stages = [stage for stage in plan.stages if stage.layouts]
-    table = _table("Memory of the fullest GPU in layout #1, GiB", "", [s.work.stage for s in stages])
+    table = _table("Memory of the fullest GPU in layout #1, GiB", "", [s.workload.stage for s in stages])
     names = {
         "weights": "weights",
         "gradients, fp32": "gradients",
@@ -242,7 +246,7 @@ def _memory(plan: Plan) -> None:
 def _time(plan: Plan) -> None:
     stages = [stage for stage in plan.stages if stage.layouts]
     title = "Time of a step in layout #1, seconds, every row one document"
-    table = _table(title, "", [s.work.stage for s in stages])
+    table = _table(title, "", [s.workload.stage for s in stages])
     names = {
         "attention projections": "projections",
         "experts": "experts",
@@ -266,7 +270,7 @@ def _time(plan: Plan) -> None:
     table.add_section()
     table.add_row("step", *(f"[bold]{_seconds(s.layouts[0].time.total)}[/]" for s in stages))
     table.add_row("step, documents of the mix", *(_seconds(s.layouts[0].mix_time.total) for s in stages))
-    table.add_row("[dim]steps[/]", *(f"{s.work.steps:,}" if s.work.steps else "-" for s in stages))
+    table.add_row("[dim]steps[/]", *(f"{s.workload.steps:,}" if s.workload.steps else "-" for s in stages))
     table.add_row("GPU-hours", *(_hours(s.hours(s.layouts[0])) for s in stages))
     table.add_row("GPU-hours, mix", *(_hours(s.hours(s.layouts[0], mix=True)) for s in stages))
     console.print(table)

@@ -1,4 +1,4 @@
-"""``m1 report``: one HTML page about a run."""
+"""Implements ``m1 report``, which writes one HTML page about a run."""
 
 from __future__ import annotations
 

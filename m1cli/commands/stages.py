@@ -1,4 +1,4 @@
-"""``m1 stages``: the chain, what each stage changes and takes over, and how far the run is."""
+"""Implements ``m1 stages``: the chain of stages, what each stage changes and takes over, and the progress of the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAKES_OVER = "weights, optimizer moments, decay rates (moved by a ramp) and the 
 
 
 def stages_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
-    """Print one column per stage, or all of it as JSON."""
+    """Print one column per stage, or all values as JSON."""
     resolved = load_config(path, overrides)
     chain = stage_chain(resolved)
     if as_json:
@@ -47,7 +47,7 @@ def stages_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
 
 
 def stage_chain(resolved: Resolved) -> list[dict[str, Any]]:
-    """What is known of each stage from the configuration, its newest checkpoint and its evaluation; JSON-ready."""
+    """Describe each stage by its configuration, newest checkpoint and evaluation, in plain values ready for JSON."""
     newest: dict[str, Committed] = {}
     for committed in CheckpointStore(resolved.run_dir / CHECKPOINTS).committed():
         newest.setdefault(committed.meta.stage, committed)
@@ -80,7 +80,7 @@ def stage_chain(resolved: Resolved) -> list[dict[str, Any]]:
                 "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
                 "starts_from": before,
                 "starts_from_sha256": finals[before].sha256 if before in finals else None,
-                "takes_over": TAKES_OVER if before else "nothing; its weights are random",
+                "takes_over": TAKES_OVER if before else "nothing: it starts from random weights",
                 "needle_recall": result["recall"] if result else None,
                 "forced_gates": checkpoint.meta.extra.get("forced_gates", []) if checkpoint else [],
             }

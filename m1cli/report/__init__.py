@@ -1,1 +1,1 @@
-"""One self-contained HTML page about a run, from ``metrics.jsonl`` and the data manifest alone."""
+"""Writes one self-contained HTML page about a run, from ``metrics.jsonl`` and the data manifest alone."""

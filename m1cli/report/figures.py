@@ -1,4 +1,4 @@
-"""The figures of the report as Plotly figures; each says in its title what to see."""
+"""Draws the figures of the report with Plotly; the title of each figure says what it shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BANDS = "rgba(127,127,127,0.08)"
 
 
 def over_tokens(history: History, key: str, title: str, *, log: bool = False, smooth: bool = False) -> go.Figure:
-    """One measured value over tokens trained, a band per stage."""
+    """Draw one measured value over the tokens trained, with a band per stage."""
     figure = go.Figure()
     for index, (stage, steps) in enumerate(history.steps.items()):
         x, y = [s["tokens_seen"] for s in steps], [s[key] for s in steps]
@@ -45,7 +45,7 @@ def over_tokens(history: History, key: str, title: str, *, log: bool = False, sm
 
 
 def layer_norms(history: History) -> go.Figure:
-    """Gradient norm of every layer over steps."""
+    """Draw the gradient norm of every layer over steps."""
     steps = [s for rows in history.steps.values() for s in rows if s["layer_grad_norms"]]
     figure = go.Figure(
         go.Heatmap(
@@ -62,7 +62,7 @@ def layer_norms(history: History) -> go.Figure:
 
 
 def half_lives(history: History) -> go.Figure:
-    """Half-life of every lightning head, one map per stage."""
+    """Draw the half-life of every lightning head, one map per stage."""
     stages = list(history.stages.values())
     columns = min(3, len(stages))
     rows = -(-len(stages) // columns)
@@ -93,7 +93,7 @@ def half_lives(history: History) -> go.Figure:
 
 
 def expert_load(history: History) -> go.Figure:
-    """Share of each expert per layer, mean over the last steps of the run."""
+    """Draw the share of each expert per layer, averaged over the last 20 steps of the run."""
     rows = [s["expert_load"] for steps in history.steps.values() for s in steps if s["expert_load"]][-20:]
     load = [
         [sum(r[layer][e] for r in rows) / len(rows) for e in range(len(rows[0][0]))] for layer in range(len(rows[0]))
@@ -116,7 +116,7 @@ def expert_load(history: History) -> go.Figure:
 
 
 def data_mix(history: History) -> go.Figure:
-    """Domain shares of each stage beside the target share of STEM, code, books and reasoning."""
+    """Draw the domain shares of each stage and the target share of STEM, code, books and reasoning."""
     stages = {name: s["mix"] for name, s in history.stages.items() if "domains" in s["mix"]}
     domains = sorted({d for mix in stages.values() for d in mix["domains"]}, key=lambda d: (d == "general", d))
     figure = go.Figure()
@@ -143,7 +143,7 @@ def data_mix(history: History) -> go.Figure:
 
 
 def length_mix(history: History) -> go.Figure:
-    """Short, medium and long documents of each stage."""
+    """Draw the token shares of short, medium and long documents in each stage."""
     stages = {name: s["mix"] for name, s in history.stages.items() if "length_classes" in s["mix"]}
     figure = go.Figure()
     for index, name in enumerate(("short", "medium", "long")):
@@ -160,7 +160,7 @@ def length_mix(history: History) -> go.Figure:
 
 
 def needle_maps(history: History) -> go.Figure:
-    """Needle recall of each stage, depth by length."""
+    """Draw the needle recall of each stage by depth and length."""
     maps = {stage: r["needles"] for stage, r in history.evaluated.items() if r["needles"]}
     columns = min(3, len(maps))
     rows = -(-len(maps) // columns)
@@ -198,7 +198,7 @@ def needle_maps(history: History) -> go.Figure:
 
 
 def position_losses(history: History) -> go.Figure:
-    """Loss of held-out documents by position; dotted, of the same tokens without the far context."""
+    """Draw the loss of held-out documents by position; the dotted line is the loss without the far context."""
     figure = go.Figure()
     for index, (stage, record) in enumerate(history.evaluated.items()):
         if positions := record["positions"]:

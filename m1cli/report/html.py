@@ -1,4 +1,4 @@
-"""The page around the figures."""
+"""Writes the HTML page around the figures."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--soft); fo
 
 
 def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
-    """Write the page about ``run_dir`` to ``out``; it needs no network and no other file.
+    """Write the page about ``run_dir`` to ``out``. The page needs no network and no other file.
 
     Raises:
-        DataError: the run has reported nothing.
+        DataError: the run has no events.
         EnvironmentProblem: plotly is not installed.
     """
     history = read_history(run_dir)
@@ -61,7 +61,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         drawn[0],
         _stage_table(history),
         "<h2>Memory of the lightning layers</h2>",
-        "<p>ln 2 / slope: after so many tokens a head has forgotten half. Empty rows are softmax layers, which do not decay.</p>",
+        "<p>A head has forgotten half after ln 2 / slope tokens. Empty rows are softmax layers, which do not decay.</p>",
         drawn[1],
         *_long_range(history),
         "<h2>Gradients</h2>",
@@ -87,7 +87,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
 
 
 def _long_range(history: History) -> list[str]:
-    """Needles and loss by position of the stages that were evaluated."""
+    """Return the needle maps and the loss by position of the stages that were evaluated."""
     from m1cli.report import figures
 
     parts = ["<h2>Learning at long range</h2>"]
@@ -97,8 +97,8 @@ def _long_range(history: History) -> list[str]:
     if any(r["needles"] for r in records):
         guessed = max(max(r["needles"]["control_recall"]) for r in records if r["needles"])
         parts += [
-            "<p>A key and its value are hidden in a text, the key is repeated at its end: the share of the value's "
-            f"tokens that the model then says. With nothing hidden it says at most {guessed:.0%} of them.</p>",
+            "<p>A key and its value are hidden in a text, and the key is repeated at its end. Recall is the share of the value's "
+            f"tokens that the model then predicts. With nothing hidden it predicts at most {guessed:.0%} of them.</p>",
             _draw(figures.needle_maps(history)),
         ]
     if any(r["positions"] for r in records):
@@ -181,10 +181,10 @@ def _data(path: Path | None) -> str:
     for source in manifest["sources"]:
         for reason, count in source["rejected"].items():
             rejected[reason] = rejected.get(reason, 0) + count
-    left_out = ", ".join(f"{count:,} {escape(reason)}" for reason, count in rejected.items()) or "none"
+    excluded = ", ".join(f"{count:,} {escape(reason)}" for reason, count in rejected.items()) or "none"
     return (
         f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}; STEM, code, book and "
-        f"reasoning are {manifest['core_share']:.1%} of what is at hand. Left out: {left_out}.</p>"
+        f"reasoning are {manifest['core_share']:.1%} of all tokens. Excluded: {excluded}.</p>"
     )
 
 
@@ -204,8 +204,8 @@ def _events(history: History) -> str:
                 f"{'not known' if r['recall'] is None else format(r['recall'], '.1%')}, the gate {r['gate']:.1%}"
             ),
             "GuardNoticed": lambda r: (
-                f"{r['stage']} step {r['step']}: {r['reason']} in {r['series']}, {r['value']:.4g} where {r['median']:.4g} is "
-                f"the median: {r['action'].replace('_', ' ')}, decay ramp {r['ramp']}; samples {_few(r['sample_ids'])}"
+                f"{r['stage']} step {r['step']}: {r['reason']} in {r['series']}, {r['value']:.4g}, median "
+                f"{r['median']:.4g}: {r['action'].replace('_', ' ')}, decay ramp {r['ramp']}; samples {_few(r['sample_ids'])}"
             ),
             "StepRepeated": lambda r: f"{r['stage']} step {r['step']} was not finite; repeated: {r['verdict']}",
             "RolledBack": lambda r: (

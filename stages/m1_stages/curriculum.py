@@ -167,6 +167,16 @@ def softmax_layers(resolved: Resolved) -> tuple[int, ...]:
     return tuple(layer for layer in range(model.num_layers) if model.is_softmax(layer))
 
 
+def micro_batch_rows(global_batch_rows: int, configured_rows: int, dp_size: int) -> int:
+    """Return the rows of a micro-batch: as configured, or the next smaller number that divides what a data-parallel rank has.
+
+    With more ranks than rows it is 1, and ``m1_data.sampling.loader.batch_rows`` says what is wrong.
+    """
+    local_rows = global_batch_rows // dp_size
+    candidates = (m for m in range(1, min(configured_rows, local_rows) + 1) if local_rows % m == 0)
+    return max(candidates, default=1)
+
+
 def move_ramp(progress: float, ramp_steps: int, direction: Literal["advance", "hold", "reverse"]) -> float:
     """Ramp progress in [0, 1] after one more step; ``reverse`` goes back by two steps' worth."""
     if direction == "hold" or ramp_steps == 0:

@@ -128,7 +128,7 @@ class Guard:
             self.state.in_band_steps = 0
             return _verdict("apply", "hold", max(warnings, key=lambda d: d.z), "outside of its band")
         self.state.in_band_steps += 1
-        return Verdict(action="apply", ramp="advance" if self.state.in_band_steps >= self.config.calm_steps else "hold")
+        return Verdict(action="apply", ramp="advance" if self.state.in_band_steps >= self.config.in_band_steps else "hold")
 
     def _drop(self, seen: Observation, why: _Distance) -> Verdict:
         c, state = self.config, self.state
@@ -144,9 +144,9 @@ class Guard:
             return _verdict("stop", "hold", why, what)
         state.skipped = [step for step in state.skipped if step > seen.step - c.budget_steps] + [seen.step]
         state.consecutive += 1
-        if state.consecutive > c.skips_in_a_row:
+        if state.consecutive > c.max_consecutive_skips:
             return _verdict(
-                "roll_back", "hold", why, f"{what}, {state.consecutive} in a row: more than {c.skips_in_a_row}"
+                "roll_back", "hold", why, f"{what}, {state.consecutive} in a row: more than {c.max_consecutive_skips}"
             )
         if len(state.skipped) > c.skip_budget:
             left = f"more than {c.skip_budget} skipped in {c.budget_steps:,} steps"

@@ -24,7 +24,7 @@ EXTRA = """
 [guard]
 min_steps = 4
 spike_z = 8.0
-skips_in_a_row = 2
+max_consecutive_skips = 2
 """
 
 
@@ -115,7 +115,7 @@ def test_nothing_to_go_back_to(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_rolled_back_too_often(prepared: Path, tmp_path: Path) -> None:
-    run = Run(prepared, tmp_path / "run", "skip_budget = 0\nmax_rollbacks = 1\nleave_out_before = 0\n")
+    run = Run(prepared, tmp_path / "run", "skip_budget = 0\nmax_rollbacks = 1\nexclude_before = 0\n")
     bad = {str(10 * ROWS): 100, str(15 * ROWS): 100}
     for _ in range(2):  # a second start meets the same end: the record outlives the process
         assert run.start(bad=dict(bad)) == 6

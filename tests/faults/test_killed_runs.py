@@ -75,7 +75,7 @@ def killed_and_continued(
         assert all(exact(r) == expected[r["event"], r["global_step"]] for r in made), "also what was made twice"
         # In the background the step after a save is made while it is written, and the next save waits for it. Between
         # dropped updates nothing is saved.
-        most = (2 * SAVE_EVERY if number % 2 == 0 else SAVE_EVERY) + (GuardConfig().skips_in_a_row if bad else 0)
+        most = (2 * SAVE_EVERY if number % 2 == 0 else SAVE_EVERY) + (GuardConfig().max_consecutive_skips if bad else 0)
         lost += made_again(records_of(run_dir, "StepDone", "StepExcluded", "RolledBack"), most)
         mine = tensors_of(run_dir / final)
         assert mine.keys() == weights.keys()

@@ -15,7 +15,8 @@ from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.config.load import load_config
 from m1_stages.decay import Slopes, released_slopes
 from m1_stages.hf.tensor_names import our_shapes, to_released
-from m1_stages.model import build_model, count_parameters
+from m1_stages.model import build_model
+from m1_stages.plan.shapes import count_parameters, lightning_sublayer, softmax_sublayer
 from m1_stages.runtime import device, parallel
 
 SHAPE = ModelConfig(
@@ -212,7 +213,7 @@ def test_released_shape_counts(tmp_path: Path) -> None:
     counts = count_parameters(shape)
     assert counts.total == 456_089_655_296
     assert counts.active == 45_944_920_064
-    assert (counts.lightning_layer, counts.softmax_layer) == (251_666_432, 113_246_208)
+    assert (lightning_sublayer(shape), softmax_sublayer(shape)) == (251_666_432, 113_246_208)
     model = build_model(shape, parallel=ParallelConfig(), precision="bf16", rope_base=1e7, device="meta")[0]
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert sum(p.numel() for p in model.parameters()) == counts.total

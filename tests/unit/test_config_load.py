@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from m1_stages.config import PRESETS, STAGE_NAMES
-from m1_stages.config.load import load_config
+from m1_stages.config.load import RENAMED, load_config
 from m1_stages.errors import ConfigError
+from m1cli.app import app
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -96,6 +98,30 @@ def test_refusals(tmp_path: Path, text: str, what: str, line: int, fix: str) -> 
     assert caught.value.where.startswith(f"{path}:{line}")
     assert fix in caught.value.fix
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path: Path, old: str) -> None:
+    section, key = old.rsplit(".", 1)
+    in_file = write(tmp_path, f'preset = "tiny"\n[{section}]\n{key} = 1\n')
+    with pytest.raises(ConfigError) as caught:
+        load_config(in_file)
+    assert caught.value.what == f"{old} was renamed: write {RENAMED[old]}"
+    assert caught.value.where.startswith(f"{in_file}:3")
+    assert caught.value.exit_code == 2
+    bare = write(tmp_path, 'preset = "tiny"\n')
+    with pytest.raises(ConfigError, match="was renamed") as caught:
+        load_config(bare, [f"{old}=1"])
+    assert caught.value.where.startswith(f"--set {old}=1")
+    new = load_config(bare, [f"{RENAMED[old]}=1"]).config
+    assert getattr(getattr(new, section), RENAMED[old].rsplit(".", 1)[1]) == 1
+
+
+def test_the_command_refuses_a_renamed_key_with_exit_code_2(tmp_path: Path) -> None:
+    write(tmp_path, 'preset = "tiny"\n[guard]\ncalm_steps = 3\n')
+    done = CliRunner().invoke(app, ["config", "show", "--config", str(tmp_path / "m1.toml")])
+    assert done.exit_code == 2
+    assert "write guard.in_band_steps" in done.output
 
 
 def test_missing_file_says_how_to_make_one(tmp_path: Path) -> None:

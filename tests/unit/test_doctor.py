@@ -40,7 +40,7 @@ def test_a_good_machine_is_ok(tmp_path: Path) -> None:
     assert "2 processes summed 1 MiB" in done.stdout
 
 
-def test_what_is_wrong_comes_with_what_mends_it(tmp_path: Path) -> None:
+def test_what_is_wrong_comes_with_how_to_fix_it(tmp_path: Path) -> None:
     """A folder named torch, a psutil that does not import, a run directory below a file: three problems, as JSON too."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "stub").mkdir()
@@ -71,7 +71,7 @@ def test_versions_out_of_range_are_named_with_who_needs_them(monkeypatch: pytest
         return {"megatron-core": "0.15.0", "tokenizers": "0.22.0"}.get(name) or real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    wrong = [finding for finding in doctor._packages(with_gpu=False) if not finding.ok]
+    wrong = [finding for finding in doctor._check_packages(with_gpu=False) if not finding.ok]
     details = [finding.detail for finding in wrong]
     assert "megatron-core 0.15.0, m1 needs ==0.16.1" in details
     assert "numpy is missing, m1 needs it" in details
@@ -88,8 +88,8 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert not [finding for finding in doctor._packages(with_gpu=False) if not finding.ok]
-    (wrong,) = [finding for finding in doctor._packages(with_gpu=True) if not finding.ok]
+    assert not [finding for finding in doctor._check_packages(with_gpu=False) if not finding.ok]
+    (wrong,) = [finding for finding in doctor._check_packages(with_gpu=True) if not finding.ok]
     assert (wrong.detail, wrong.fix.split(" -m ")[1]) == ("triton is missing, m1 needs it", "pip install 'triton>=3.6'")
 
 
@@ -98,23 +98,23 @@ def test_the_checkpoints_of_a_large_model_have_to_fit(tmp_path: Path, monkeypatc
     resolved = load_config(tmp_path / "m1.toml")
     usage = shutil.disk_usage(tmp_path)._replace(free=100 * 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    found = doctor._disk(resolved.run_dir, resolved)
+    found = doctor._check_disk(resolved.run_dir, resolved)
     assert not found.ok
     assert "9 checkpoints of 5,9" in found.detail, "456 billion parameters of 14 bytes are 5.9 TiB"
     assert found.fix.startswith("free 53,")
-    assert doctor._disk(resolved.run_dir, None).ok
+    assert doctor._check_disk(resolved.run_dir, None).ok
 
 
 def test_a_path_with_the_installed_packages_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(importlib.metadata.distribution("torch").locate_file("")))
-    assert doctor._shadowed(tmp_path).ok
+    assert doctor._check_shadowed_imports(tmp_path).ok
     (tmp_path / "numpy.py").write_text("")
-    assert str(tmp_path / "numpy.py") in doctor._shadowed(tmp_path).detail
+    assert str(tmp_path / "numpy.py") in doctor._check_shadowed_imports(tmp_path).detail
 
 
 def test_low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda what: (256, 65536))
-    found = by_name(list(doctor._limits(with_gpu=True)))
+    found = by_name(list(doctor._check_limits(with_gpu=True)))
     assert (found["open files"].ok, found["open files"].fix) == (False, "ulimit -n 65536")
 
 
@@ -130,7 +130,7 @@ GOOD = {"torch": "2.13.0", "torch_cuda": "12.9", "driver_cuda": 12080, "gpus": [
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "says", "mends"),
+    ("change", "name", "says", "fix"),
     [
         ({"torch_cuda": None}, "driver", "a build for CPUs", "download.pytorch.org/whl/cu126"),
         ({"torch_cuda": "13.0"}, "driver", "supports CUDA 12.8, torch 2.13.0 was built for 13.0", "whl/cu126"),
@@ -144,12 +144,12 @@ GOOD = {"torch": "2.13.0", "torch_cuda": "12.9", "driver_cuda": 12080, "gpus": [
         ),
     ],
 )
-def test_gpus_that_do_not_fit(change: dict[str, Any], name: str, says: str, mends: str) -> None:
+def test_gpus_that_do_not_fit(change: dict[str, Any], name: str, says: str, fix: str) -> None:
     assert all(finding.ok for finding in doctor_probes.gpu_findings(GOOD, ""))
     found = by_name(list(doctor_probes.gpu_findings(GOOD | change, "")))[name]
     assert not found.ok
     assert says in found.detail
-    assert mends in found.fix
+    assert fix in found.fix
 
 
 def test_every_problem_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_every_problem_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return fail
 
     broken(doctor.importlib.util, "module_from_spec")
-    found = doctor._dataset_helpers()
+    found = doctor._check_megatron_helpers()
     assert (found.ok, "broken" in found.detail) == (False, True)
     assert "--force-reinstall --no-deps megatron-core==0.16.1" in found.fix
 

@@ -40,7 +40,7 @@ def calm(g: Guard, steps: int = 20) -> int:
 
 
 def test_quiet_steps_pass_and_the_ramp_moves() -> None:
-    g = guard(calm_steps=3)
+    g = guard(in_band_steps=3)
     assert [g.judge(seen(step)).ramp for step in range(5)] == ["hold", "hold", "advance", "advance", "advance"]
     assert len(g.state.series["layer 3"]) == 5
 
@@ -93,7 +93,7 @@ def test_a_spike_needs_both_distance_and_factor() -> None:
 
 
 def test_spikes_in_a_row_roll_back() -> None:
-    g = guard(skip_budget=10, skips_in_a_row=2)
+    g = guard(skip_budget=10, max_consecutive_skips=2)
     step = calm(g)
     assert [g.judge(seen(step + n, norm=50.0)).action for n in range(3)] == ["skip", "skip", "roll_back"]
 

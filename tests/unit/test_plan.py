@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +12,51 @@ import pytest
 from planned import TINY, resolved
 
 from m1_stages.config import PRESETS, STAGE_NAMES, ModelConfig
-from m1_stages.model.count import count_parameters
-from m1_stages.plan.comm import Group
-from m1_stages.plan.flops import forward, generation, training
+from m1_stages.hf.tensor_names import our_shapes
+from m1_stages.plan.flops import forward_flops, generation_flops, training_flops
 from m1_stages.plan.hardware import GPUS
-from m1_stages.plan.layout import Layout, accepts, of_config
-from m1_stages.plan.memory import Activations, Memory, memory
-from m1_stages.plan.memory_policy import Habits, choose, habits_of
-from m1_stages.plan.shapes import count, layers_of_stage, local
-from m1_stages.plan.stage_workload import Work, model_of, works
-from m1_stages.plan.timing import StepModel, StepTime
+from m1_stages.plan.layout import Layout, accepts, configured_layout
+from m1_stages.plan.memory import Activations, Memory, estimate_memory
+from m1_stages.plan.memory_policy import MemoryPolicy, choose_activations, memory_policy_of
+from m1_stages.plan.shapes import count_parameters, layers_of_pipeline_rank, rank_parameters
+from m1_stages.plan.stage_workload import StageWorkload, model_with_vocab, stage_workloads
+from m1_stages.plan.timing import CommGroup, StepTime, StepTimeModel
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_are_those_of_the_model(preset: str, tmp_path: Path) -> None:
-    m = model_of(resolved(tmp_path, preset).config)
-    ours, theirs = count(m), count_parameters(m)
-    assert (ours.total, ours.active) == (theirs.total, theirs.active)
-    whole = local(m, Layout(), 0)
+    m = model_with_vocab(resolved(tmp_path, preset).config)
+    shapes = our_shapes(m)
+    idle = sum(prod(shape) for name, shape in shapes.items() if ".experts." in name) // m.num_experts
+    idle *= m.num_experts - m.experts_per_token
+    tables = sum(prod(shape) for name, shape in shapes.items() if name.startswith(("embedding", "output_layer")))
+    everything = sum(prod(shape) for shape in shapes.values())
+    ours = count_parameters(m)
+    whole = rank_parameters(m, Layout(), 0)
     padding = 2 * (m.padded_vocab_size - m.vocab_size) * m.hidden_size
-    assert whole.dense + whole.experts == ours.total + padding
+    assert whole.dense + whole.experts == everything == ours.total + padding
+    assert ours.active == everything - tables - idle
 
 
 def test_released_size_is_the_published_one(tmp_path: Path) -> None:
-    p = count(model_of(resolved(tmp_path, "m1-456b").config))
+    p = count_parameters(model_with_vocab(resolved(tmp_path, "m1-456b").config))
     assert p.total == pytest.approx(456e9, rel=0.01)
     assert p.active == pytest.approx(45.9e9, rel=0.01)
 
 
 def test_ranks_hold_the_whole_model_together(tmp_path: Path) -> None:
-    m = model_of(resolved(tmp_path, "m1-456b").config)
+    m = model_with_vocab(resolved(tmp_path, "m1-456b").config)
     layout = Layout(tensor=8, pipeline=16, expert=32, data=4, context=1)
-    held = [local(m, layout, stage) for stage in range(16)]
-    assert sum(x.experts for x in held) * 32 == count(m).experts
+    held = [rank_parameters(m, layout, stage) for stage in range(16)]
+    assert sum(x.experts for x in held) * 32 == count_parameters(m).experts
     copied = 80 * (32 + 2) * 6144 + 6144  # routers and norms are on every tensor rank
-    assert sum(x.dense for x in held) * 8 - 7 * copied == count(m).total - count(m).experts
+    assert sum(x.dense for x in held) * 8 - 7 * copied == count_parameters(m).total - count_parameters(m).experts
 
 
 def test_a_configured_layout_is_written_as_the_shell_takes_it(tmp_path: Path) -> None:
     keys = ("pipeline=2", "virtual_pipeline=2", "pipeline_layers=[1,3,3,1]", "expert=2", 'dispatcher="allgather"')
     config = resolved(tmp_path, "tiny", *(f"parallel.{key}" for key in keys)).config
-    layout = of_config(config.parallel, 4)
+    layout = configured_layout(config.parallel, 4)
     assert layout == Layout(
         pipeline=2, virtual_pipeline=2, pipeline_layers=(1, 3, 3, 1), expert=2, data=2, dispatcher="allgather"
     )
@@ -61,7 +66,7 @@ def test_a_configured_layout_is_written_as_the_shell_takes_it(tmp_path: Path) ->
 
 
 def test_flops_of_a_model_counted_by_hand() -> None:
-    f = forward(TINY, pairs=10)
+    f = forward_flops(TINY, pairs=10)
     # Three lightning layers: 8 x (4 x 8) + 8 x 8 weights; one softmax: 8 x (8 + 2 x 4) + 8 x 8; routers 4 x (4 x 8).
     assert f.projections == 2 * (3 * (256 + 64) + (128 + 64) + 128)
     assert f.experts == 2 * 4 * 2 * (3 * 8 * 16)
@@ -69,18 +74,18 @@ def test_flops_of_a_model_counted_by_hand() -> None:
     assert f.softmax == 2 * 2 * 2 * 4 * 10  # scores and values, 2 heads of 4 channels, 10 tokens
     assert f.lightning == 3 * 2 * 2 * 2 * 4 * 4  # state and read-out, 3 layers, 2 heads, 4 x 4
     assert f.total == f.dense + f.softmax + f.lightning
-    assert training(TINY, 10).total == 3 * f.total
+    assert training_flops(TINY, 10).total == 3 * f.total
 
 
 def test_flops_of_the_benchmark_shape(tmp_path: Path) -> None:
     """A baseline's 151,000 tokens/s at 131,072 tokens were 26.0 % of 989 TFLOP/s, counted by another program."""
-    m = model_of(resolved(tmp_path, "700m").config)
-    assert training(m, 131_072 / 2).total * 151_000 == pytest.approx(0.260 * 989e12, rel=0.01)
+    m = model_with_vocab(resolved(tmp_path, "700m").config)
+    assert training_flops(m, 131_072 / 2).total * 151_000 == pytest.approx(0.260 * 989e12, rel=0.01)
 
 
 def test_generation_beside_the_published_claims(tmp_path: Path) -> None:
-    m = model_of(resolved(tmp_path, "m1-456b").config)
-    short, long = (generation(m, n, published=True) for n in (65_536, 102_400))
+    m = model_with_vocab(resolved(tmp_path, "m1-456b").config)
+    short, long = (generation_flops(m, n, published=True) for n in (65_536, 102_400))
     assert short.ratio < 0.5
     assert long.ratio_absorbed < 0.25 < long.ratio, "the published 25 % lies between the two ways to count"
     # By hand, 64K: 2 x 45.94e9 + 70 x 64 x 4 x 128^2 + 10 x 64 x 128 x 4 x 32768 over 2 x 37e9 + 61 x 128 x 640 x 32768
@@ -88,17 +93,17 @@ def test_generation_beside_the_published_claims(tmp_path: Path) -> None:
 
 
 def test_documents_of_the_mix_are_no_longer_than_the_row(tmp_path: Path) -> None:
-    by_stage = {work.stage: work for work in works(resolved(tmp_path, "m1-456b").config)}
-    for work in by_stage.values():
-        assert 0 < work.mix_pairs <= work.row_pairs
+    by_stage = {workload.stage: workload for workload in stage_workloads(resolved(tmp_path, "m1-456b").config)}
+    for workload in by_stage.values():
+        assert 0 < workload.mix_pairs <= workload.row_pairs
     assert by_stage["32k"].mix_pairs == 32_768 / 4
     assert by_stage["128k"].mix_pairs == pytest.approx((0.3 * 16_384 + 0.7 * 81_920) / 2)
 
 
 def test_sft_is_planned_when_configured(tmp_path: Path) -> None:
-    assert [w.stage for w in works(resolved(tmp_path, "700m").config)] == list(STAGE_NAMES)
+    assert [w.stage for w in stage_workloads(resolved(tmp_path, "700m").config)] == list(STAGE_NAMES)
     config = resolved(tmp_path, "700m", 'sft.data=["chat.jsonl"]').config
-    assert [w.stage for w in works(config)] == [*STAGE_NAMES, "sft"]
+    assert [w.stage for w in stage_workloads(config)] == [*STAGE_NAMES, "sft"]
 
 
 def test_memory_adds_up() -> None:
@@ -114,13 +119,15 @@ RECORD = Path(__file__).parents[2] / "docs" / "figures" / "train-step-h200.json"
 
 def alone(m: ModelConfig, gpu: str, tokens: int, activations: Activations) -> tuple[float, Memory]:
     """Seconds of a step of one row and one document on one GPU, and its memory."""
-    model = StepModel(m, Layout(), GPUS[gpu], tokens=tokens, pairs=tokens / 2, bf16=True, activations=activations)
-    return model.of(1).total, memory(m, Layout(), tokens=tokens, micro_batches=1, bf16=True, activations=activations)
+    model = StepTimeModel(m, Layout(), GPUS[gpu], tokens=tokens, pairs=tokens / 2, bf16=True, activations=activations)
+    return model.step(1).total, estimate_memory(
+        m, Layout(), tokens=tokens, micro_batches=1, bf16=True, activations=activations
+    )
 
 
 def test_estimates_of_the_measured_steps(tmp_path: Path) -> None:
     """Every row of one document that was measured on an H200: time and peak memory within 15 %."""
-    m = model_of(resolved(tmp_path, "700m").config)
+    m = model_with_vocab(resolved(tmp_path, "700m").config)
     found = json.loads(RECORD.read_text(encoding="utf-8"))
     assert (found["device"], found["precision"], found["model"]["vocab_size"]) == ("NVIDIA H200", "bf16", m.vocab_size)
     cases = [c for c in found["cases"] if c["peer"] == "ours" and set(c["documents"]) == {1}]
@@ -146,43 +153,48 @@ def test_estimates_of_an_older_run(
     tokens: int, recompute: bool, tokens_per_s: float, gib: float, tmp_path: Path
 ) -> None:
     """The same steps, kept and recomputed, on an H100 (docs/LOG.md, 2026-11-24)."""
-    m = model_of(resolved(tmp_path, "700m").config)
+    m = model_with_vocab(resolved(tmp_path, "700m").config)
     seconds, held = alone(m, "h100", tokens, Activations(recompute=recompute))
     assert tokens / seconds == pytest.approx(tokens_per_s, rel=0.15)
     assert held.peak == pytest.approx(gib, rel=0.15)
-    assert held.weights + held.gradients + held.optimizer == pytest.approx(count(m).total * 18 / 2**30, rel=1e-3)
+    assert held.weights + held.gradients + held.optimizer == pytest.approx(
+        count_parameters(m).total * 18 / 2**30, rel=1e-3
+    )
 
 
 def test_activations_are_kept_where_they_fit_with_a_margin(tmp_path: Path) -> None:
     config = resolved(tmp_path, "700m").config
-    m, habits = model_of(config), habits_of(config)
-    assert habits == Habits(bf16=True, recompute="auto")
+    m, policy = model_with_vocab(config), memory_policy_of(config)
+    assert policy == MemoryPolicy(bf16=True, recompute="auto")
 
     def recomputes(gib: float, layout: Layout = Layout(), recompute: Any = "auto") -> list[bool]:  # noqa: B008
-        wanted = replace(habits, recompute=recompute)
-        return [choose(m, work, layout, wanted, gib).activations.recompute for work in works(config)]
+        wanted = replace(policy, recompute=recompute)
+        return [
+            choose_activations(m, workload, layout, wanted, gib).activations.recompute
+            for workload in stage_workloads(config)
+        ]
 
     assert recomputes(139.8) == [False, False, False, True, True]
     assert recomputes(79.2) == [False, False, True, True, True]
     assert recomputes(24.0) == [True] * 5
     assert recomputes(24.0, recompute="never") == [False] * 5
     assert recomputes(139.8, recompute="always") == [True] * 5
-    work = works(config)[0]
-    need = choose(m, work, Layout(), habits, 139.8).memory.needed
-    assert not choose(m, work, Layout(), habits, need / 0.9 + 0.1).activations.recompute
-    short = choose(m, work, Layout(), habits, need / 0.9 - 0.1)
+    workload = stage_workloads(config)[0]
+    need = choose_activations(m, workload, Layout(), policy, 139.8).memory.needed
+    assert not choose_activations(m, workload, Layout(), policy, need / 0.9 + 0.1).activations.recompute
+    short = choose_activations(m, workload, Layout(), policy, need / 0.9 - 0.1)
     assert short.activations.recompute
     assert f"about {need:.1f} GiB would be needed, more than 90% of {need / 0.9 - 0.1:.1f} GiB" in short.why
     spread = Layout(expert=2, data=2)
-    need = choose(m, work, spread, habits, 139.8).memory.needed
-    assert choose(m, work, spread, habits, need / 0.8).activations.recompute, (
+    need = choose_activations(m, workload, spread, policy, 139.8).memory.needed
+    assert choose_activations(m, workload, spread, policy, need / 0.8).activations.recompute, (
         "with expert parallelism a quarter stays free"
     )
 
 
 def test_what_waits_in_host_memory(tmp_path: Path) -> None:
     """700m at a million tokens: 8 layer inputs of 2 GiB, of which two are on the device; 12 bytes a parameter."""
-    m, tokens = model_of(resolved(tmp_path, "700m").config), 1_048_576
+    m, tokens = model_with_vocab(resolved(tmp_path, "700m").config), 1_048_576
     here, there = (Activations(recompute=True, offload=offload) for offload in (False, True))
     seconds, held = alone(m, "h200", tokens, here)
     away_seconds, away = alone(m, "h200", tokens, there)
@@ -190,22 +202,26 @@ def test_what_waits_in_host_memory(tmp_path: Path) -> None:
     assert held.activations - away.activations == pytest.approx(12.0)
     assert held.peak - away.peak == pytest.approx(10.0)  # by the largest moment, one of the eight had been given back
     assert away_seconds == seconds, "copies take 0.7 s beside 17 s of computing"
-    state = memory(m, Layout(), tokens=tokens, micro_batches=1, bf16=True, activations=here, offload_optimizer=True)
+    state = estimate_memory(
+        m, Layout(), tokens=tokens, micro_batches=1, bf16=True, activations=here, offload_optimizer=True
+    )
     assert held.peak - state.peak == pytest.approx(held.optimizer) == pytest.approx(state.host)
-    small = memory(m, Layout(), tokens=1024, micro_batches=1, bf16=True, activations=here, offload_optimizer=True)
-    assert small.peak >= count(m).total * 18 / 2**30, "for the update it is all on the device"
-    slow = StepModel(
+    small = estimate_memory(
+        m, Layout(), tokens=1024, micro_batches=1, bf16=True, activations=here, offload_optimizer=True
+    )
+    assert small.peak >= count_parameters(m).total * 18 / 2**30, "for the update it is all on the device"
+    slow = StepTimeModel(
         m, Layout(), GPUS["h200"], tokens=tokens, pairs=tokens / 2, bf16=True, activations=here, offload_optimizer=True
     )
-    assert slow.of(1).total - seconds == pytest.approx(count(m).total * 24 / 50.4e9, rel=1e-6)
+    assert slow.step(1).total - seconds == pytest.approx(count_parameters(m).total * 24 / 50.4e9, rel=1e-6)
 
 
 def test_memory_moves_the_right_way(tmp_path: Path) -> None:
-    m = model_of(resolved(tmp_path, "7b-a1b").config)
+    m = model_with_vocab(resolved(tmp_path, "7b-a1b").config)
 
     def peak(tokens: int = 131_072, recompute: bool = True, sharded: bool = True, **sizes: int) -> float:
         layout = Layout(distributed_optimizer=sharded, **sizes)
-        return memory(
+        return estimate_memory(
             m, layout, tokens=tokens, micro_batches=8, bf16=True, activations=Activations(recompute=recompute)
         ).peak
 
@@ -220,13 +236,13 @@ def test_memory_moves_the_right_way(tmp_path: Path) -> None:
 
 
 def test_time_adds_up_and_moves_the_right_way(tmp_path: Path) -> None:
-    m, gpu = model_of(resolved(tmp_path, "7b-a1b").config), GPUS["h100"]
+    m, gpu = model_with_vocab(resolved(tmp_path, "7b-a1b").config), GPUS["h100"]
 
     def step(layout: Layout, recompute: bool = True, pairs: float = 65_536, micro_batches: int = 8) -> StepTime:
-        model = StepModel(
+        model = StepTimeModel(
             m, layout, gpu, tokens=131_072, pairs=pairs, bf16=True, activations=Activations(recompute=recompute)
         )
-        return model.of(micro_batches)
+        return model.step(micro_batches)
 
     one = step(Layout())
     assert one.total == pytest.approx(sum(v for k, v in one.as_dict().items() if k != "total"))
@@ -243,12 +259,12 @@ def test_time_adds_up_and_moves_the_right_way(tmp_path: Path) -> None:
 
 def test_rings_go_by_the_slowest_link() -> None:
     gpu = GPUS["h100"]
-    inside, across, alone = Group(8, 1, gpu), Group(16, 1, gpu), Group(2, 8, gpu)
-    assert (inside.here, across.here, alone.here) == (8, 8, 1)
-    assert Group(1, 1, gpu).ring(1e9) == 0
-    rate = [g.ring(1e12) / ((g.size - 1) / g.size) for g in (inside, across, alone)]
+    inside, across, alone = CommGroup(8, 1, gpu), CommGroup(16, 1, gpu), CommGroup(2, 8, gpu)
+    assert (inside.ranks_on_node, across.ranks_on_node, alone.ranks_on_node) == (8, 8, 1)
+    assert CommGroup(1, 1, gpu).ring_collective(1e9) == 0
+    rate = [g.ring_collective(1e12) / ((g.size - 1) / g.size) for g in (inside, across, alone)]
     assert rate[0] <= rate[1] < rate[2], "one network card a machine is slower than eight"
-    assert Group(32, 1, gpu).exchange(1e9) > Group(8, 1, gpu).exchange(1e9)
+    assert CommGroup(32, 1, gpu).all_to_all(1e9) > CommGroup(8, 1, gpu).all_to_all(1e9)
 
 
 @pytest.mark.parametrize(
@@ -270,13 +286,13 @@ def test_rings_go_by_the_slowest_link() -> None:
 )
 def test_layouts_that_do_not_divide_are_refused(sizes: dict[str, int], fine: bool) -> None:
     m = replace(TINY, num_kv_heads=2)
-    work = Work(stage="32k", seq_len=24, rows=12, micro_rows=1, steps=1, mix_pairs=6.0)
-    assert accepts(m, Layout(**sizes), work) is fine
+    workload = StageWorkload(stage="32k", seq_len=24, rows=12, micro_batch_rows=1, steps=1, mix_pairs=6.0)
+    assert accepts(m, Layout(**sizes), workload) is fine
 
 
 def test_uneven_and_interleaved_pipelines(tmp_path: Path) -> None:
     """8 layers on 2 ranks; the softmax layer is the last."""
-    m = model_of(resolved(tmp_path, "700m").config)
+    m = model_with_vocab(resolved(tmp_path, "700m").config)
     split = {
         Layout(pipeline=2): [(4, 0), (3, 1)],
         Layout(pipeline=2, pipeline_layers=(3, 5)): [(3, 0), (4, 1)],
@@ -285,17 +301,19 @@ def test_uneven_and_interleaved_pipelines(tmp_path: Path) -> None:
         Layout(pipeline=3): [(3, 0), (3, 0), (1, 1)],
     }
     for layout, wanted in split.items():
-        assert [layers_of_stage(m, layout, stage) for stage in range(layout.pipeline)] == wanted
-        held = [local(m, layout, stage) for stage in range(layout.pipeline)]
-        assert sum(x.dense + x.experts for x in held) == count(m).total
+        assert [layers_of_pipeline_rank(m, layout, stage) for stage in range(layout.pipeline)] == wanted
+        held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
+        assert sum(x.dense + x.experts for x in held) == count_parameters(m).total
 
     def of(**sizes: Any) -> tuple[Memory, StepTime]:
         layout = Layout(pipeline=2, **sizes)
-        step = StepModel(
+        step = StepTimeModel(
             m, layout, GPUS["h200"], tokens=131_072, pairs=1024, bf16=True, activations=Activations(recompute=True)
         )
-        held = memory(m, layout, tokens=131_072, micro_batches=8, bf16=True, activations=Activations(recompute=True))
-        return held, step.of(8)
+        held = estimate_memory(
+            m, layout, tokens=131_072, micro_batches=8, bf16=True, activations=Activations(recompute=True)
+        )
+        return held, step.step(8)
 
     (plain, time), (woven, woven_time) = of(), of(virtual_pipeline=2)
     assert woven_time.bubble == pytest.approx(time.bubble / 2, rel=0.01)
@@ -303,12 +321,12 @@ def test_uneven_and_interleaved_pipelines(tmp_path: Path) -> None:
     assert woven.activations >= plain.activations
     heavy = of(pipeline_layers=(7, 1))[1]
     assert heavy.experts == pytest.approx(time.experts * 7 / 4)
-    work = Work(stage="32k", seq_len=1024, rows=6, micro_rows=1, steps=1, mix_pairs=256.0)
-    assert accepts(m, Layout(pipeline=2, virtual_pipeline=2), work)
-    assert not accepts(m, Layout(pipeline=4, virtual_pipeline=2), work), "six micro-batches are no groups of four"
-    assert not accepts(m, Layout(pipeline=3, virtual_pipeline=3), work), "nine chunks of eight layers"
+    workload = StageWorkload(stage="32k", seq_len=1024, rows=6, micro_batch_rows=1, steps=1, mix_pairs=256.0)
+    assert accepts(m, Layout(pipeline=2, virtual_pipeline=2), workload)
+    assert not accepts(m, Layout(pipeline=4, virtual_pipeline=2), workload), "six micro-batches are no groups of four"
+    assert not accepts(m, Layout(pipeline=3, virtual_pipeline=3), workload), "nine chunks of eight layers"
 
 
 def test_rows_of_a_pass_are_those_of_the_training_loop() -> None:
-    work = Work(stage="32k", seq_len=24, rows=12, micro_rows=4, steps=1, mix_pairs=6.0)
-    assert [work.micro_rows_of(data) for data in (1, 2, 3, 4, 5, 6)] == [4, 3, 4, 3, 0, 2]
+    workload = StageWorkload(stage="32k", seq_len=24, rows=12, micro_batch_rows=4, steps=1, mix_pairs=6.0)
+    assert [workload.micro_batch_rows_per_rank(data) for data in (1, 2, 3, 4, 5, 6)] == [4, 3, 4, 3, 0, 2]

@@ -61,13 +61,13 @@ def test_layouts_pass_the_trainers_own_checks(
             with pytest.raises(Reached):
                 parallel.start(config.parallel, device=device, seed=0)
             rows = batch_rows(
-                0, global_batch=stage.work.rows, dp_rank=0, dp_size=x.layout.data, micro_batch=x.micro_rows
+                0, global_batch=stage.workload.rows, dp_rank=0, dp_size=x.layout.data, micro_batch=x.micro_batch_rows
             )
             assert len(rows) == x.micro_batches
-            tokens = x.micro_rows * stage.work.seq_len
+            tokens = x.micro_batch_rows * stage.workload.seq_len
             assert tokens % (2 * x.layout.context if x.layout.context > 1 else 1) == 0
             assert tokens // x.layout.context % x.layout.tensor == 0
-            assert x.layout.tensor <= gpu_named(gpu).per_node
+            assert x.layout.tensor <= gpu_named(gpu).gpus_per_node
 
 
 def test_nothing_fits_and_one_sentence_says_what_would(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_measured_steps_stand_beside_the_estimate(tmp_path: Path) -> None:
     assert (first.measured.steps, first.measured.step_s, first.measured.peak_gib) == (8, 4.0, 15.0)
     assert first.time_deviation == pytest.approx(plan.stages[0].layouts[0].time.total / 4.0 - 1)
     assert not first.estimate.activations.recompute, "nothing was said: as it is configured"
-    assert plan.left_out == {}
+    assert plan.not_compared == {}
     done = m1_plan("--gpu", "h200", cwd=tmp_path)
     assert "Measured in this run" in done.stdout, done.stderr
     assert f"{first.memory_deviation:+.0%}" in done.stdout
@@ -187,7 +187,7 @@ def test_why_a_stage_that_ran_is_not_compared(tmp_path: Path) -> None:
         ]
         (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(json.dumps(event) for event in events))
         plan = make_plan(resolved(tmp_path, "700m"), gpu_named("h200"))
-        assert plan.left_out == {"32k": why}
+        assert plan.not_compared == {"32k": why}
         assert plan.stages[0].compared is None
     done = m1_plan("--gpu", "h200", cwd=tmp_path)
     assert f"stage 32k of this run is not compared: {why}" in done.stdout

@@ -1,4 +1,4 @@
-"""The configuration of a run: its schema here, loading in ``load``, checks in ``check``. No torch."""
+"""Defines the configuration of a run (``schema``), loads it (``load``) and checks it (``check``). It needs no torch."""
 
 from m1_stages.config.schema import (
     CHECKPOINTS,

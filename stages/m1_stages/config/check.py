@@ -1,4 +1,4 @@
-"""What must fit together in a configuration. Everything here is refused before a process is started."""
+"""Checks that the values of a configuration fit together, before a process is started."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class _Checker:
         )
         for key in ("warn_factor", "loss_factor", "norm_factor"):
             self.require(getattr(g, key) > 1, f"guard.{key}", f"{key} is not above 1", "for example 1.5")
-        for key in ("calm_steps", "skip_budget", "skips_in_a_row", "leave_out_before", "max_rollbacks"):
+        for key in ("in_band_steps", "skip_budget", "max_consecutive_skips", "exclude_before", "max_rollbacks"):
             self.require(getattr(g, key) >= 0, f"guard.{key}", f"{key} is negative", "0 or more")
 
     def share(self, key: str, value: float) -> None:
@@ -212,7 +212,7 @@ class _Checker:
         )
 
     def cut(self, seq_len: int, where: str) -> None:
-        """Context-parallel ranks take two equal parts each; sequence parallelism cuts these by the tensor-parallel size."""
+        """Refuse rows that do not divide: each context rank takes two equal parts, which sequence parallelism cuts by tensor."""
         p = self.config.parallel
         parts = (2 * p.context if p.context > 1 else 1) * p.tensor
         self.require(

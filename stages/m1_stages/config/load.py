@@ -1,4 +1,4 @@
-"""From TOML files and ``--set`` to a ``Resolved`` configuration; every refusal names file, line and key.
+"""Loads TOML files and ``--set`` values into a ``Resolved`` configuration; every refusal names file, line and key.
 
 Layers, later ones win: dataclass defaults, ``recipes/curriculum/released.toml``, ``recipes/models/<preset>.toml``, the
 user's file, ``--set``. Only the standard library is used, so the command line can refuse a bad configuration before
@@ -16,12 +16,20 @@ import re
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from m1_stages.config import PRESETS, STAGE_NAMES, Config, Resolved
 from m1_stages.config.check import check
 from m1_stages.errors import ConfigError
+
+RENAMED = {
+    "guard.calm_steps": "guard.in_band_steps",
+    "guard.skips_in_a_row": "guard.max_consecutive_skips",
+    "guard.leave_out_before": "guard.exclude_before",
+}
+"""Keys of earlier versions, ``section.key``, and those that replace them; an old key is refused with its new name."""
 
 _HEADER = re.compile(r"^\s*\[(\[)?\s*([^\]]+?)\s*\]")
 _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*")(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
@@ -31,7 +39,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Resolved:
     """Read ``path`` (an ``m1.toml``) with ``key.path=value`` overrides.
 
     Raises:
-        ConfigError: missing file, bad TOML, unknown key, wrong type, or sizes that cannot work together.
+        ConfigError: missing file, bad TOML, unknown or renamed key, wrong type, or sizes that cannot work together.
     """
     if not path.is_file():
         raise ConfigError(
@@ -65,14 +73,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Resolved:
         config=config,
         origins=origins,
         base_dir=path.resolve().parent,
-        sha256=hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest(),
+        sha256=_sha256(config),
     )
     check(resolved)
     return resolved
 
 
+def _sha256(config: Config) -> str:
+    """Hash all values. Renamed keys count under their old names, so that the hashes in older checkpoints still compare equal."""
+    values = dataclasses.asdict(config)
+    for old, new in RENAMED.items():
+        (section, old_key), (_, new_key) = old.split("."), new.split(".")
+        values[section][old_key] = values[section].pop(new_key)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 class _Layer:
-    """One source of values and where each key stands in it."""
+    """One source of values, with the line of each key."""
 
     def __init__(self, name: str, values: dict[str, Any], lines: dict[str, int]) -> None:
         self.name, self.values, self.lines = name, values, lines
@@ -86,7 +103,7 @@ class _Layer:
         return cls._parse(str(path), text)
 
     @classmethod
-    def of_recipe(cls, path: Any, name: str) -> _Layer:
+    def of_recipe(cls, path: Traversable, name: str) -> _Layer:
         layer = cls._parse(name, path.read_text(encoding="utf-8"))
         return cls(name, layer.values, {})
 
@@ -100,7 +117,7 @@ class _Layer:
             raise ConfigError(f"not valid TOML: {error}", where=where, fix="correct that line") from error
 
     def origin(self, key: str) -> str:
-        """``file:line`` of ``key``, or of its nearest parent table, or the file."""
+        """Return ``file:line`` of ``key``, or of its nearest parent table, or the file."""
         parts = key.split(".")
         while parts:
             if (line := self.lines.get(".".join(parts))) is not None:
@@ -110,7 +127,7 @@ class _Layer:
 
 
 def _key_lines(text: str) -> dict[str, int]:
-    """Line of every table header and key; tables of arrays are numbered ``sources.0``, ``sources.1``."""
+    """Return the line of every table header and key; tables of arrays are numbered ``sources.0``, ``sources.1``."""
     lines: dict[str, int] = {}
     counts: dict[str, int] = {}
     table = ""
@@ -129,7 +146,7 @@ def _key_lines(text: str) -> dict[str, int]:
 
 
 def _override(text: str) -> _Layer:
-    """``a.b=value`` as a layer; a value that is not TOML is taken as a string."""
+    """Parse ``a.b=value`` into a layer; a value that is not TOML is taken as a string."""
     key, equals, raw = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
@@ -231,11 +248,11 @@ def _decode_dataclass(kind: type, value: Any, path: str, origins: dict[str, str]
     dot = f"{path}." if path else ""
     for key in value:
         if key not in hints:
-            _unknown(key, f"{dot}{key}", list(hints), origins)
+            _refuse_unknown(key, f"{dot}{key}", list(hints), origins)
     if kind is Config and isinstance(value.get("stages"), dict):
         for name in value["stages"]:
             if name not in STAGE_NAMES:
-                _unknown(name, f"stages.{name}", list(STAGE_NAMES), origins)
+                _refuse_unknown(name, f"stages.{name}", list(STAGE_NAMES), origins)
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(kind):
         key = f"{dot}{item.name}"
@@ -257,7 +274,14 @@ def _default_origins(kind: Any, key: str, origins: dict[str, str]) -> None:
         origins.setdefault(key, "default")
 
 
-def _unknown(key: str, path: str, known: list[str], origins: dict[str, str]) -> None:
+def _refuse_unknown(key: str, path: str, known: list[str], origins: dict[str, str]) -> NoReturn:
+    """Refuse a key that the schema does not have; a renamed key is refused with its new name."""
+    if (new := RENAMED.get(path)) is not None:
+        raise ConfigError(
+            f"{path} was renamed: write {new}",
+            where=_where(path, origins),
+            fix=f"replace {path} by {new}; its value keeps its meaning",
+        )
     hint = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     raise ConfigError(
         f"unknown key {path}",

@@ -1,7 +1,7 @@
 """The configuration of a run: strict frozen dataclasses, standard library only.
 
 ``Annotated`` texts document the keys; ``m1 init`` writes them as comments and ``m1 config show`` prints them. Decoding,
-layering and the origin of each value are in ``configload``; what must fit together is in ``configcheck``.
+layering and the origin of each value are in ``config.load``; what must fit together is in ``config.check``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ PRESETS = ("tiny", "700m", "7b-a1b", "m1-456b")
 STAGE_NAMES = ("32k", "128k", "256k", "512k", "1m")
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-"""Names inside the run directory."""
+"""Names of the event file and of the checkpoint folder inside the run directory."""
 VOCAB_MULTIPLE = 128
 """Vocabulary rows are padded to this multiple whatever the tensor-parallel size, so that checkpoints reshard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Shape of the hybrid model (DESIGN: 7 lightning layers, then 1 softmax layer)."""
+    """The shape of the hybrid model: blocks of lightning layers that each end with one softmax layer."""
 
     hidden_size: Annotated[int, "width of the residual stream"]
     num_layers: Annotated[int, "decoder layers; every softmax_every-th is a softmax layer"]
@@ -46,22 +46,22 @@ class ModelConfig:
 
     @property
     def residual_alpha(self) -> float:
-        """DeepNorm residual weight, (2L)^0.25 unless set."""
+        """The residual weight of DeepNorm: (2L)^0.25 for L layers unless ``alpha`` is set."""
         return self.alpha or (2 * self.num_layers) ** 0.25
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of embedding and head: ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``."""
+        """The rows of embedding and head: ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def is_softmax(self, layer: int) -> bool:
-        """Whether 0-based global layer ``layer`` is a softmax layer."""
+        """Return whether 0-based global layer ``layer`` is a softmax layer."""
         return (layer + 1) % self.softmax_every == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model is spread over processes; the data-parallel size is what remains."""
+    """The sizes of all parallel axes but the data-parallel one, which follows from the number of processes."""
 
     tensor: Annotated[int, "tensor-parallel size"] = 1
     pipeline: Annotated[int, "pipeline-parallel size"] = 1
@@ -78,7 +78,7 @@ class ParallelConfig:
     expert_tensor: Annotated[int, "tensor-parallel size inside experts"] = 1
     processes: Annotated[int, "processes started on this machine; 0: one per GPU, or 1 on a CPU"] = 0
     timeout_s: Annotated[
-        float, "seconds without a finished micro-batch after which a run is given up; three times that to start or save"
+        float, "seconds without a finished micro-batch after which a run is stopped; three times that to start or save"
     ] = 600.0
     dispatcher: Annotated[
         Literal["alltoall", "allgather"],
@@ -96,18 +96,18 @@ class ParallelConfig:
 
     @property
     def chunks(self) -> int:
-        """Chunks that the pipeline cuts the layers into."""
+        """The number of chunks that the pipeline cuts the layers into."""
         return self.pipeline * self.virtual_pipeline
 
     def chunk_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each chunk, in model order; chunk i is on pipeline rank ``i % pipeline``."""
+        """Return the number of layers of each chunk, in model order; chunk i is on pipeline rank ``i % pipeline``."""
         share, more = divmod(num_layers, self.chunks)
         return self.pipeline_layers or tuple(share + (i < more) for i in range(self.chunks))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW."""
+    """The settings of AdamW."""
 
     beta1: Annotated[float, "decay of the first moment"] = 0.9
     beta2: Annotated[float, "decay of the second moment"] = 0.95
@@ -121,7 +121,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CurriculumConfig:
-    """What the five stages share."""
+    """The settings that the five stages share."""
 
     length_scale: Annotated[float, "multiplies every context length and document-length bucket"] = 1.0
     decay: Annotated[
@@ -140,7 +140,7 @@ class CurriculumConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
-    """The gradient guard: what counts as a warning or a spike, and what is done (``m1_stages.guard``)."""
+    """The gradient guard: what counts as a warning or a spike, and how the run responds (``m1_stages.guard``)."""
 
     enabled: Annotated[bool, "judge every step; off: only numbers that are not finite stop the run"] = True
     ramp: Annotated[
@@ -153,7 +153,7 @@ class GuardConfig:
     spike_z: Annotated[float, "robust standard deviations from which a step is a spike"] = 6.0
     loss_factor: Annotated[float, "and the loss so many times its median"] = 3.0
     norm_factor: Annotated[float, "or the gradient norm, or early over late layers, so many times its median"] = 5.0
-    calm_steps: Annotated[int, "steps in the band before a held ramp moves again"] = 2
+    in_band_steps: Annotated[int, "steps in the band before a held ramp moves again"] = 2
     on_spike: Annotated[
         Literal["skip", "apply", "stop"], "skip: drop the update and take the ramp a step back; apply: only the latter"
     ] = "skip"
@@ -161,14 +161,14 @@ class GuardConfig:
     rerun_nonfinite: Annotated[bool, "repeat a step that is not finite once, to tell a passing fault"] = True
     skip_budget: Annotated[int, "updates that may be dropped within budget_steps; then the run is rolled back"] = 3
     budget_steps: Annotated[int, "steps the budget is for"] = 1000
-    skips_in_a_row: Annotated[int, "updates that may be dropped in a row; then the run is rolled back"] = 2
-    leave_out_before: Annotated[int, "steps before the first spike that a rolled-back run leaves out too"] = 1
+    max_consecutive_skips: Annotated[int, "consecutive updates that may be dropped; then the run is rolled back"] = 2
+    exclude_before: Annotated[int, "steps before the first spike that a rolled-back run excludes in addition"] = 1
     max_rollbacks: Annotated[int, "times a stage may be rolled back; then it stops"] = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageConfig:
-    """One stage of continued pretraining. Token counts are what is trained, not scaled by ``length_scale``."""
+    """One stage of continued pretraining. Token counts are those trained; ``length_scale`` does not scale them."""
 
     context_tokens: Annotated[int, "tokens per sample at full scale"]
     rope_base: Annotated[float, "RoPE base of the softmax layers"]
@@ -192,7 +192,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SftConfig:
-    """Chain-of-thought supervised fine-tuning."""
+    """Supervised fine-tuning on chain-of-thought conversations."""
 
     data: Annotated[tuple[str, ...], "OpenAI-messages JSON Lines files (plain, .gz, .zst)"] = ()
     base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
@@ -209,7 +209,7 @@ class SftConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """What is measured after each stage: recall of needles by length and depth, loss by position in held-out documents."""
+    """The measurements after each stage: recall of needles by length and depth, loss by position in held-out documents."""
 
     enabled: Annotated[bool, "measure each stage after its last step; m1 evaluate does it at any time"] = True
     lengths: Annotated[tuple[float, ...], "lengths of the needle documents, as shares of the stage's context"] = (
@@ -233,7 +233,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
-    """Hugging Face export."""
+    """The settings of a Hugging Face export."""
 
     dtype: Annotated[Literal["fp32", "bf16"], "stored weights; decode in bf16 is unsound in transformers"] = "fp32"
     shard_gib: Annotated[float, "largest safetensors file, GiB"] = 4.0
@@ -241,7 +241,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSection:
-    """Where and how the run happens."""
+    """The place, the device, the precision and the checkpoints of a run."""
 
     dir: Annotated[str, "run directory: checkpoints, metrics.jsonl, reports"] = "run"
     seed: Annotated[int, "seed of initial weights and data order"] = 1234
@@ -258,11 +258,11 @@ class RunSection:
         Literal["auto", "on", "off"],
         "train on while a checkpoint is written from a copy in host memory; auto: with CUDA (a CPU would only share its cores)",
     ] = "auto"
-    max_failed_saves: Annotated[int, "periodic checkpoints in a row that may fail before the run stops"] = 3
+    max_failed_saves: Annotated[int, "consecutive periodic checkpoints that may fail before the run stops"] = 3
     keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2
     recompute: Annotated[
         Literal["auto", "always", "never"],
-        "compute layer activations again in the backward pass; auto: in stages where they would not fit with a margin",
+        "recompute layer activations in the backward pass; auto: in stages where they would not fit with a margin",
     ] = "auto"
     offload_activations: Annotated[
         bool, "in stages that recompute, the layers' inputs wait in host memory between forward and backward"
@@ -270,13 +270,13 @@ class RunSection:
     tensorboard: Annotated[bool, "also write TensorBoard events (needs the 'tensorboard' extra)"] = False
 
     def saves_in_background(self, device: str) -> bool:
-        """``async_save`` on ``device``, "cpu" or "cuda"."""
+        """Return whether checkpoints are written in the background on ``device``, "cpu" or "cuda"."""
         return device == "cuda" if self.async_save == "auto" else self.async_save == "on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """A whole resolved configuration."""
+    """The values of all sections of a configuration."""
 
     preset: Annotated[str, "model size: tiny, 700m, 7b-a1b or m1-456b; any key below overrides it"]
     model: ModelConfig
@@ -293,24 +293,24 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def seq_len(self, stage: str) -> int:
-        """Tokens per row of ``stage`` after ``length_scale``."""
+        """Return the tokens per row of ``stage`` after ``length_scale``."""
         return round(self.stages[stage].context_tokens * self.curriculum.length_scale)
 
     @property
     def sft_seq_len(self) -> int:
-        """Tokens per fine-tuning row after ``length_scale``."""
+        """The tokens per fine-tuning row after ``length_scale``."""
         return round(self.sft.context_tokens * self.curriculum.length_scale)
 
     def global_batch_rows(self, stage: str) -> int:
-        """Rows per optimizer step, at least 1."""
+        """Return the rows per optimizer step of ``stage``, at least 1."""
         return max(1, self.stages[stage].global_batch_tokens // self.seq_len(stage))
 
     def num_steps(self, stage: str) -> int:
-        """Optimizer steps of ``stage``."""
+        """Return the number of optimizer steps of ``stage``, at least 1."""
         return max(1, round(self.stages[stage].tokens / (self.global_batch_rows(stage) * self.seq_len(stage))))
 
     def mix(self, stage: str) -> StageMix:
-        """The data mix of ``stage`` as the data room takes it."""
+        """Return the data mix of ``stage`` as ``m1_data`` takes it."""
         s = self.stages[stage]
         return StageMix(
             stage=stage,
@@ -331,11 +331,11 @@ class Resolved:
 
     config: Config
     origins: Mapping[str, str]
-    """Dotted key to origin: ``m1.toml:12``, ``preset tiny``, ``--set`` or ``default``."""
+    """Origin of each dotted key: ``m1.toml:12``, ``preset tiny``, ``--set`` or ``default``."""
     base_dir: Path
-    """Folder of the configuration file; relative paths in it start here."""
+    """Folder of the configuration file; relative paths in the file start here."""
     sha256: str
-    """Hash of the resolved values; goes into every checkpoint."""
+    """Hash of the resolved values, which every checkpoint records."""
 
     def path(self, value: str) -> Path:
         """Resolve a configured path against the configuration file's folder."""
@@ -343,9 +343,9 @@ class Resolved:
 
     @property
     def run_dir(self) -> Path:
-        """Absolute run directory."""
+        """The absolute path of the run directory."""
         return self.path(self.config.run.dir)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested values, JSON-ready."""
+        """Return plain nested values, ready for JSON."""
         return asdict(self.config)

@@ -1,1 +1,1 @@
-"""Checks of a machine before a long run is started on it."""
+"""Checks a machine before a long run is started on it."""

@@ -1,8 +1,7 @@
-"""What has to be true of a machine before a long run is started on it. Each finding says what is, and what mends it."""
+"""Checks what has to be true of a machine before a long run starts. Each finding says what is true and how to fix it."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -16,16 +15,17 @@ from pathlib import Path
 
 from m1_stages.config import CHECKPOINTS, STAGE_NAMES, Resolved
 from m1_stages.doctor.probes import Finding, Probe, collective_finding, gpu_findings, has_nvidia
-from m1_stages.model.count import count_parameters
+from m1_stages.plan.shapes import count_parameters
+from m1_stages.plan.stage_workload import model_with_vocab
 
 _BYTES_PER_PARAMETER = 14
-"""Of a checkpoint: fp32 weights and two moments, and bf16 weights at the most."""
+"""Bytes of a checkpoint per parameter: fp32 weights and two moments, and bf16 weights at the most."""
 _GIB = 2**30
 _PIP = f"{sys.executable} -m pip install"
 
 
 def examine(folder: Path, resolved: Resolved | None) -> Iterator[Finding]:
-    """Look at everything; findings come as they are made, the slow ones last.
+    """Run all checks and yield their findings as they are made, the slow ones last.
 
     Args:
         folder: where m1 will be started.
@@ -34,14 +34,14 @@ def examine(folder: Path, resolved: Resolved | None) -> Iterator[Finding]:
     gloo = Probe("gloo", 2)
     gpus = Probe("gpus", 1) if has_nvidia() else None
     with_gpu = gpus is not None
-    yield from _packages(with_gpu=with_gpu)
-    yield _psutil()
-    yield _dataset_helpers()
-    yield _shadowed(folder)
+    yield from _check_packages(with_gpu=with_gpu)
+    yield _check_psutil()
+    yield _check_megatron_helpers()
+    yield _check_shadowed_imports(folder)
     run_dir = resolved.run_dir if resolved else folder
-    yield _writable(run_dir)
-    yield _disk(run_dir, resolved)
-    yield from _limits(with_gpu=with_gpu)
+    yield _check_run_dir(run_dir)
+    yield _check_disk(run_dir, resolved)
+    yield from _check_limits(with_gpu=with_gpu)
     yield collective_finding("gloo", gloo, "export GLOO_SOCKET_IFNAME=lo   (between machines: their network interface)")
     if gpus is None:
         yield Finding(name="GPUs", ok=True, detail="none: runs go to the CPU")
@@ -52,13 +52,13 @@ def examine(folder: Path, resolved: Resolved | None) -> Iterator[Finding]:
         yield collective_finding("NCCL", Probe("nccl", len(found["gpus"])), "NCCL_DEBUG=WARN m1 doctor   (says why)")
 
 
-def _packages(*, with_gpu: bool) -> Iterator[Finding]:
-    """Installed versions against the ranges of m1, and of the packages it names against each other."""
+def _check_packages(*, with_gpu: bool) -> Iterator[Finding]:
+    """Compare installed versions with the ranges that m1 requires, and with those that its requirements need of each other."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
-    mine = importlib.metadata.metadata("m1cli")
-    python, wanted = ".".join(map(str, sys.version_info[:3])), str(mine["Requires-Python"])
+    own = importlib.metadata.metadata("m1cli")
+    python, wanted = ".".join(map(str, sys.version_info[:3])), str(own["Requires-Python"])
     fits = SpecifierSet(wanted).contains(python)
     yield Finding(name="python", ok=fits, detail=f"{python}, needs {wanted}", fix="" if fits else "use a newer Python")
     problems, installed = [], []
@@ -88,8 +88,8 @@ def _packages(*, with_gpu: bool) -> Iterator[Finding]:
         yield Finding(name="packages", ok=True, detail=", ".join(dict.fromkeys(installed)))
 
 
-def _psutil() -> Finding:
-    """Megatron's checkpoint writer hangs without it and does not declare it."""
+def _check_psutil() -> Finding:
+    """Check that psutil imports: Megatron's checkpoint writer hangs without it and does not declare it."""
     try:
         import psutil
 
@@ -99,8 +99,8 @@ def _psutil() -> Finding:
         return Finding(name="psutil", ok=False, detail=detail, fix=f"{_PIP} --force-reinstall psutil")
 
 
-def _dataset_helpers() -> Finding:
-    """Load the extension alone: importing its package imports torch."""
+def _check_megatron_helpers() -> Finding:
+    """Check that Megatron's compiled helpers load; only the extension is loaded, because importing its package imports torch."""
     name = "megatron's compiled helpers"
     reinstall = f"{_PIP} --force-reinstall --no-deps megatron-core==0.16.1"
     try:
@@ -119,30 +119,30 @@ def _dataset_helpers() -> Finding:
     return Finding(name=name, ok=True, detail="load")
 
 
-def _shadowed(folder: Path) -> Finding:
-    """``python -m`` and torchrun put the working directory before the installed packages."""
+def _check_shadowed_imports(folder: Path) -> Finding:
+    """Check that no file hides a package: ``python -m`` and torchrun search the working directory before installed packages."""
     names = ["torch", "megatron", "triton", "transformers", "numpy", "psutil", "rich", "typer", "tokenizers", "pyarrow",
              "datasets", "m1cli"]  # fmt: skip
     paths = [folder, *(Path(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part)]
-    hiding = [
+    shadowing = [
         path / found
         for path in paths
         for name in names
         for found in (name, f"{name}.py")
-        if (path / found).exists() and path.resolve() != _home(name)
+        if (path / found).exists() and path.resolve() != _package_location(name)
     ]
-    if not hiding:
+    if not shadowing:
         return Finding(name="imports", ok=True, detail="no file here hides an installed package")
-    detail = f"{', '.join(map(str, hiding))} would be imported instead of the installed package"
+    detail = f"{', '.join(map(str, shadowing))} would be imported instead of the installed package"
     return Finding(
-        name="imports", ok=False, detail=detail, fix=f"mv {hiding[0]} {hiding[0]}.away   (or work elsewhere)"
+        name="imports", ok=False, detail=detail, fix=f"mv {shadowing[0]} {shadowing[0]}.away   (or work elsewhere)"
     )
 
 
-def _home(package: str) -> Path | None:
-    """The folder a package is installed in; for m1 that of the source it runs from."""
+def _package_location(package: str) -> Path | None:
+    """Return the folder that a package is installed in; for m1 the folder of the source it runs from."""
     if package == "m1cli":
-        return Path(__file__).resolve().parents[2]
+        return Path(__file__).resolve().parents[3]
     try:
         name = {"megatron": "megatron-core"}.get(package, package)
         return Path(str(importlib.metadata.distribution(name).locate_file(""))).resolve()
@@ -150,36 +150,36 @@ def _home(package: str) -> Path | None:
         return None
 
 
-def _writable(run_dir: Path) -> Finding:
-    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+def _check_run_dir(run_dir: Path) -> Finding:
+    """Check that files can be written into the run directory, or into its nearest existing parent."""
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        owned = f"sudo install -d -o {os.getuid()} {run_dir}" if isinstance(error, PermissionError) else ""
-        fix = owned or "choose another: --set run.dir=FOLDER"
+        install = f"sudo install -d -o {os.getuid()} {run_dir}" if isinstance(error, PermissionError) else ""
+        fix = install or "choose another: --set run.dir=FOLDER"
         return Finding(name="run directory", ok=False, detail=f"{run_dir}: {error.strerror}", fix=fix)
     return Finding(name="run directory", ok=True, detail=f"{run_dir} can be written")
 
 
-def _disk(run_dir: Path, resolved: Resolved | None) -> Finding:
-    """Room for what the run keeps: the last checkpoints, one in the making, one for each stage and fine-tuning."""
-    place = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    there = sum(f.stat().st_size for f in (run_dir / CHECKPOINTS).rglob("*") if f.is_file())
-    free, needed, detail = shutil.disk_usage(place).free, _GIB, ""
+def _check_disk(run_dir: Path, resolved: Resolved | None) -> Finding:
+    """Check the space for the checkpoints of a run: the last ones, one being written, one for each stage and fine-tuning."""
+    existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    used = sum(f.stat().st_size for f in (run_dir / CHECKPOINTS).rglob("*") if f.is_file())
+    free, needed, detail = shutil.disk_usage(existing).free, _GIB, ""
     if resolved:
-        model = resolved.config.model
-        model = dataclasses.replace(model, vocab_size=model.vocab_size or resolved.config.tokenizer.vocab_size)
-        one = count_parameters(model).total * _BYTES_PER_PARAMETER
+        one = count_parameters(model_with_vocab(resolved.config)).total * _BYTES_PER_PARAMETER
         count = resolved.config.run.keep_last + 1 + len(STAGE_NAMES) + 1
-        needed = one * count - there
+        needed = one * count - used
         detail = f"; {count} checkpoints of {one / _GIB:,.1f} GiB have to fit"
-    detail = f"{free / _GIB:,.0f} GiB free at {place}{detail}"
+    detail = f"{free / _GIB:,.0f} GiB free at {existing}{detail}"
     fix = "" if free > needed else f"free {(needed - free) / _GIB:,.0f} GiB, or choose another run.dir"
     return Finding(name="disk", ok=free > needed, detail=detail, fix=fix)
 
 
-def _limits(*, with_gpu: bool) -> Iterator[Finding]:
+def _check_limits(*, with_gpu: bool) -> Iterator[Finding]:
+    """Check open files, locked memory and shared memory, and on a machine with GPUs the C compiler."""
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if with_gpu else 1024
     fix = (

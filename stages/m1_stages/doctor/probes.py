@@ -1,6 +1,7 @@
-"""The part of ``m1 doctor`` that needs torch, in processes of its own: a broken driver or network hangs instead of failing.
+"""Probes GPUs and collectives in processes of their own: a broken driver or network hangs instead of failing.
 
-``python -m m1_stages.doctor.probes gloo|nccl|gpus`` is one of these processes.
+This is the part of ``m1 doctor`` that needs torch. ``python -m m1_stages.doctor.probes gloo|nccl|gpus`` is one of these
+processes.
 """
 
 from __future__ import annotations
@@ -21,30 +22,32 @@ from typing import Any
 
 _WAIT_S = 60.0
 _MIN_CAPABILITY = (8, 0)
-"""Compute capability from which GPUs have bf16 matrix units."""
+"""Lowest compute capability of GPUs with bf16 matrix units."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     ok: bool
     detail: str
     fix: str = ""
-    """The command or change that mends it; empty when it is ok."""
+    """How to fix it: a command or a change; empty when the check is ok."""
 
 
 def has_nvidia() -> bool:
-    """Whether there is an NVIDIA driver, whatever torch thinks, and its GPUs are not hidden on purpose."""
+    """Return whether there is an NVIDIA driver, whatever torch reports, and its GPUs are not hidden on purpose."""
     return Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 class Probe:
-    """Processes that do one thing together; started at once, asked later.
+    """Processes that run one probe together. The constructor starts them; ``result`` waits for them.
 
     Args:
         what: "gloo", "nccl" or "gpus".
+        world: number of processes.
+        wait_s: seconds after the start at which the processes are killed.
     """
 
     def __init__(self, what: str, world: int, *, wait_s: float = _WAIT_S) -> None:
@@ -66,7 +69,7 @@ class Probe:
         ]
 
     def result(self) -> tuple[dict[str, Any], str]:
-        """What the first process found, and why there is nothing: the last line of an error, or the time it took."""
+        """Return what the first process found, and why it found nothing: an error's last line, the timeout, or "" if it did."""
         try:
             outputs = [p.communicate(timeout=max(0.1, self._deadline - time.monotonic())) for p in self._processes]
         except subprocess.TimeoutExpired:
@@ -82,7 +85,7 @@ class Probe:
 
 
 def collective_finding(name: str, probe: Probe, fix: str) -> Finding:
-    """Whether the processes of ``probe`` summed numbers over ``name``."""
+    """Wait for ``probe`` and report whether its processes summed numbers over ``name``."""
     found, error = probe.result()
     if error:
         return Finding(name=name, ok=False, detail=f"all-reduce failed: {error}", fix=fix)
@@ -92,7 +95,7 @@ def collective_finding(name: str, probe: Probe, fix: str) -> Finding:
 
 
 def gpu_findings(found: dict[str, Any], error: str) -> Iterator[Finding]:
-    """Each GPU, and whether driver and torch fit each other."""
+    """Report on each GPU, and on whether driver and torch fit each other."""
     if error:
         yield Finding(name="GPUs", ok=False, detail=f"torch does not get through to them: {error}", fix="nvidia-smi")
         return
@@ -128,6 +131,7 @@ def gpu_findings(found: dict[str, Any], error: str) -> Iterator[Finding]:
 
 
 def _gpus() -> dict[str, Any]:
+    """Return the versions of torch and the driver's CUDA, and the properties of each GPU."""
     import torch
 
     version = ctypes.c_int(0)
@@ -145,6 +149,11 @@ def _gpus() -> dict[str, Any]:
 
 
 def _all_reduce(backend: str) -> dict[str, Any]:
+    """Sum ones over the processes of this probe; return the size and the milliseconds of the second all-reduce.
+
+    Raises:
+        RuntimeError: the sum is wrong.
+    """
     import torch
     import torch.distributed as dist
 

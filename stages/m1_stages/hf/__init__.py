@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: tensor names, configuration, safetensors, verification."""
+"""Writes and verifies Hugging Face checkpoints: tensor names, configuration, safetensors, verification."""

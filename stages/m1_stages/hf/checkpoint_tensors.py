@@ -1,4 +1,4 @@
-"""Where weights come from: a committed checkpoint, read one tensor at a time in one process."""
+"""Reads weights from a committed checkpoint, one tensor at a time in one process."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from m1_stages.hf.tensor_names import our_shapes
 
 
 class TensorSource(Protocol):
-    """Full (unsharded) tensors under our names."""
+    """A source of full (unsharded) tensors under our names."""
 
     def keys(self) -> set[str]:
-        """Names at hand; others than the model's may be among them."""
+        """Return the names of all tensors, which may include others than the model's."""
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor."""
+        """Read the tensor ``name``."""
 
 
 class MemorySource:
-    """Tensors that are in memory already."""
+    """A source of tensors that are in memory already."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
 
     def keys(self) -> set[str]:
-        """Names at hand."""
+        """Return the names of all tensors."""
         return set(self._tensors)
 
     def get(self, name: str) -> Tensor:
-        """One of them."""
+        """Return the tensor ``name``."""
         return self._tensors[name]
 
 
 class CheckpointSource:
-    """A committed checkpoint; every file is verified before the first tensor is read.
+    """A committed checkpoint as a source; every file is verified before the first tensor is read.
 
     Raises:
         CheckpointError: a file is not what was written.
@@ -58,11 +58,11 @@ class CheckpointSource:
         self._tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
     def keys(self) -> set[str]:
-        """Names of all tensors in the checkpoint, optimizer state among them."""
+        """Return the names of all tensors in the checkpoint, optimizer state included."""
         return set(self._tensors)
 
     def get(self, name: str) -> Tensor:
-        """Read one tensor; its shards are put together."""
+        """Read the tensor ``name`` and join its shards."""
         from torch.distributed import checkpoint as dcp
 
         entry = self._tensors[name]
@@ -77,7 +77,7 @@ def require_all(source: TensorSource, model: ModelConfig, where: str) -> None:
     """Refuse a source in which tensors of the model are missing.
 
     Raises:
-        CheckpointError: naming the first one.
+        CheckpointError: tensors are missing; the message names the first one.
     """
     missing = [name for name in our_shapes(model) if name not in source.keys()]  # noqa: SIM118 - a protocol, no mapping
     if missing:
@@ -92,7 +92,7 @@ def get_checked(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tens
     """Read ``name`` and check its shape.
 
     Raises:
-        CheckpointError: another shape.
+        CheckpointError: the tensor has another shape.
     """
     tensor = source.get(name)
     if tuple(tensor.shape) != shape:

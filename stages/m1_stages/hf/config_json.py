@@ -1,22 +1,17 @@
-"""The files of an export besides weights: ``config.json``, decay buffers, model card."""
+"""Makes ``config.json`` and the model card of an export."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from m1_stages.config import ModelConfig
-from m1_stages.decay import Slopes
 from m1_stages.errors import DataError
-
-BLOCK = 256
-"""transformers' block of the lightning prefill; the saved decay buffers have this length."""
+from m1_stages.hf.tensor_names import PREFILL_BLOCK
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -24,7 +19,7 @@ _NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lineage:
-    """Where exported weights come from; goes into the model card."""
+    """The origin of exported weights, for the model card."""
 
     checkpoint: str
     checkpoint_sha256: str
@@ -39,7 +34,7 @@ class Lineage:
 
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids the configuration names."""
+    """The ids of special tokens that the configuration names; None where the tokenizer has none."""
 
     bos: int | None
     eos: int | None
@@ -47,10 +42,10 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer_dir: Path) -> SpecialTokens:
-        """Look them up in a tokenizer folder.
+        """Look the ids up in a tokenizer folder.
 
         Raises:
-            DataError: no tokenizer there.
+            DataError: the folder has no readable tokenizer.
         """
         from tokenizers import Tokenizer
 
@@ -73,11 +68,11 @@ class SpecialTokens:
 def released_config(
     model: ModelConfig, *, rope_base: float, max_positions: int, dtype: str, special: SpecialTokens
 ) -> dict[str, Any]:
-    """``config.json``: transformers' keys, and those the released code and vLLM read under other names.
+    """Return ``config.json``: transformers' keys, and those that the released code and vLLM read under other names.
 
     Without ``postnorm`` vLLM and the released code compute another residual rule; without ``head_dim`` and
     ``sliding_window`` vLLM does not start. transformers rotates all channels whatever ``rotary_dim`` says, so a partial
-    rotation is expressed as its "proportional" type over permuted rows (``names.proportional_rows``).
+    rotation is expressed as its "proportional" type over permuted rows (``tensor_names.proportional_rows``).
     """
     alpha, beta = model.residual_alpha, model.beta
     softmax = [model.is_softmax(layer) for layer in range(model.num_layers)]
@@ -120,7 +115,7 @@ def released_config(
         "rotary_dim": model.rotary_dim,
         "layer_types": ["full_attention" if s else "linear_attention" for s in softmax],
         "attn_type_list": [int(s) for s in softmax],
-        "block_size": BLOCK,
+        "block_size": PREFILL_BLOCK,
         "postnorm": True,
         "shared_intermediate_size": 0,
         "shared_moe_mode": "sigmoid",
@@ -131,29 +126,35 @@ def released_config(
     }
 
 
-def decay_buffers(model: ModelConfig, slopes: Slopes) -> Iterator[tuple[str, Tensor]]:
-    """The four fp32 buffers of every lightning layer, as transformers' ``decay_factors`` shapes them.
+def loader_notes(model: ModelConfig, *, released: bool) -> tuple[str, ...]:
+    """Say in sentences who can load the export and how.
 
-    All four are needed: its prefill reads the three decays, its cached decoding reads ``slope_rate``.
+    Args:
+        released: whether the decay rates are the released ones, which every loader computes.
     """
-    steps = torch.arange(1, BLOCK + 1, dtype=torch.float64)
-    distance = steps[:, None] - steps[None, :]
-    for layer in range(model.num_layers):
-        if model.is_softmax(layer):
-            continue
-        rate = torch.tensor(slopes[layer], dtype=torch.float32).double()[:, None, None]
-        buffers = {
-            "slope_rate": rate,
-            "query_decay": torch.exp(-rate * steps[:, None]),
-            "key_decay": torch.exp(-rate * (BLOCK - steps[:, None])),
-            "diagonal_decay": torch.exp(-rate * distance.clamp(min=0)).tril()[None],
-        }
-        for name, value in buffers.items():
-            yield f"model.layers.{layer}.self_attn.{name}", value.float()
+    notes = ["transformers >= 5.20 loads it. Use fp32: its bf16 decoding rounds decay rates and state to bf16."]
+    if not released:
+        notes.append(
+            "transformers only: the decay rates are not the released ones. They are stored as buffers, which vLLM, "
+            "SGLang and the released code neither read nor accept."
+        )
+    if model.rotary_dim != model.head_dim:
+        notes.append(
+            f"transformers only: {model.rotary_dim} of {model.head_dim} channels are rotated. transformers ignores "
+            "rotary_dim, so query and key rows are permuted for its 'proportional' RoPE type; other loaders would "
+            "rotate the wrong channels."
+        )
+    if len(notes) == 1:
+        notes.append(
+            "Tensor names and configuration are also those vLLM <= 0.23 reads (later versions dropped the model); "
+            "start it with --mamba-cache-dtype float32. Its lightning norm uses epsilon 1e-5, this model 1e-6. "
+            "Known from its source, not run."
+        )
+    return tuple(notes)
 
 
 def model_card(model: ModelConfig, lineage: Lineage, notes: tuple[str, ...], *, dtype: str, max_positions: int) -> str:
-    """``README.md`` of the export."""
+    """Return the text of the export's ``README.md``."""
     versions = ", ".join(f"{name} {number}" for name, number in lineage.versions.items()) or "not recorded"
     softmax = sum(model.is_softmax(layer) for layer in range(model.num_layers))
     rows = {

@@ -1,4 +1,4 @@
-"""Our tensor names and layouts against the released ones: pure reshapes, both directions, one of our tensors at a time.
+"""Maps our tensor names and layouts to the released ones and back: pure reshapes, one of our tensors at a time.
 
 Released layouts (transformers ``modeling_minimax.py``, MiniMax-M1 ``modeling_minimax_m1.py``): rows of the lightning
 ``qkv_proj`` are (head, {q, k, v}, D) with the output gate apart; experts are stored one by one, ``w1`` gate, ``w3`` up,
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from m1_stages.config import ModelConfig
+from m1_stages.decay import Slopes
+
+PREFILL_BLOCK = 256
+"""Tokens of a block of transformers' lightning prefill; the saved decay buffers have this length."""
 
 GetTensor = Callable[[str], Tensor]
 
@@ -30,7 +34,7 @@ _VOCAB = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "outp
 
 
 def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor of the full (unsharded) model, in the order they are computed."""
+    """Return name and shape of every tensor of the full (unsharded) model, in the order they are computed."""
     c = model
     hidden, heads = c.hidden_size, c.num_heads * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (c.padded_vocab_size, hidden)}
@@ -61,7 +65,7 @@ def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_released(name: str, tensor: Tensor, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """The released tensors that hold our tensor ``name``; views of it where the layout allows.
+    """Yield the released tensors that hold our tensor ``name``; views of it where the layout allows.
 
     Raises:
         KeyError: ``name`` is not one of ``our_shapes``.
@@ -93,8 +97,20 @@ def to_released(name: str, tensor: Tensor, model: ModelConfig) -> Iterator[tuple
         raise KeyError(name)
 
 
+def to_exported(name: str, tensor: Tensor, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the released tensors that hold our tensor ``name``, with the rows that transformers rotates in its order.
+
+    Raises:
+        KeyError: ``name`` is not one of ``our_shapes``.
+    """
+    for released_name, value in to_released(name, tensor, model):
+        if model.rotary_dim != model.head_dim and released_name.endswith(("q_proj.weight", "k_proj.weight")):
+            value = proportional_rows(value, head_dim=model.head_dim, rotary_dim=model.rotary_dim)
+        yield released_name, value
+
+
 def from_released(name: str, get: GetTensor, model: ModelConfig) -> Tensor:
-    """Our tensor ``name`` from released tensors; rows of the vocabulary's padding are zero.
+    """Return our tensor ``name`` from released tensors; rows of the vocabulary's padding are zero.
 
     Raises:
         KeyError: ``name`` is not one of ``our_shapes``.
@@ -127,7 +143,7 @@ def from_released(name: str, get: GetTensor, model: ModelConfig) -> Tensor:
 
 
 def proportional_rows(rows: Tensor, *, head_dim: int, rotary_dim: int) -> Tensor:
-    """Reorder query or key rows [heads * D, hidden] so that rotating pairs (i, i + D/2), i < rotary_dim/2, does it.
+    """Reorder query or key rows [heads * D, hidden] for a loader that rotates the pairs (i, i + D/2), i < rotary_dim/2.
 
     The released code pairs (i, i + rotary_dim/2); transformers' "proportional" type pairs (i, i + D/2) and leaves the
     other pairs unrotated. Query and key are permuted alike, so their products do not change.
@@ -145,8 +161,29 @@ def proportional_rows(rows: Tensor, *, head_dim: int, rotary_dim: int) -> Tensor
     return rows.reshape(-1, head_dim, rows.shape[-1])[:, order].reshape(rows.shape)
 
 
+def decay_buffers(model: ModelConfig, slopes: Slopes) -> Iterator[tuple[str, Tensor]]:
+    """Yield the four fp32 buffers of every lightning layer, as transformers' ``decay_factors`` shapes them.
+
+    All four are needed: its prefill reads the three decays, its cached decoding reads ``slope_rate``.
+    """
+    steps = torch.arange(1, PREFILL_BLOCK + 1, dtype=torch.float64)
+    distance = steps[:, None] - steps[None, :]
+    for layer in range(model.num_layers):
+        if model.is_softmax(layer):
+            continue
+        rate = torch.tensor(slopes[layer], dtype=torch.float32).double()[:, None, None]
+        buffers = {
+            "slope_rate": rate,
+            "query_decay": torch.exp(-rate * steps[:, None]),
+            "key_decay": torch.exp(-rate * (PREFILL_BLOCK - steps[:, None])),
+            "diagonal_decay": torch.exp(-rate * distance.clamp(min=0)).tril()[None],
+        }
+        for name, value in buffers.items():
+            yield f"model.layers.{layer}.self_attn.{name}", value.float()
+
+
 def _place(name: str, model: ModelConfig) -> tuple[str, str, dict[str, str]]:
-    """Name inside the layer, released prefix, and what is only renamed there."""
+    """Return the name inside the layer, the released prefix, and the tensors that are only renamed in such a layer."""
     if not name.startswith("decoder.layers."):
         raise KeyError(name)
     number, part = name.removeprefix("decoder.layers.").split(".", 1)

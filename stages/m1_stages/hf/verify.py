@@ -13,23 +13,22 @@ from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.decay import Slopes
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.hf.checkpoint_tensors import TensorSource, get_checked, require_all
-from m1_stages.hf.config_json import BLOCK
-from m1_stages.hf.tensor_names import our_shapes
+from m1_stages.hf.tensor_names import PREFILL_BLOCK, our_shapes
 
 
 def verify(export_dir: Path, reference_logits: Tensor, tokens: Tensor) -> float:
-    """Largest absolute logit difference over all positions, both sides fp32.
+    """Return the largest absolute logit difference over all positions; both sides compute in fp32.
 
     Args:
-        reference_logits: [1, T, vocab] of the trained model.
-        tokens: [1, T] int64, longer than transformers' block so that its state between blocks is exercised.
+        reference_logits: [1, T, vocab] logits of the trained model.
+        tokens: [1, T] int64, longer than transformers' block so that the state between blocks is exercised.
 
     Raises:
         ValueError: T is too short, or the logits have another shape.
-        CheckpointError: transformers found tensors missing or left over, or logits are not finite.
+        CheckpointError: transformers found missing or unexpected tensors, or logits are not finite.
     """
-    if tokens.shape[1] <= BLOCK:
-        raise ValueError(f"{tokens.shape[1]} tokens do not reach beyond the first block of {BLOCK}")
+    if tokens.shape[1] <= PREFILL_BLOCK:
+        raise ValueError(f"{tokens.shape[1]} tokens do not reach beyond the first block of {PREFILL_BLOCK}")
     with torch.inference_mode():
         logits = load_transformers(export_dir)(tokens).logits
     if logits.shape != reference_logits.shape:
@@ -41,11 +40,11 @@ def verify(export_dir: Path, reference_logits: Tensor, tokens: Tensor) -> float:
 
 
 def load_transformers(export_dir: Path) -> Any:
-    """The export as transformers' fp32 model, every tensor accounted for.
+    """Load the export as transformers' fp32 model, and check that it used every tensor and missed none.
 
     Raises:
         EnvironmentProblem: transformers is not installed.
-        CheckpointError: missing or left-over tensors.
+        CheckpointError: tensors are missing or unexpected.
     """
     try:
         from transformers import MiniMaxForCausalLM
@@ -54,17 +53,17 @@ def load_transformers(export_dir: Path) -> Any:
         raise EnvironmentProblem("this needs transformers", fix='pip install "m1cli[hf]"') from error
     logging.disable_progress_bar()
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of the decay buffers a portable export leaves out
+    logging.set_verbosity_error()  # it warns of the decay buffers that a portable export does not store
     try:
         loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
     finally:
         logging.set_verbosity(before)
     decay = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
     missing = sorted(key for key in info["missing_keys"] if not key.endswith(decay))
-    left_over = sorted(info["unexpected_keys"])
-    if missing or left_over:
+    unexpected = sorted(info["unexpected_keys"])
+    if missing or unexpected:
         raise CheckpointError(
-            f"transformers does not find {missing[:3]} and does not know {left_over[:3]}", where=str(export_dir)
+            f"transformers does not find {missing[:3]} and does not know {unexpected[:3]}", where=str(export_dir)
         )
     return loaded.eval()
 
@@ -78,9 +77,9 @@ def trained_logits(
     tokens: Tensor,
     rounded_to: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[1, T, vocab] fp32 logits of the Megatron model with the checkpoint's weights, on this process's CPU.
+    """Compute [1, T, vocab] fp32 logits of the Megatron model with the checkpoint's weights, on this process's CPU.
 
-    Starts and leaves a process group of its own; there must be none.
+    The function starts and leaves a process group of its own; there must be none before.
 
     Args:
         rounded_to: dtype the export stores, so that its rounding is not taken for a difference of the models.
@@ -123,7 +122,7 @@ def trained_logits(
 
 
 def generate(export_dir: Path, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[str]:
-    """Greedy continuations by transformers, fp32, one prompt at a time (padding breaks its cached decoding).
+    """Generate greedy continuations by transformers in fp32, one prompt at a time: padding breaks its cached decoding.
 
     Raises:
         EnvironmentProblem: transformers is not installed.

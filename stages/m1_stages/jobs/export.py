@@ -1,4 +1,4 @@
-"""What ``m1 export`` does: choose a checkpoint of a run, export it, compare it."""
+"""Exports a run for ``m1 export``: chooses a checkpoint, writes the export, compares it with the trained model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from m1_stages.curriculum import SFT
 from m1_stages.decay import Slopes
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
-from m1_stages.hf.config_json import BLOCK, DTYPES, Lineage
+from m1_stages.hf.config_json import DTYPES, Lineage
 from m1_stages.hf.export import ExportReport, export
+from m1_stages.hf.tensor_names import PREFILL_BLOCK
 from m1_stages.hf.verify import trained_logits, verify
 
-VERIFY_TOKENS = 2 * BLOCK + 88
-"""Two full blocks of transformers' prefill and a cut one."""
+VERIFY_TOKENS = 2 * PREFILL_BLOCK + 88
+"""Tokens of a verification: two full blocks of transformers' prefill and a partial one."""
 TOLERANCE = 1e-3
 """Permitted logit difference relative to the largest logit; fp32 against fp32 stays near 1e-6."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What a verification saw."""
+    """The result of a verification."""
 
     max_difference: float
     largest_logit: float
@@ -34,11 +35,11 @@ class Comparison:
 
 
 def choose_checkpoint(resolved: Resolved, *, stage: str | None, checkpoint: Path | None) -> Committed:
-    """The given checkpoint, else the newest stage-final one (of ``stage`` when given).
+    """Return the given checkpoint, else the newest stage-final one (of ``stage`` when given).
 
     Raises:
-        CheckpointError: there is none, or its manifest is damaged.
-        ConfigError: an unknown stage.
+        CheckpointError: there is no such checkpoint, or its manifest is damaged.
+        ConfigError: ``stage`` is unknown.
     """
     if checkpoint is not None:
         return read_manifest(checkpoint)
@@ -59,7 +60,7 @@ def choose_checkpoint(resolved: Resolved, *, stage: str | None, checkpoint: Path
 
 
 class Export:
-    """One checkpoint of a run with everything its export needs.
+    """One checkpoint of a run, with all that its export needs.
 
     Raises:
         CheckpointError: a file of the checkpoint is not what was written.
@@ -68,7 +69,8 @@ class Export:
     def __init__(self, resolved: Resolved, committed: Committed) -> None:
         config, meta = resolved.config, committed.meta
         self._resolved, self.committed = resolved, committed
-        self._base_stage = config.sft.base_stage if meta.stage == SFT else meta.stage
+        pretrained = meta.stage if meta.stage in STAGE_NAMES else config.sft.base_stage
+        self._pretraining = STAGE_NAMES[: STAGE_NAMES.index(pretrained) + 1]
         self.source = CheckpointSource(committed)
         self.model = ModelConfig(**meta.extra["model"])
         self.slopes: Slopes = meta.decay["slopes"]
@@ -77,13 +79,12 @@ class Export:
 
     @property
     def lineage(self) -> Lineage:
-        """Where the weights come from."""
+        """The origin of the weights: checkpoint, stages, tokens, decay policy."""
         meta = self.committed.meta
-        trained = STAGE_NAMES[: STAGE_NAMES.index(self._base_stage) + 1]
         return Lineage(
             checkpoint=self.committed.path.name,
             checkpoint_sha256=self.committed.sha256,
-            stages=(*trained, SFT) if meta.stage == SFT else trained,
+            stages=tuple(dict.fromkeys((*self._pretraining, meta.stage))),
             tokens_seen=meta.extra["tokens_seen"],
             global_step=meta.global_step,
             decay_policy=meta.decay["policy"],
@@ -93,7 +94,11 @@ class Export:
         )
 
     def write(self, out: Path, *, overwrite: bool) -> ExportReport:
-        """Write the export; see ``export`` for errors."""
+        """Write the export to ``out``.
+
+        Raises:
+            M1Error: what ``hf.export.export`` raises.
+        """
         config = self._resolved.config
         template = config.sft.chat_template
         return export(
@@ -102,7 +107,7 @@ class Export:
             model=self.model,
             slopes=self.slopes,
             rope_base=self.rope_base,
-            max_positions=max(config.seq_len(stage) for stage in self.lineage.stages if stage != SFT),
+            max_positions=max(config.seq_len(stage) for stage in self._pretraining),
             tokenizer_dir=self._resolved.path(config.data.out) / "tokenizer",
             dtype=config.export.dtype,
             shard_bytes=round(config.export.shard_gib * 2**30),
@@ -115,7 +120,7 @@ class Export:
         """Compare transformers' logits of ``out`` with the Megatron model's, from the same checkpoint.
 
         Raises:
-            CheckpointError: they differ by more than rounding.
+            CheckpointError: the logits differ by more than rounding.
         """
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.model.vocab_size, (1, VERIFY_TOKENS), generator=generator)

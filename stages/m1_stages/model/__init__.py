@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from m1_stages.model.count import ParameterCount, count_parameters
-
 if TYPE_CHECKING:
     from m1_stages.model.chunks import ModelChunks
     from m1_stages.model.hybrid import HybridModel
 
-__all__ = ["HybridModel", "ModelChunks", "ParameterCount", "build_model", "count_parameters"]
+__all__ = ["HybridModel", "ModelChunks", "build_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The whole plan of a configuration: what ``m1 plan`` prints."""
+"""Makes the whole plan of a configuration: what ``m1 plan`` prints."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from m1_stages.config import ModelConfig, ParallelConfig, Resolved
 from m1_stages.plan.change import Change, smallest_change
-from m1_stages.plan.flops import PUBLISHED_RATIO, Flops, Generation, generation, training
+from m1_stages.plan.flops import PUBLISHED_RATIO, Flops, Generation, generation_flops, training_flops
 from m1_stages.plan.hardware import Gpu
-from m1_stages.plan.layout import of_config
-from m1_stages.plan.memory_policy import habits_of
+from m1_stages.plan.layout import accepts, configured_layout
+from m1_stages.plan.memory_policy import memory_policy_of
 from m1_stages.plan.run_measurements import Measured, read_measured
-from m1_stages.plan.search import Candidate, Machine, accepted, best, evaluate
-from m1_stages.plan.shapes import Parameters, count
-from m1_stages.plan.stage_workload import Work, model_of, works
+from m1_stages.plan.search import LayoutEstimate, Machine, estimate_layout, fastest_layouts
+from m1_stages.plan.shapes import Parameters, count_parameters
+from m1_stages.plan.stage_workload import StageWorkload, model_with_vocab, stage_workloads
 
 RELEASED_TOTAL = 456_089_655_296
 """Parameters of the released model: only for its shape do published FLOP ratios mean anything."""
@@ -23,98 +23,98 @@ RELEASED_TOTAL = 456_089_655_296
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """A measured stage beside the estimate for the same layout."""
+    """A measured stage, and the estimate for the same layout."""
 
     measured: Measured
-    estimate: Candidate
+    estimate: LayoutEstimate
     """For the layout that ran, its activations kept or recomputed as they were."""
 
     @property
     def time_deviation(self) -> float:
-        """Estimate over measurement, minus 1; one document a row."""
+        """Estimated over measured time of a step, minus 1, when every row is one document."""
         return self.estimate.time.total / self.measured.step_s - 1
 
     @property
     def mix_time_deviation(self) -> float:
-        """The same with documents of the mix."""
+        """Estimated over measured time of a step, minus 1, with documents of the mix."""
         return self.estimate.mix_time.total / self.measured.step_s - 1
 
     @property
     def memory_deviation(self) -> float:
-        """Estimate over measurement, minus 1."""
+        """Estimated over measured peak memory, minus 1."""
         return self.estimate.memory.peak / self.measured.peak_gib - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StagePlan:
-    """One stage."""
+class StageEstimate:
+    """The estimate for one stage."""
 
-    work: Work
+    workload: StageWorkload
     flops: Flops
-    """Of training one token, every row one document."""
+    """FLOPs of training one token when every row is one document."""
     mix_flops: Flops
-    """The same with documents as long as the mix says."""
-    layouts: list[Candidate]
+    """FLOPs of training one token when documents are as long as the mix says."""
+    layouts: list[LayoutEstimate]
     """Fastest first; empty when nothing fits."""
-    configured: Candidate | None
+    configured: LayoutEstimate | None
     """The configuration's own layout; None when the trainer refuses it on these GPUs."""
     compared: Compared | None
 
-    def hours(self, candidate: Candidate, *, mix: bool = False) -> float | None:
-        """GPU-hours of the stage."""
-        if self.work.steps is None:
+    def hours(self, candidate: LayoutEstimate, *, mix: bool = False) -> float | None:
+        """Return the GPU-hours of the stage; None when its number of steps is not known yet."""
+        if self.workload.steps is None:
             return None
         time = candidate.mix_time if mix else candidate.time
-        return self.work.steps * time.total * candidate.layout.gpus / 3600
+        return self.workload.steps * time.total * candidate.layout.gpus / 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Everything."""
+    """The plan of all stages of a configuration on one machine."""
 
     preset: str
     machine: Machine
     parallel: ParallelConfig
     parameters: Parameters
     generation: list[Generation]
-    stages: list[StagePlan]
-    left_out: dict[str, str]
-    """Why a stage that ran is not compared, by its name."""
+    stages: list[StageEstimate]
+    not_compared: dict[str, str]
+    """By stage name, the reason why a stage that ran is not compared with its estimate."""
     change: Change | None
-    """What makes everything fit; None when it does."""
+    """The smallest change that makes all stages fit; None when they do."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready. Memory in GiB, times in seconds, FLOPs per token."""
+        """Return plain values, ready for JSON: memory in GiB, times in seconds, FLOPs per token."""
         return {
             "preset": self.preset,
             "gpu": self.machine.gpu.name,
             "gpus": self.machine.gpus,
             "gpu_memory_gib": self.machine.gpu.memory_gib,
-            "precision": "bf16" if self.machine.habits.bf16 else "fp32",
-            "recompute": self.machine.habits.recompute,
-            "offload_activations": self.machine.habits.offload_activations,
-            "offload_optimizer": self.machine.habits.offload_optimizer,
+            "precision": "bf16" if self.machine.memory_policy.bf16 else "fp32",
+            "recompute": self.machine.memory_policy.recompute,
+            "offload_activations": self.machine.memory_policy.offload_activations,
+            "offload_optimizer": self.machine.memory_policy.offload_optimizer,
             "fits": self.change is None,
             "change": asdict(self.change) if self.change else None,
             "parameters": self.parameters.as_dict(),
             "generation": [item.as_dict() for item in self.generation],
             "stages": [self._stage(stage) for stage in self.stages],
-            "not_compared": self.left_out,
+            "not_compared": self.not_compared,
         }
 
-    def _stage(self, stage: StagePlan) -> dict[str, Any]:
-        work, compared = stage.work, stage.compared
+    def _stage(self, stage: StageEstimate) -> dict[str, Any]:
+        workload, compared = stage.workload, stage.compared
         return {
-            "stage": work.stage,
-            "seq_len": work.seq_len,
-            "rows_per_step": work.rows,
-            "tokens_per_step": work.tokens_per_step,
-            "steps": work.steps,
+            "stage": workload.stage,
+            "seq_len": workload.seq_len,
+            "rows_per_step": workload.rows,
+            "tokens_per_step": workload.tokens_per_step,
+            "steps": workload.steps,
             "flops_per_token": stage.flops.as_dict(),
             "flops_per_token_mix": stage.mix_flops.as_dict(),
-            "flops_per_step": stage.flops.times(work.tokens_per_step).as_dict(),
-            "layouts": [self._candidate(stage, x) for x in stage.layouts],
-            "configured": self._candidate(stage, stage.configured) if stage.configured else None,
+            "flops_per_step": stage.flops.scaled(workload.tokens_per_step).as_dict(),
+            "layouts": [self._layout(stage, x) for x in stage.layouts],
+            "configured": self._layout(stage, stage.configured) if stage.configured else None,
             "measured": None
             if compared is None
             else {
@@ -130,12 +130,12 @@ class Plan:
             },
         }
 
-    def _candidate(self, stage: StagePlan, x: Candidate) -> dict[str, Any]:
+    def _layout(self, stage: StageEstimate, x: LayoutEstimate) -> dict[str, Any]:
         return {
             "parallel": x.layout.settings(),
             "data": x.layout.data,
             "arguments": x.layout.arguments(self.parallel),
-            "micro_rows": x.micro_rows,
+            "micro_rows": x.micro_batch_rows,
             "micro_batches": x.micro_batches,
             "fits": x.fits,
             "activations": asdict(x.activations),
@@ -150,59 +150,61 @@ class Plan:
 
 
 def fewest_gpus(parallel: ParallelConfig) -> int:
-    """GPUs that the configured layout needs at least, or the configured processes."""
+    """Return the smallest number of GPUs that the configured layout and the configured processes divide."""
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
     return lcm(model_ranks, expert_ranks, parallel.processes or 1)
 
 
-def _compared(m: ModelConfig, work: Work, ran: Measured, machine: Machine) -> Compared:
-    habits = machine.habits
+def _compared(m: ModelConfig, workload: StageWorkload, ran: Measured, machine: Machine) -> Compared:
+    policy = machine.memory_policy
     if ran.activations is not None:
-        habits = replace(
-            habits,
+        policy = replace(
+            policy,
             recompute="always" if ran.activations.recompute else "never",
             offload_activations=ran.activations.offload,
         )
-    return Compared(measured=ran, estimate=evaluate(m, work, ran.layout, replace(machine, habits=habits)))
+    return Compared(
+        measured=ran, estimate=estimate_layout(m, workload, ran.layout, replace(machine, memory_policy=policy))
+    )
 
 
 def make_plan(resolved: Resolved, gpu: Gpu, gpus: int | None = None) -> Plan:
     """Plan ``resolved`` on ``gpus`` GPUs, by default as many as its layout needs."""
-    config, m = resolved.config, model_of(resolved.config)
+    config, m = resolved.config, model_with_vocab(resolved.config)
     machine = Machine(
         gpu=gpu,
         gpus=gpus or fewest_gpus(config.parallel),
-        habits=habits_of(config),
+        memory_policy=memory_policy_of(config),
         distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    measured, left_out = read_measured(resolved.run_dir, config.parallel)
-    parameters = count(m)
+    measured, not_compared = read_measured(resolved.run_dir, config.parallel)
+    parameters = count_parameters(m)
     stages = []
-    for work in works(config):
-        own = of_config(config.parallel, machine.gpus)
-        ran = measured.get(work.stage)
-        if ran and (ran.seq_len, ran.rows) != (work.seq_len, work.rows):
-            left_out[work.stage] = f"it ran with {ran.rows:,} rows of {ran.seq_len:,} tokens a step"
+    for workload in stage_workloads(config):
+        own = configured_layout(config.parallel, machine.gpus)
+        ran = measured.get(workload.stage)
+        if ran and (ran.seq_len, ran.rows) != (workload.seq_len, workload.rows):
+            not_compared[workload.stage] = f"it ran with {ran.rows:,} rows of {ran.seq_len:,} tokens a step"
             ran = None
         stages.append(
-            StagePlan(
-                work=work,
-                flops=training(m, work.row_pairs),
-                mix_flops=training(m, work.mix_pairs),
-                layouts=best(m, work, machine),
-                configured=evaluate(m, work, own, machine) if own and accepted(m, work, own) else None,
-                compared=_compared(m, work, ran, machine) if ran else None,
+            StageEstimate(
+                workload=workload,
+                flops=training_flops(m, workload.row_pairs),
+                mix_flops=training_flops(m, workload.mix_pairs),
+                layouts=fastest_layouts(m, workload, machine),
+                configured=estimate_layout(m, workload, own, machine) if own and accepts(m, own, workload) else None,
+                compared=_compared(m, workload, ran, machine) if ran else None,
             )
         )
-    stuck = [stage.work for stage in stages if not stage.layouts]
+    stuck = [stage.workload for stage in stages if not stage.layouts]
     return Plan(
         preset=config.preset,
         machine=machine,
         parallel=config.parallel,
         parameters=parameters,
-        generation=[generation(m, n, published=parameters.total == RELEASED_TOTAL) for n in PUBLISHED_RATIO],
+        generation=[generation_flops(m, n, published=parameters.total == RELEASED_TOTAL) for n in PUBLISHED_RATIO],
         stages=stages,
-        left_out=left_out,
+        not_compared=not_compared,
         change=smallest_change(m, stuck, machine, config.preset) if stuck else None,
     )

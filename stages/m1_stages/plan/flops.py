@@ -1,4 +1,4 @@
-"""FLOPs per token, split into matrix products, softmax attention and lightning attention; cost of generating tokens.
+"""Counts FLOPs per token, split into matrix products, softmax and lightning attention, and the cost of generating tokens.
 
 A product of [m, k] and [k, n] is 2 m k n FLOPs. Softmax attention counts the causal half alone.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from m1_stages.config import ModelConfig
-from m1_stages.plan.shapes import expert, lightning_sublayer, softmax_sublayer
+from m1_stages.plan.shapes import expert_parameters, lightning_sublayer, softmax_sublayer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flops:
-    """FLOPs per token."""
+    """FLOPs per token by part of the model."""
 
     projections: float
     """Attention projections and routers."""
@@ -26,28 +26,28 @@ class Flops:
 
     @property
     def dense(self) -> float:
-        """Everything that is a product with weights."""
+        """FLOPs of all products with weights."""
         return self.projections + self.experts + self.head
 
     @property
     def total(self) -> float:
-        """Everything."""
+        """FLOPs of all parts."""
         return self.dense + self.softmax + self.lightning
 
-    def times(self, factor: float) -> Flops:
-        """All parts times ``factor``."""
+    def scaled(self, factor: float) -> Flops:
+        """Return all parts times ``factor``."""
         return Flops(**{name: value * factor for name, value in asdict(self).items()})
 
     def as_dict(self) -> dict[str, float]:
-        """Parts and sums."""
+        """Return the parts and the sums ``dense`` and ``total``."""
         return {**asdict(self), "dense": self.dense, "total": self.total}
 
 
-def forward(m: ModelConfig, pairs: float) -> Flops:
-    """One token's forward pass when it attends to ``pairs`` tokens (seq_len / 2 on average in one causal document).
+def forward_flops(m: ModelConfig, pairs: float) -> Flops:
+    """Count one token's forward pass when it attends to ``pairs`` tokens (seq_len / 2 on average in one causal document).
 
-    Lightning: ``S += k^T v`` and ``q S``, 2 D^2 FLOPs each and head; what a kernel computes besides, by working in
-    chunks, is not counted.
+    Lightning: ``S += k^T v`` and ``q S``, 2 D^2 FLOPs each and head; what a kernel computes in
+    addition, because it works in chunks, is not counted.
     """
     num_softmax = m.num_layers // m.softmax_every
     num_lightning = m.num_layers - num_softmax
@@ -56,21 +56,21 @@ def forward(m: ModelConfig, pairs: float) -> Flops:
     matrices = num_lightning * (lightning_sublayer(m) - norm) + num_softmax * softmax_sublayer(m)
     return Flops(
         projections=2.0 * (matrices + m.num_layers * m.num_experts * m.hidden_size),
-        experts=2.0 * m.num_layers * m.experts_per_token * expert(m),
+        experts=2.0 * m.num_layers * m.experts_per_token * expert_parameters(m),
         head=2.0 * m.vocab_size * m.hidden_size,
         softmax=4.0 * num_softmax * width * pairs,
         lightning=4.0 * num_lightning * width * m.head_dim,
     )
 
 
-def training(m: ModelConfig, pairs: float) -> Flops:
-    """Forward and backward of one token, the usual three times the forward; no recomputation: the numerator of MFU."""
-    return forward(m, pairs).times(3.0)
+def training_flops(m: ModelConfig, pairs: float) -> Flops:
+    """Count forward and backward of one token, the usual three times the forward, without recomputation: the numerator of MFU."""
+    return forward_flops(m, pairs).scaled(3.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """FLOPs of generating ``tokens`` tokens one after another, beside a model of DeepSeek-R1's shape."""
+    """FLOPs of generating ``tokens`` tokens one after another, compared with a model of DeepSeek-R1's shape."""
 
     tokens: int
     ours: float
@@ -85,16 +85,16 @@ class Generation:
 
     @property
     def ratio(self) -> float:
-        """Ours over R1's, full heads."""
+        """Our FLOPs over those of R1 with full heads."""
         return self.ours / self.r1
 
     @property
     def ratio_absorbed(self) -> float:
-        """Ours over R1's, compressed cache."""
+        """Our FLOPs over those of R1 with the compressed cache."""
         return self.ours / self.r1_absorbed
 
     def as_dict(self) -> dict[str, float | None]:
-        """Everything."""
+        """Return all fields and both ratios."""
         return {**asdict(self), "ratio": self.ratio, "ratio_absorbed": self.ratio_absorbed}
 
 
@@ -108,18 +108,18 @@ PUBLISHED_RATIO = {65_536: 0.5, 102_400: 0.25}
 
 
 def r1_per_pair(*, absorbed: bool) -> float:
-    """FLOPs of R1's attention for one (query, key) pair over all layers: two FLOPs for each channel of key and value."""
+    """Count R1's FLOPs of attention for one (query, key) pair over all layers: two for each channel of key and value."""
     channels = 2 * R1_CACHE + R1_ROTATED if absorbed else R1_QK + R1_V
     return 2.0 * R1_LAYERS * R1_HEADS * channels
 
 
-def generation(m: ModelConfig, tokens: int, *, published: bool) -> Generation:
-    """Sum over t = 1 .. ``tokens`` of: 2 x active parameters + attention to t tokens (softmax) or the state (lightning).
+def generation_flops(m: ModelConfig, tokens: int, *, published: bool) -> Generation:
+    """Sum over t = 1 .. ``tokens`` the FLOPs of 2 x active parameters + attention to t tokens (softmax) or the state (lightning).
 
-    Active parameters without embedding and head for ours; 37B for R1, as its authors count them. A prompt is left out.
+    Active parameters without embedding and head for ours; 37B for R1, as its authors count them. The prompt is not counted.
     """
-    per_pair = forward(m, 1.0).softmax
-    fixed = forward(m, 0.0)
+    per_pair = forward_flops(m, 1.0).softmax
+    fixed = forward_flops(m, 0.0)
     base = fixed.projections + fixed.experts + fixed.lightning
     pairs = tokens * (tokens + 1) / 2
     r1 = [2 * R1_ACTIVE * tokens + r1_per_pair(absorbed=absorbed) * pairs for absorbed in (False, True)]

@@ -1,4 +1,4 @@
-"""GPUs by name, and every measured constant of the time and memory model. Calibrate here and nowhere else.
+"""Holds the GPUs by name, and every measured constant of the time and memory model. Calibrate here and nowhere else.
 
 Sizes: FLOP/s and bytes/s in plain units, memory in GiB, shares between 0 and 1, bandwidths per direction and GPU.
 """
@@ -19,25 +19,25 @@ class Gpu:
 
     name: str
     bf16_flops: float
-    """Dense bf16 products, FLOP/s."""
+    """FLOP/s of dense bf16 products."""
     fp32_flops: float
-    """fp32 without TF32: what ``run.precision = fp32`` multiplies with."""
+    """FLOP/s of fp32 products without TF32, which ``run.precision = fp32`` uses."""
     memory_gib: float
-    """What the driver reports, GiB."""
+    """GiB that the driver reports."""
     memory_bandwidth: float
-    """bytes/s."""
+    """Bandwidth of the GPU's memory, bytes/s."""
     link_bandwidth: float
-    """To the GPUs of the same machine, bytes/s in each direction."""
+    """Bandwidth to the GPUs of the same machine, bytes/s in each direction."""
     network_bandwidth: float
-    """To other machines, bytes/s in each direction: one network card for each GPU."""
+    """Bandwidth to other machines, bytes/s in each direction: one network card for each GPU."""
     flash_attention: float
     """Share of peak FLOP/s of softmax attention through flash (``torch.nn.attention.varlen``), causal half counted."""
     cudnn: bool
     """Softmax attention of whole documents goes through cuDNN on compute capability 9.0 and up
     (``m1_kernels.softmax_attention.attention``)."""
     host_link: float
-    """To the host's memory, bytes/s in each direction: PCIe x16."""
-    per_node: int = 8
+    """Bandwidth to the host's memory, bytes/s in each direction: PCIe x16."""
+    gpus_per_node: int = 8
 
 
 # Vendors' data sheets: A100/A800 80GB SXM, H100/H800/H200/H20 SXM, HGX B200, GeForce RTX 4090 (fp16 with fp32 sums, no
@@ -67,10 +67,10 @@ GPUS = {gpu.name: gpu for gpu in _GPUS}
 
 
 def gpu_named(name: str) -> Gpu:
-    """The GPU called ``name``, in any case.
+    """Return the GPU called ``name``, in upper or lower case.
 
     Raises:
-        ConfigError: no such GPU; known ones are listed.
+        ConfigError: there is no such GPU; the message lists the known ones.
     """
     if (gpu := GPUS.get(name.lower())) is not None:
         return gpu
@@ -94,9 +94,9 @@ class Calibration:
     matrix: float = 0.74
     """Share of peak FLOP/s of projections. [step] 1M tokens: 328 TFLOP in 443 ms."""
     experts: float = 0.65
-    """The same for the grouped products of the experts. [step] 682 TFLOP/s at 32K, 666 at 128K, 624 at 1M."""
+    """Share of peak FLOP/s of the grouped products of the experts. [step] 682 TFLOP/s at 32K, 666 at 128K, 624 at 1M."""
     head: float = 0.63
-    """The same for the head's bf16 -> fp32 products. [step] 1M tokens: 275 TFLOP in 444 ms."""
+    """Share of peak FLOP/s of the head's bf16 -> fp32 products. [step] 1M tokens: 275 TFLOP in 444 ms."""
     head_bytes_per_logit: float = 10.0
     """Memory traffic of softmax and its gradient. fp32 read twice, bf16 written once. [step] 85.5 ms at 1M tokens."""
     cudnn_attention: float = 0.54
@@ -109,7 +109,8 @@ class Calibration:
     lightning_forward: float = 1.0
     """Share of copy bandwidth of the fused layer over 14 tensors. [log] 6.8 ms; the scan alone reaches 0.79."""
     lightning_backward: float = 0.6
-    """The same, backward over 27 tensors. [step] layer between its projections 249 ms at 1M, 7.0 ms at 32K."""
+    """Share of copy bandwidth of the fused layer's backward over 27 tensors. [step] layer between its projections 249 ms
+    at 1M, 7.0 ms at 32K."""
     element_wise: float = 0.9
     """Share of copy bandwidth of norms, residuals, activations, router, copies. [step] 500 ms at 1M tokens."""
     moe_index_s_per_slot: float = 3.5e-9
@@ -120,8 +121,8 @@ class Calibration:
     """Python and kernel launches of one layer in one pass; counts where the GPU would be faster. [log] 700m at 16,384 tokens
     a micro-batch, recomputed: 112,500 tokens/s = 0.146 s for 8 layers x 3 passes and a quarter of a step's end."""
     host_s_per_layer_step: float = 1.0e-3
-    """The same at the end of a step: loss, norms and routing are read while the GPU idles. [step] 32K tokens: 110 ms, of which
-    the GPU is busy for 102; the profiler shows 17 ms, a part of which is its own."""
+    """Host time of one layer at the end of a step: loss, norms and routing are read while the GPU idles. [step] 32K
+    tokens: 110 ms, of which the GPU is busy for 102; the profiler shows 17 ms, a part of which is its own."""
     expert_imbalance: float = 1.15
     """Tokens of the busiest expert-parallel rank over the mean. [guess]"""
     optimizer_bytes_per_parameter: float = 88.0
@@ -129,29 +130,29 @@ class Calibration:
     link: float = 0.80
     """Share of the links a collective reaches within a machine. [guess]"""
     network: float = 0.85
-    """The same between machines. [guess]"""
+    """Share of the network that a collective reaches between machines. [guess]"""
     latency_s: float = 20e-6
-    """Of one collective within a machine. [guess]"""
+    """Latency of one collective within a machine. [guess]"""
     hop_s: float = 5e-6
-    """More for each rank beyond this machine. [guess]"""
+    """Additional latency for each rank beyond this machine. [guess]"""
     reserve_gib: float = 1.6
     """CUDA context, NCCL, cuBLAS: on the device, but not allocated by torch. [guess]"""
     fragmentation: float = 0.03
-    """Of what torch allocates: freed blocks that fit nothing. [guess]"""
+    """Share of torch's allocations that is lost in freed blocks too small for reuse. [guess]"""
     headroom: float = 0.03
-    """Of a GPU's memory that a layout must leave free to be proposed. [guess]"""
+    """Share of a GPU's memory that a layout must leave free to be proposed. [guess]"""
     keep_margin: float = 0.1
-    """Of a GPU's memory that must stay free where activations are kept although they could be computed again: four times the
+    """Share of a GPU's memory that must stay free where activations are kept although they could be recomputed: four times the
     largest deviation of an estimate from a measured peak."""
     keep_margin_experts: float = 0.25
-    """The same with expert parallelism: how many tokens the busiest rank gets is not known in advance. [guess]"""
+    """``keep_margin`` with expert parallelism: how many tokens the busiest rank gets is not known in advance. [guess]"""
     host_bandwidth: float = 0.8
-    """Share of the link to the host that copies to pinned memory reach. [guess]"""
+    """Share of the link to the host that a copy to pinned memory reaches. [guess]"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trainer:
-    """Sizes and habits of the trainer's layers that time and memory depend on; each names the code that decides it."""
+    """Sizes and properties of the trainer's layers that time and memory depend on; each names the code that decides it."""
 
     tile_tokens: int = 65_536
     """Tokens whose experts' inner values exist together (``m1_kernels.moe.experts.TILE_TOKENS``); only where every expert is on
@@ -161,9 +162,9 @@ class Trainer:
     expands_keys: bool = True
     """Keys and values are repeated for every query head (``m1_kernels.softmax_attention.attention``, torch 2.11)."""
     logits_at_once: int = 2**27
-    """``m1_kernels.cross_entropy.linear.LOGITS_AT_ONCE``."""
+    """Logits of a chunk: ``m1_kernels.cross_entropy.linear.LOGITS_AT_ONCE``."""
     fewest_tokens: int = 1024
-    """``m1_kernels.cross_entropy.linear.FEWEST_TOKENS``."""
+    """Smallest number of tokens of a chunk: ``m1_kernels.cross_entropy.linear.FEWEST_TOKENS``."""
     optimizer_copies: float = 1.0
     """fp32 copies of the largest group of parameters that the update makes (torch's AdamW, all tensors at once)."""
 

@@ -1,4 +1,4 @@
-"""What a run measured, from its ``metrics.jsonl``, to stand beside the estimate."""
+"""Reads what a run measured from its ``metrics.jsonl``, to compare it with the estimate."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from m1_stages.config import ParallelConfig
 from m1_stages.events import read_events
-from m1_stages.plan.layout import Layout
+from m1_stages.plan.layout import Layout, layout_from_sizes
 from m1_stages.plan.memory import Activations
 from m1_stages.run_dir import METRICS
 
 WARM_UP_STEPS = 3
-"""Left out: kernels are compiled and memory is claimed in them."""
+"""Excluded from the median: kernels are compiled and memory is claimed in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One stage of a run on GPUs."""
+    """The measurements of one stage of a run on GPUs."""
 
     stage: str
     steps: int
@@ -28,14 +28,14 @@ class Measured:
     layout: Layout
     """Distributed optimizer, uneven layers and dispatcher are not in the events: they are assumed as configured."""
     activations: Activations | None
-    """What became of them; None in runs that did not say."""
+    """Whether activations were recomputed and offloaded; None in runs that did not say."""
     step_s: float
-    """Median."""
+    """Median seconds of a step."""
     peak_gib: float
 
 
 def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Measured], dict[str, str]]:
-    """By stage, the last configuration that ran on GPUs, and why other stages that ran are left out; empty without a run.
+    """Return by stage the last measurements on GPUs, and why other stages that ran are excluded; both empty without a run.
 
     Damaged lines are skipped.
     """
@@ -51,43 +51,29 @@ def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Me
             found[stage["stage"]] = (start, stage, [])
         elif kind == "StepDone" and record["stage"] in found:
             found[record["stage"]][2].append(record)
-    left_out = {}
+    excluded = {}
     for name, (start, _, steps) in found.items():
         if start.get("device") != "cuda":
-            left_out[name] = f"it ran on a {start.get('device', 'device unknown')}, and estimates are for GPUs"
+            excluded[name] = f"it ran on a {start.get('device', 'device unknown')}, and estimates are for GPUs"
         elif len(steps) <= WARM_UP_STEPS:
-            left_out[name] = f"it has {len(steps)} steps, and the first {WARM_UP_STEPS} are warm-up"
+            excluded[name] = f"it has {len(steps)} steps, and the first {WARM_UP_STEPS} are warm-up"
     measured = {
         name: _summary(start, begun, steps, parallel)
         for name, (start, begun, steps) in found.items()
-        if name not in left_out
+        if name not in excluded
     }
-    return measured, left_out
+    return measured, excluded
 
 
 def _summary(
     start: dict[str, Any], begun: dict[str, Any], steps: list[dict[str, Any]], parallel: ParallelConfig
 ) -> Measured:
-    sizes = start["topology"]
-    chunks = sizes["pp"] * sizes.get("vpp", 1)
-    layout = Layout(
-        tensor=sizes["tp"],
-        pipeline=sizes["pp"],
-        virtual_pipeline=sizes.get("vpp", 1),
-        pipeline_layers=parallel.pipeline_layers if len(parallel.pipeline_layers) == chunks else (),
-        context=sizes["cp"],
-        expert=sizes["ep"],
-        expert_tensor=sizes["etp"],
-        data=sizes["dp"],
-        distributed_optimizer=parallel.distributed_optimizer,
-        dispatcher=parallel.dispatcher,
-    )
     return Measured(
         stage=begun["stage"],
         steps=len(steps),
         seq_len=begun["seq_len"],
         rows=begun["global_batch_rows"],
-        layout=layout,
+        layout=layout_from_sizes(parallel, start["topology"]),
         activations=Activations(recompute=begun["recompute"], offload=begun["offload_activations"])
         if "recompute" in begun
         else None,

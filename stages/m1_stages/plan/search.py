@@ -1,4 +1,4 @@
-"""The fastest layouts that fit."""
+"""Searches the fastest layouts that fit."""
 
 from __future__ import annotations
 
@@ -6,134 +6,137 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from m1_stages.config import ModelConfig
-from m1_stages.plan.flops import training
+from m1_stages.plan.flops import training_flops
 from m1_stages.plan.hardware import CALIBRATION, GIB, Gpu
-from m1_stages.plan.layout import Layout, accepts, candidates
+from m1_stages.plan.layout import Layout, enumerate_layouts
 from m1_stages.plan.memory import Activations, Memory
-from m1_stages.plan.memory_policy import Habits, choose
-from m1_stages.plan.shapes import count
-from m1_stages.plan.stage_workload import Work
-from m1_stages.plan.timing import StepModel, StepTime
+from m1_stages.plan.memory_policy import MemoryPolicy, choose_activations
+from m1_stages.plan.shapes import count_parameters
+from m1_stages.plan.stage_workload import StageWorkload
+from m1_stages.plan.timing import StepTime, StepTimeModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What the plan is for."""
+    """The GPUs that the plan is for, and the settings that all layouts share."""
 
     gpu: Gpu
     gpus: int
-    habits: Habits
+    memory_policy: MemoryPolicy
     distributed_optimizer: bool
 
     def holds(self, need: Memory) -> bool:
-        """Whether ``need`` fits a GPU with some room to spare."""
+        """Return whether ``need`` fits a GPU with ``Calibration.headroom`` left free."""
         return need.needed <= (1 - CALIBRATION.headroom) * self.gpu.memory_gib
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A layout with what it takes."""
+class LayoutEstimate:
+    """A layout with its memory, its step time and its speed."""
 
     layout: Layout
-    micro_rows: int
+    micro_batch_rows: int
     micro_batches: int
     activations: Activations
     memory: Memory
     time: StepTime
-    """When every row is one document."""
+    """Time of a step when every row is one document."""
     mix_time: StepTime
-    """When documents are as long as the mix says."""
+    """Time of a step when documents are as long as the mix says."""
     tokens_per_s_per_gpu: float
     mfu: float
     """Causal-halved FLOPs of forward and backward, nothing counted twice, over the vendor's peak."""
     fits: bool
 
 
-def evaluate(m: ModelConfig, work: Work, layout: Layout, machine: Machine) -> Candidate:
-    """What ``work`` takes on ``layout``; fitting or not."""
-    micro_rows = work.micro_rows_of(layout.data)
-    micro_batches = work.rows // (layout.data * micro_rows)
-    chosen = choose(m, work, layout, machine.habits, machine.gpu.memory_gib)
+def estimate_layout(m: ModelConfig, workload: StageWorkload, layout: Layout, machine: Machine) -> LayoutEstimate:
+    """Estimate memory and time of ``workload`` on ``layout``, whether it fits or not."""
+    micro_batch_rows = workload.micro_batch_rows_per_rank(layout.data)
+    micro_batches = workload.rows // (layout.data * micro_batch_rows)
+    choice = choose_activations(m, workload, layout, machine.memory_policy, machine.gpu.memory_gib)
     row, mix = (
-        _time(m, work, layout, machine, chosen.activations, pairs) for pairs in (work.row_pairs, work.mix_pairs)
+        _time(m, workload, layout, machine, choice.activations, pairs)
+        for pairs in (workload.row_pairs, workload.mix_pairs)
     )
-    tokens_per_s = work.tokens_per_step / row.total / layout.gpus
-    peak = machine.gpu.bf16_flops if machine.habits.bf16 else machine.gpu.fp32_flops
-    return Candidate(
+    tokens_per_s = workload.tokens_per_step / row.total / layout.gpus
+    peak = machine.gpu.bf16_flops if machine.memory_policy.bf16 else machine.gpu.fp32_flops
+    return LayoutEstimate(
         layout=layout,
-        micro_rows=micro_rows,
+        micro_batch_rows=micro_batch_rows,
         micro_batches=micro_batches,
-        activations=chosen.activations,
-        memory=chosen.memory,
+        activations=choice.activations,
+        memory=choice.memory,
         time=row,
         mix_time=mix,
         tokens_per_s_per_gpu=tokens_per_s,
-        mfu=tokens_per_s * training(m, work.row_pairs).total / peak,
-        fits=machine.holds(chosen.memory),
+        mfu=tokens_per_s * training_flops(m, workload.row_pairs).total / peak,
+        fits=machine.holds(choice.memory),
     )
 
 
-def best(m: ModelConfig, work: Work, machine: Machine, *, most: int = 3) -> list[Candidate]:
-    """The fastest layouts that fit, at most ``most``."""
+def fastest_layouts(
+    m: ModelConfig, workload: StageWorkload, machine: Machine, *, most: int = 3
+) -> list[LayoutEstimate]:
+    """Return the fastest layouts that fit, at most ``most``."""
     timed: list[tuple[float, int, int, Layout]] = []
-    for layout, activations in fitting(m, work, machine):
-        seconds = _time(m, work, layout, machine, activations, work.row_pairs).total
+    for layout, activations in fitting_layouts(m, workload, machine):
+        seconds = _time(m, workload, layout, machine, activations, workload.row_pairs).total
         # Of layouts that are equally fast, the one that cuts less.
         cuts = layout.tensor * layout.pipeline * layout.context * layout.expert * layout.expert_tensor
         timed.append((seconds, cuts, len(timed), layout))
-    return [evaluate(m, work, layout, machine) for *_, layout in sorted(timed)[:most]]
+    return [estimate_layout(m, workload, layout, machine) for *_, layout in sorted(timed)[:most]]
 
 
-def memory_of(m: ModelConfig, work: Work, layout: Layout, machine: Machine) -> Memory:
-    """Of the fullest GPU."""
-    return choose(m, work, layout, machine.habits, machine.gpu.memory_gib).memory
+def layout_memory(m: ModelConfig, workload: StageWorkload, layout: Layout, machine: Machine) -> Memory:
+    """Estimate the memory of the fullest GPU."""
+    return choose_activations(m, workload, layout, machine.memory_policy, machine.gpu.memory_gib).memory
 
 
 def _time(
-    m: ModelConfig, work: Work, layout: Layout, machine: Machine, activations: Activations, pairs: float
+    m: ModelConfig, workload: StageWorkload, layout: Layout, machine: Machine, activations: Activations, pairs: float
 ) -> StepTime:
-    micro_rows = work.micro_rows_of(layout.data)
-    model = StepModel(
+    micro_batch_rows = workload.micro_batch_rows_per_rank(layout.data)
+    model = StepTimeModel(
         m,
         layout,
         machine.gpu,
-        tokens=work.seq_len * micro_rows,
+        tokens=workload.seq_len * micro_batch_rows,
         pairs=pairs,
-        bf16=machine.habits.bf16,
+        bf16=machine.memory_policy.bf16,
         activations=activations,
-        offload_optimizer=machine.habits.offload_optimizer,
+        offload_optimizer=machine.memory_policy.offload_optimizer,
     )
-    return model.of(work.rows // (layout.data * micro_rows))
+    return model.step(workload.rows // (layout.data * micro_batch_rows))
 
 
-def layouts_of(m: ModelConfig, work: Work, machine: Machine) -> Iterator[Layout]:
-    """Layouts that the trainer accepts, whether they fit or not."""
-    # The configured choice first; a sharded optimizer is tried besides, because it only saves memory.
+def accepted_layouts(m: ModelConfig, workload: StageWorkload, machine: Machine) -> Iterator[Layout]:
+    """Yield the layouts that the trainer accepts, whether they fit or not."""
+    # The configured choice comes first; a sharded optimizer is tried in addition, because it only saves memory.
     for sharded in sorted({machine.distributed_optimizer, True}):
-        yield from candidates(m, work, gpus=machine.gpus, per_node=machine.gpu.per_node, distributed_optimizer=sharded)
+        yield from enumerate_layouts(
+            m, workload, gpus=machine.gpus, gpus_per_node=machine.gpu.gpus_per_node, distributed_optimizer=sharded
+        )
 
 
-def fitting(m: ModelConfig, work: Work, machine: Machine) -> Iterator[tuple[Layout, Activations]]:
-    """Layouts that fit, and how; with a sharded optimizer besides only where it must be."""
-    if _hopeless(m, machine):
+def fitting_layouts(m: ModelConfig, workload: StageWorkload, machine: Machine) -> Iterator[tuple[Layout, Activations]]:
+    """Yield the layouts that fit with their treatment of activations; the optimizer is sharded only where it must be."""
+    if _states_exceed_memory(m, machine):
         return
     unsharded: set[Layout] = set()
-    for layout in layouts_of(m, work, machine):
+    for layout in accepted_layouts(m, workload, machine):
         if replace(layout, distributed_optimizer=False) in unsharded:
-            continue  # fits without
-        chosen = choose(m, work, layout, machine.habits, machine.gpu.memory_gib)
-        if machine.holds(chosen.memory):
+            continue  # it fits without a sharded optimizer
+        choice = choose_activations(m, workload, layout, machine.memory_policy, machine.gpu.memory_gib)
+        if machine.holds(choice.memory):
             if not layout.distributed_optimizer:
                 unsharded.add(layout)
-            yield layout, chosen.activations
+            yield layout, choice.activations
 
 
-def _hopeless(m: ModelConfig, machine: Machine) -> bool:
-    """Weights, gradients and optimizer state alone are too much, however they are spread."""
-    # An offloaded optimizer is back for its step.
-    return count(m).total * (18 if machine.habits.bf16 else 16) / machine.gpus > machine.gpu.memory_gib * GIB
-
-
-def accepted(m: ModelConfig, work: Work, layout: Layout | None) -> bool:
-    """Whether the trainer runs the configured layout."""
-    return layout is not None and accepts(m, layout, work)
+def _states_exceed_memory(m: ModelConfig, machine: Machine) -> bool:
+    """Return whether weights, gradients and optimizer state alone do not fit, however they are sharded."""
+    # An offloaded optimizer is on the device for its step.
+    return (
+        count_parameters(m).total * (18 if machine.memory_policy.bf16 else 16) / machine.gpus
+        > machine.gpu.memory_gib * GIB
+    )

@@ -1,4 +1,4 @@
-"""Parameters per part of the model, and how many of them one rank holds."""
+"""Counts the parameters of each part of the model, and those that one rank holds."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from m1_stages.plan.layout import Layout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameters:
-    """Numbers of parameters, all layers together; padding rows of the vocabulary not counted."""
+    """Numbers of parameters of all layers together, without the padding rows of the vocabulary."""
 
     embedding: int
     lightning: int
-    """Attention sublayers with decay: q, k, v, gate, norm, output."""
+    """Parameters of the attention sublayers with decay: q, k, v, gate, norm, output."""
     softmax: int
     experts: int
     routers: int
     norms: int
-    """Two of each layer and the last one."""
+    """Parameters of the two norms of each layer and of the last norm."""
     head: int
     experts_active: int
-    """Of the experts, what one token uses."""
+    """Parameters of the experts that one token uses."""
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Number of all parameters."""
         return self.embedding + self._shared + self.experts + self.head
 
     @property
     def active(self) -> int:
-        """Used by one token, embedding and head left out (how the released 45.9B is counted)."""
+        """Number of parameters that one token uses, without embedding and head: how the released 45.9B is counted."""
         return self._shared + self.experts_active
 
     @property
@@ -41,63 +41,63 @@ class Parameters:
         return self.lightning + self.softmax + self.routers + self.norms
 
     def as_dict(self) -> dict[str, int]:
-        """All parts, ``total`` and ``active``."""
+        """Return all parts, ``total`` and ``active``."""
         return {**asdict(self), "total": self.total, "active": self.active}
 
 
 def lightning_sublayer(m: ModelConfig) -> int:
-    """One lightning attention: q, k, v and gate, output, norm over all heads."""
+    """Count the parameters of one lightning attention: q, k, v and gate, output, norm over all heads."""
     width = m.num_heads * m.head_dim
     return m.hidden_size * 4 * width + width * m.hidden_size + width
 
 
 def softmax_sublayer(m: ModelConfig) -> int:
-    """One grouped-query attention: q, k, v, output."""
+    """Count the parameters of one grouped-query attention: q, k, v, output."""
     width = m.num_heads * m.head_dim
     return m.hidden_size * (width + 2 * m.num_kv_heads * m.head_dim) + width * m.hidden_size
 
 
-def expert(m: ModelConfig) -> int:
-    """One SwiGLU expert."""
+def expert_parameters(m: ModelConfig) -> int:
+    """Count the parameters of one SwiGLU expert."""
     return 3 * m.hidden_size * m.expert_hidden_size
 
 
-def count(m: ModelConfig) -> Parameters:
-    """Parameters of the whole model."""
+def count_parameters(m: ModelConfig) -> Parameters:
+    """Count the parameters of the whole model from its configuration alone."""
     num_softmax = m.num_layers // m.softmax_every
     return Parameters(
         embedding=m.vocab_size * m.hidden_size,
         lightning=(m.num_layers - num_softmax) * lightning_sublayer(m),
         softmax=num_softmax * softmax_sublayer(m),
-        experts=m.num_layers * m.num_experts * expert(m),
+        experts=m.num_layers * m.num_experts * expert_parameters(m),
         routers=m.num_layers * m.num_experts * m.hidden_size,
         norms=(2 * m.num_layers + 1) * m.hidden_size,
         head=m.vocab_size * m.hidden_size,
-        experts_active=m.num_layers * m.experts_per_token * expert(m),
+        experts_active=m.num_layers * m.experts_per_token * expert_parameters(m),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class LocalParameters:
-    """What one rank holds: ``dense`` parameters are alike on its data- and context-parallel ranks, ``experts`` on fewer."""
+class RankParameters:
+    """Parameters of one rank: ``dense`` ones are replicated over all data- and context-parallel ranks, ``experts`` over fewer."""
 
     dense: int
     experts: int
 
 
-def layers_of_stage(m: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
-    """(lightning, softmax) layers of pipeline rank ``stage``, in all of its chunks."""
-    spans = spans_of_stage(m.num_layers, layout.pipeline, layout.virtual_pipeline, layout.pipeline_layers, stage)
+def layers_of_pipeline_rank(m: ModelConfig, layout: Layout, stage: int) -> tuple[int, int]:
+    """Return the numbers of (lightning, softmax) layers of pipeline rank ``stage``, in all of its chunks."""
+    spans = chunk_spans(m.num_layers, layout.pipeline, layout.virtual_pipeline, layout.pipeline_layers, stage)
     layers = sum(end - first for first, end in spans)
     softmax = sum(end // m.softmax_every - first // m.softmax_every for first, end in spans)
     return layers - softmax, softmax
 
 
 @lru_cache(maxsize=4096)
-def spans_of_stage(
+def chunk_spans(
     num_layers: int, pipeline: int, virtual: int, layers: tuple[int, ...], stage: int
 ) -> tuple[tuple[int, int], ...]:
-    """(first layer, one past the last) of each chunk of pipeline rank ``stage``, in model order."""
+    """Return (first layer, one past the last) of each chunk of pipeline rank ``stage``, in model order."""
     counts = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual, pipeline_layers=layers).chunk_layers(
         num_layers
     )
@@ -105,9 +105,9 @@ def spans_of_stage(
     return tuple((ends[i] - counts[i], ends[i]) for i in range(stage, len(counts), pipeline))
 
 
-def local(m: ModelConfig, layout: Layout, stage: int) -> LocalParameters:
-    """Parameters of a rank in pipeline stage ``stage``: matrices are cut, routers and norms of the hidden size are not."""
-    lightning, softmax = layers_of_stage(m, layout, stage)
+def rank_parameters(m: ModelConfig, layout: Layout, stage: int) -> RankParameters:
+    """Count the parameters of pipeline rank ``stage``: matrices are cut, routers and norms of the hidden size are not."""
+    lightning, softmax = layers_of_pipeline_rank(m, layout, stage)
     layers = lightning + softmax
     dense = (lightning * lightning_sublayer(m) + softmax * softmax_sublayer(m)) // layout.tensor
     dense += layers * (m.num_experts + 2) * m.hidden_size
@@ -116,5 +116,5 @@ def local(m: ModelConfig, layout: Layout, stage: int) -> LocalParameters:
         dense += table
     if stage == layout.pipeline - 1:
         dense += table + m.hidden_size
-    experts = layers * m.num_experts * expert(m) // (layout.expert * layout.expert_tensor)
-    return LocalParameters(dense, experts)
+    experts = layers * m.num_experts * expert_parameters(m) // (layout.expert * layout.expert_tensor)
+    return RankParameters(dense, experts)

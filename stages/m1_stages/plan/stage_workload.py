@@ -1,4 +1,4 @@
-"""What a stage asks of the machine: rows, tokens, steps, and how far a token looks back."""
+"""Describes what a stage asks of the machine: rows, tokens, steps, and how far a token looks back."""
 
 from __future__ import annotations
 
@@ -6,28 +6,30 @@ from dataclasses import dataclass, replace
 
 from m1_data.spec import BUCKET_EDGES_TOKENS
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig
-from m1_stages.curriculum import SFT
+from m1_stages.curriculum import SFT, micro_batch_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
-    """One stage."""
+class StageWorkload:
+    """The rows, tokens and steps of one stage."""
 
     stage: str
     seq_len: int
-    """Tokens a row."""
+    """Tokens of a row."""
     rows: int
     """Rows of an optimizer step."""
-    micro_rows: int
-    """Rows of a forward pass at most (``micro_batch_rows``)."""
+    micro_batch_rows: int
+    """Largest number of rows of a forward pass, as configured."""
     steps: int | None
-    """None: known only when the data is (fine-tuning)."""
+    """Optimizer steps; None when they depend on data that is not prepared yet (fine-tuning)."""
     mix_pairs: float
-    """Mean number of tokens a token attends to when documents are as long as the mix says."""
+    """Mean number of tokens that a token attends to when documents are as long as the mix says."""
+    config_section: str = ""
+    """Section of ``m1.toml`` that configures the stage, for advice."""
 
     @property
     def row_pairs(self) -> float:
-        """The same when every row is one document: the most it can be."""
+        """Mean number of tokens that a token attends to when every row is one document: the most it can be."""
         return self.seq_len / 2
 
     @property
@@ -35,51 +37,50 @@ class Work:
         """Tokens of an optimizer step."""
         return self.rows * self.seq_len
 
-    def micro_rows_of(self, data: int) -> int:
-        """Rows of a forward pass with ``data`` data-parallel ranks, as the training loop chooses them; 0: impossible."""
-        if self.rows % data:
-            return 0
-        local = self.rows // data
-        return max(m for m in range(1, min(self.micro_rows, local) + 1) if local % m == 0)
+    def micro_batch_rows_per_rank(self, dp_size: int) -> int:
+        """Return the rows of a forward pass with ``dp_size`` data-parallel ranks; 0 when these do not divide the rows."""
+        return 0 if self.rows % dp_size else micro_batch_rows(self.rows, self.micro_batch_rows, dp_size)
 
 
-def works(config: Config) -> list[Work]:
-    """The five stages, and fine-tuning if data is configured for it."""
+def stage_workloads(config: Config) -> list[StageWorkload]:
+    """Return the workloads of the five stages, and of fine-tuning if data is configured for it."""
     found = [_stage(config, name) for name in STAGE_NAMES]
     return [*found, _sft(config)] if config.sft.data else found
 
 
-def model_of(config: Config) -> ModelConfig:
-    """The model with a vocabulary: without prepared data the tokenizer's configured size stands in."""
+def model_with_vocab(config: Config) -> ModelConfig:
+    """Return the model section with a vocabulary: without prepared data the tokenizer's configured size stands in."""
     return replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
 
 
-def _stage(config: Config, name: str) -> Work:
+def _stage(config: Config, name: str) -> StageWorkload:
     stage, seq_len = config.stages[name], config.seq_len(name)
-    return Work(
+    return StageWorkload(
         stage=name,
         seq_len=seq_len,
         rows=config.global_batch_rows(name),
-        micro_rows=stage.micro_batch_rows,
+        micro_batch_rows=stage.micro_batch_rows,
         steps=config.num_steps(name),
+        config_section=f"stages.{name}",
         mix_pairs=_mix_pairs(seq_len, (stage.short, stage.medium, stage.long), config.curriculum.length_scale),
     )
 
 
-def _sft(config: Config) -> Work:
+def _sft(config: Config) -> StageWorkload:
     seq_len, sft = config.sft_seq_len, config.sft
-    return Work(
+    return StageWorkload(
         stage=SFT,
         seq_len=seq_len,
         rows=max(1, sft.global_batch_tokens // seq_len),
-        micro_rows=sft.micro_batch_rows,
+        micro_batch_rows=sft.micro_batch_rows,
         steps=None,
+        config_section="sft",
         mix_pairs=seq_len / 2,
     )
 
 
 def _mix_pairs(seq_len: int, shares: tuple[float, float, float], length_scale: float) -> float:
-    """Half the mean length of a token's document; within short, medium and long all lengths hold as many tokens."""
+    """Return half the mean length of a token's document; within short, medium and long all lengths hold as many tokens."""
     edges = [0.0, *(edge * length_scale for edge in BUCKET_EDGES_TOKENS[:2]), float(seq_len)]
     mean = 0.0
     for share, low, high in zip(shares, edges[:-1], edges[1:], strict=True):

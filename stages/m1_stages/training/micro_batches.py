@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from m1_data.sampling.loader import batch_rows
+from m1_stages import curriculum
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
 from m1_stages.errors import ConfigError
@@ -13,9 +14,7 @@ from m1_stages.runtime.parallel import Topology
 
 def micro_batch_rows(plan: StagePlan, dp_size: int) -> int:
     """Return the rows of a micro-batch: as configured, or the next smaller number that divides a data-parallel rank's rows."""
-    local_rows = plan.global_batch_rows // dp_size
-    candidates = (m for m in range(1, min(plan.micro_batch_rows, local_rows) + 1) if local_rows % m == 0)
-    return max(candidates, default=1)  # with more ranks than rows, ``batch_rows`` says what is wrong
+    return curriculum.micro_batch_rows(plan.global_batch_rows, plan.micro_batch_rows, dp_size)
 
 
 def row_ids(plan: StagePlan, topology: Topology, step: int, dp_rank: int | None = None) -> list[list[int]]:

@@ -80,7 +80,7 @@ def roll_back(run: Run, plan: StagePlan, rows: Rows, state: TrainState, verdict:
     run.checkpointer.finish_save()
     first_step = state.global_step - state.stage_step
     skipped = state.guard.skipped
-    spike = max(first_step, skipped[-max(1, state.guard.consecutive) :][0] - run.guard.leave_out_before)
+    spike = max(first_step, skipped[-max(1, state.guard.consecutive) :][0] - run.guard.exclude_before)
     where = f"stage {plan.stage}, step {state.stage_step}"
     done = read_rollbacks(run.run_dir, plan.stage, rows.fingerprint)
     if len(done) >= run.guard.max_rollbacks:

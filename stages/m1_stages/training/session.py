@@ -18,7 +18,7 @@ from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config import Resolved
 from m1_stages.errors import CheckpointError, ConfigError, M1Error, NumericStop
 from m1_stages.events import CheckpointRejected, Event, JsonLines, RunStarted, RunStopped, Sink
-from m1_stages.model import count_parameters
+from m1_stages.plan.shapes import count_parameters
 from m1_stages.run_dir import CHECKPOINTS, METRICS, ROLLBACKS
 from m1_stages.runtime import device as device_module
 from m1_stages.runtime import parallel
