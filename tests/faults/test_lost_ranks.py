@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tiny_run import make_run
+from support.tiny_run import make_run
 
 NUM_STEPS, DEADLINE_S = 12, 4
 M1 = [sys.executable, "-m", "m1cli"]
