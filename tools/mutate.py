@@ -89,6 +89,8 @@ def _changes(tree: ast.AST) -> Iterator[tuple[int, ast.AST, ast.AST, Place]]:
             continue
         if isinstance(tree, ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom | ast.alias):
             continue  # messages
+        if isinstance(tree, ast.keyword) and tree.arg in ("strict", "encoding"):
+            continue  # what they guard against cannot happen, or is the default
         if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.unparse(tree.test):
             continue
         nodes = list(enumerate(value)) if isinstance(value, list) else [(None, value)]

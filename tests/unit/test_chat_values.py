@@ -161,13 +161,14 @@ def test_templates_are_rendered_as_transformers_does() -> None:
 
 
 def test_steps_are_counted_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop of n rounds is n + 1 executed blocks, or 2 at the outside."""
-    monkeypatch.setattr(template_module, "MAX_STEPS", 50)
+    """The template and each round of a loop are a step each."""
+    assert (template_module.MAX_STEPS, template_module.MAX_OUTPUT_CHARS) == (1_000_000, 268_435_456)
+    monkeypatch.setattr(template_module, "MAX_STEPS", 41)
     template = ChatTemplate("{% for a in range(40) %}{{ a }}{% endfor %}", {}, "here")
     for _ in range(3):
         assert template.render([]).endswith("39")
-    with pytest.raises(DataError, match="ran more than 50 steps"):
-        ChatTemplate("{% for a in range(60) %}{% endfor %}", {}, "here").render([])
+    with pytest.raises(DataError, match="ran more than 41 steps"):
+        ChatTemplate("{% for a in range(41) %}{{ a }}{% endfor %}", {}, "here").render([])
 
 
 @pytest.mark.parametrize(
@@ -193,4 +194,4 @@ def test_what_just_fits_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert render("{{ 'x' * 10 }}") == "x" * 10
     assert render("{{ 'xxxxx' + 'yyyyy' }}") == "xxxxxyyyyy"
     assert render("{{ 3 * 4 }} {{ 20 + 5 }}") == "12 25", "numbers are not counted"
-    assert render("{{ 'x' * -1 }}{{ 'ab' * 0 }}") == ""
+    assert render("{{ 'x' * -1 }}{{ 'xxxxxxxxxxx' * 0 }}{{ '' * 11 }}") == ""

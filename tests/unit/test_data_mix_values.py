@@ -95,6 +95,15 @@ def test_a_cap_on_passes_moves_the_rest() -> None:
     )
 
 
+def test_a_class_with_one_token_is_not_said_to_be_empty() -> None:
+    plan = plan_mix({WEB: 1000, NEWS: 1}, stage(0.5, 0.5, core_share=0.0), stage_tokens=100)
+    limit = "; 4 passes are reached by news/32k-128k"
+    assert plan.reasons == (
+        f"short documents: 96.0% of the tokens instead of 50.0%{limit}",
+        f"medium documents: 4.0% of the tokens instead of 50.0%{limit}",
+    )
+
+
 def test_too_little_data_is_refused_with_the_numbers() -> None:
     with pytest.raises(DataError) as caught:
         plan_mix({WEB: 249, QA: 10_000}, stage(), stage_tokens=1000)
@@ -119,6 +128,7 @@ def test_missing_classes_domains_and_groups_are_named() -> None:
         "long documents: 0.0% of the tokens instead of 25.0%; there are no long documents",
         "no documents of domain book in the length classes this stage uses",
     )
+    assert (plan.domains["book"].wanted, plan.domains["book"].reached) == (0.0, 0.0)
     only_core = plan_mix({CODE: 1000}, stage(), stage_tokens=None)
     assert only_core.reasons == (
         "stem, code, book, reasoning together: 100.0% of the tokens instead of 70.0%; there is no other data",

@@ -36,6 +36,11 @@ def test_series_are_logarithms_of_the_accepted_steps() -> None:
     assert set(g.state.series) == {"loss", "grad_norm", "early/late", *(f"layer {n}" for n in range(7))}
 
 
+def test_a_guard_begins_with_nothing() -> None:
+    assert dataclasses.asdict(GuardState()) == {"series": {}, "skipped": [], "in_a_row": 0, "calm": 0, "before": {}}
+    assert [Guard(CONFIG, g).judge(step()).ramp for g in [GuardState()] * 2] == ["hold", "advance"]
+
+
 def test_one_or_two_layers_have_an_early_and_a_late_one() -> None:
     g = Guard(CONFIG, GuardState())
     g.judge(step(layers=[2.0, 8.0]))
@@ -145,7 +150,7 @@ def test_a_loss_worse_than_guessing_counts_once_something_is_learned() -> None:
     assert after(4, guess=2.49).judge(step(4, loss=2.6)).action == "apply"
     verdict = after(4, guess=2.51).judge(step(4, loss=2.6))
     assert (verdict.action, verdict.series, verdict.reason) == ("skip", "loss", "spike, worse than guessing (2.51)")
-    assert after(4, guess=2.51).judge(step(4, loss=2.5)).action == "apply", "not worse"
+    assert after(4, guess=2.51).judge(step(4, loss=2.51)).action == "apply", "not worse"
     assert after(4, guess=2.51).judge(step(4, norm=3.0)).action == "apply", "a norm is no loss"
     assert after(4, guess=2.51).judge(step(4, norm=9.0)).reason == "spike"
 
