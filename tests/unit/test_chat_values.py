@@ -143,6 +143,30 @@ def test_spans_between_two_turns_of_the_assistant(folder: Path) -> None:
     ]
 
 
+def test_what_joins_reasoning_and_answer_is_trained_too(folder: Path) -> None:
+    write_tokenizer(folder, chat_template=SOURCE)
+    line = {
+        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]
+    }
+    spans = ChatEncoder(folder).spans(parse_conversation(json.dumps(line).encode(), "file:1"))
+    assert [tuple(span) for span in spans][3:] == [
+        ("<think>\n", True, False),
+        ("r", True, True),
+        ("\n</think>\n\n", True, False),
+        ("a", True, True),
+        ("<end_of_sentence>", True, False),
+        ("\n", False, False),
+    ]
+
+
+def test_of_two_control_tokens_the_longer_is_meant(folder: Path) -> None:
+    write_tokenizer(
+        folder, [*CONTROL, "<end_of_sentence>!"], chat_template=SOURCE.replace("sentence>\n{% e", "sentence>!{% e")
+    )
+    ids = ChatEncoder(folder).encode(talk(("user", "q"), ("assistant", "a"))).ids.tolist()
+    assert (ids.count(262), ids.count(258)) == (2, 0)
+
+
 def render(source: str, **variables: Any) -> str:
     return ChatTemplate(source, variables, "here").render([{"role": "user", "content": "q"}])
 

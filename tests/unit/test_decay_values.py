@@ -73,6 +73,8 @@ def test_ramps_have_two_ends_and_nothing_beyond() -> None:
     assert (ramp(old, new, 0.0), ramp(old, new, 1.0)) == (old, new)
     assert ramp(old, new, 0.5) == [[pytest.approx(0.5, rel=1e-12)] * 2]
     assert ramp(old, new, 0.25)[0] == pytest.approx([0.25**0.75, 0.25**0.25], rel=1e-12)
+    tenths = [[n / 10 for n in range(1, 10)]]
+    assert (ramp(tenths, new, 0.0), ramp(new, tenths, 1.0)) == (tenths, tenths), "to the last bit"
     assert ramp(old, new, 1.0)[0] is not new[0], "a copy: whoever changes it changes no plan"
     for progress in (-0.01, 1.01, 1.5):
         with pytest.raises(ValueError, match="outside"):
