@@ -4,11 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+MUTATE := $(BIN)/python tools/mutate.py --minutes 1.2
 DEMO ?= demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check check-constraints format test faults test-gpu bench bench-gpu docs clean
+.PHONY: help setup demo check check-constraints format test faults mutate test-gpu bench bench-gpu docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -48,6 +49,16 @@ test: setup ## all tests that need no GPU
 
 faults: setup ## fault campaigns: hundreds of flipped bits, fifty kills (about 2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+
+mutate: setup ## change the sources one place at a time; says which changes no test notices (about 10 minutes)
+	$(MUTATE) m1_stages.curriculum tests/unit/test_schedules.py
+	$(MUTATE) m1_stages.decay tests/unit/test_decay_values.py
+	$(MUTATE) m1_stages.guard tests/unit/test_guard_values.py
+	$(MUTATE) m1_stages.config.load tests/unit/test_config_values.py tests/unit/test_config_load.py
+	$(MUTATE) m1_data.sampling.mix tests/unit/test_data_mix_values.py
+	$(MUTATE) m1_data.sampling.packing tests/unit/test_data_packing_values.py
+	$(MUTATE) m1_data.chat.encoder tests/unit/test_chat_values.py
+	$(MUTATE) m1_data.chat.template tests/unit/test_chat_values.py
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

@@ -1,6 +1,6 @@
 """One rank of ``m1 pretrain`` runs that are stopped and continued with other numbers of processes.
 
-Usage: elastic_worker.py PLAN.jsonl. Every step leaves a line of what was really given to the model, not of what was planned:
+Every step leaves a line of what was really given to the model, not of what was planned:
 rows by sample id with a hash of their tokens, labels, mask and positions, and the decay rates of every layer.
 """
 
@@ -10,14 +10,13 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from rank_pool import my_jobs
 
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.checkpoint import CheckpointStore
@@ -30,8 +29,11 @@ from m1_stages.training import loop
 from m1_stages.training.step import train_step
 
 
-def work(job: dict[str, Any], folder: Path) -> None:
+def work(job: dict[str, Any]) -> None:
     """Train the job's stages; SIGTERM to rank 0 alone ends it after ``stop_at``."""
+    torch.set_num_threads(1)
+    device.use("cpu")
+    folder = Path(job["folder"])
     seen = folder / f"{job['name']}-{job['part']}-{os.environ['RANK']}.jsonl"
 
     latest = CheckpointStore(folder / job["name"] / "checkpoints").latest()
@@ -50,10 +52,9 @@ def work(job: dict[str, Any], folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(chunks, optimizer, batches, objective, **how)
 
-    loop.train_step = recorded
     overrides = [*job["set"], f"run.dir={folder / job['name']}"]
     stages = [stage for name in job["stages"] for stage in stages_of(name)]
-    with suppress(Preempted):
+    with mock.patch.object(loop, "train_step", recorded), suppress(Preempted):
         pretrain.run(load_config(folder / "m1.toml", overrides), stages, [])
 
 
@@ -65,10 +66,3 @@ def rows(batch: PackedBatch) -> dict[int, str]:
         sample: hashlib.sha256(b"".join(part[index].numpy().tobytes() for part in cut)).hexdigest()
         for index, sample in enumerate(batch.sample_ids)
     }
-
-
-if __name__ == "__main__":
-    device.use("cpu")
-    torch.set_num_threads(1)
-    for each in my_jobs(Path(sys.argv[1])):
-        work(each, Path(sys.argv[1]).parent)

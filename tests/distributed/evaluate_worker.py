@@ -6,21 +6,19 @@ import dataclasses
 import hashlib
 import os
 import signal
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
-import parity_worker
 import torch
+from distributed import parity_worker
+from support import pretraining
 from torch import nn
 
 from m1_data.sampling.needles import KEY_TOKENS, Haystack
 from m1_stages.config import ModelConfig, ParallelConfig
-from m1_stages.config.load import load_config
-from m1_stages.errors import M1Error
 from m1_stages.evaluation import long_context as measure
 from m1_stages.events import Event, GateForced, StageEvaluated, StepDone
-from m1_stages.jobs import pretrain
 from m1_stages.runtime import device, parallel
 
 IDS = 8
@@ -150,7 +148,7 @@ def oracle(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def pretrained(job: dict[str, Any]) -> dict[str, Any]:
-    """``m1 pretrain``'s job: how it ended, every step exactly, and the events of evaluations."""
+    """``m1 pretrain``'s engine: how it ended, every step exactly, and the events of evaluations."""
     steps: list[Any] = []
     events: list[Any] = []
 
@@ -166,12 +164,6 @@ def pretrained(job: dict[str, Any]) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGTERM)
         return make(*args, **kwargs)
 
-    resolved, ended = load_config(Path(job["config"]), job.get("set", [])), {"exit": 0, "error": ""}
-    try:
-        measure.needle_document = stopping if job.get("stop_in_evaluation") else make
-        pretrain.run(resolved, job["stages"], [sink], force=job.get("force", False))
-    except M1Error as error:
-        ended = {"exit": error.exit_code, "error": str(error)}
-    finally:
-        measure.needle_document = make
+    with mock.patch.object(measure, "needle_document", stopping if job.get("stop_in_evaluation") else make):
+        ended = pretraining.pretrained(job, [sink])
     return {**ended, "steps": steps, "events": events}

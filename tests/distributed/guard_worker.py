@@ -1,7 +1,6 @@
 """One rank of a short run on four rows, with a fault on one of the ranks: what each rank saw and decided.
 
-``train`` is run by the pool. ``fault``: "nan loss", "nan gradient", "flipped bit", "slow" or
-"stop asked", on rank ``rank`` at step ``step``.
+``fault``: "nan loss", "nan gradient", "flipped bit", "slow" or "stop asked", on rank ``rank`` at step ``step``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from parity_worker import MODEL, ROWS, SEQ_LEN, build, packed
+from distributed.parity_worker import MODEL, ROWS, SEQ_LEN, build, packed
 
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.config import GuardConfig, ParallelConfig

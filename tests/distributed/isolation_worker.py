@@ -1,17 +1,18 @@
 """One rank of a context-parallel group: documents are changed one at a time, and what changed elsewhere is counted.
 
-``measure`` is run by the pool. A subject takes the inputs of one packed sequence (this rank's tokens) and returns tensors whose
+A subject takes the inputs of one packed sequence (this rank's tokens) and returns tensors whose
 first axis is this rank's tokens: its output, and the gradients of its inputs for a fixed gradient of the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from parity_worker import MODEL
+from distributed.parity_worker import MODEL
+from support.batches import packed_batch
 from torch import Tensor
 
 from m1_data.sampling.loader import PackedBatch
@@ -25,21 +26,6 @@ Subject = Callable[[list[Tensor], PackedBatch, Any], list[Tensor]]
 """Inputs of this rank's tokens, the rank's batch, the context-parallel group; the last input is the output's gradient."""
 
 
-def batch_of(doc_lengths: Sequence[int], tokens: Tensor) -> PackedBatch:
-    """The whole packed sequence."""
-    edges = [0, *accumulate(doc_lengths)]
-    return PackedBatch(
-        tokens=tokens[None],
-        labels=tokens.roll(-1)[None],
-        loss_mask=torch.ones(1, len(tokens)),
-        position_ids=torch.cat([torch.arange(n) for n in doc_lengths])[None],
-        cu_seqlens=torch.tensor(edges, dtype=torch.int32),
-        doc_lengths=tuple(doc_lengths),
-        sample_ids=(0,),
-        trained_tokens=len(tokens),
-    )
-
-
 def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     """``context`` ranks, ``subject``, ``packings``; if need be ``backend``, ``poison``, ``mutation``.
 
@@ -49,7 +35,7 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)
     dev = device.use("cpu")
-    from mutations import Mutation
+    from distributed.mutations import Mutation
 
     mutation = Mutation(job.get("mutation", ""))
     parallel.start(ParallelConfig(context=job["context"]), device=dev, seed=1)
@@ -83,7 +69,7 @@ def _changes(subject: Subject, docs: tuple[int, ...], group: Any, job: dict[str,
 
     def results(inputs: list[Tensor]) -> list[Tensor]:
         tokens = inputs[0] if job["kind"] == "model" else torch.zeros(total, dtype=torch.int64)
-        batch = batch_of(docs, tokens).zigzag(rank, ranks)
+        batch = packed_batch(tokens, docs, loss_mask=torch.ones(total)).zigzag(rank, ranks)
         return subject([mine(x) for x in inputs], batch, group)
 
     before, other = drawn(), drawn()

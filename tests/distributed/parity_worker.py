@@ -1,19 +1,15 @@
-"""One rank of a parity run: trains the tiny hybrid for some steps and says what it saw.
-
-Usage: python parity_worker.py OUT.json '{"parallel": {...}, "steps": 20}' with RANK and WORLD_SIZE set, or ``train`` in a pool.
-"""
+"""One rank of a parity run: trains the tiny hybrid for some steps and says what it saw."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from support.batches import packed_batch
 
 from m1_data.sampling.loader import PackedBatch, batch_rows
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
@@ -49,25 +45,7 @@ def packed(row_ids: list[int], untrained: Sequence[Span] = ()) -> PackedBatch:
             if of == row % ROWS:
                 mask[start:end] = 0.0
         masks.append(mask)
-    flat = torch.cat(tokens)
-    loss_mask = torch.cat(masks)
-    return PackedBatch(
-        tokens=flat[None],
-        labels=flat.roll(-1)[None],
-        loss_mask=loss_mask[None],
-        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
-        doc_lengths=tuple(lengths),
-        sample_ids=tuple(row_ids),
-        trained_tokens=int(loss_mask.sum()),
-    )
-
-
-def main(out: str, job: dict[str, Any]) -> None:
-    record = train(job)
-    if record["topology"]["rank"] == record["topology"]["world"] - 1:
-        with open(out, "w") as file:
-            json.dump(record, file)
+    return packed_batch(torch.cat(tokens), lengths, loss_mask=torch.cat(masks), sample_ids=row_ids)
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +54,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     from ``MODEL``). On the GPU of this rank where one is visible."""
     torch.set_num_threads(1)
     dev = device.use("auto", local_rank=parallel.local_rank())
-    from mutations import Mutation
+    from distributed.mutations import Mutation
 
     mutation = Mutation(job.get("mutation", ""))
     sizes = ParallelConfig(**job["parallel"])
@@ -179,7 +157,3 @@ def _longest_crossing(batch: PackedBatch, ranks: int) -> int:
     shard = batch.tokens.shape[1] // (2 * ranks)
     edges = batch.cu_seqlens.tolist()
     return max((end - 1) // shard - start // shard for start, end in pairwise(edges))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))

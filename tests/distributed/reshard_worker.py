@@ -1,15 +1,13 @@
-"""One rank that trains, saves and loads the tiny model in one layout after another. Usage: reshard_worker.py PLAN.jsonl"""
+"""One rank that trains, saves and loads the tiny model in one layout after another."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from parity_worker import ROWS, packed
-from rank_pool import my_jobs
+from distributed.parity_worker import ROWS, packed
 
 from m1_data.sampling.loader import batch_rows
 from m1_stages.checkpoint import CheckpointStore
@@ -23,8 +21,11 @@ from m1_stages.training.train_state import TrainState
 LEARNING_RATE, FACTOR = 3e-3, 1.1
 
 
-def work(job: dict[str, Any], folder: Path) -> None:
+def work(job: dict[str, Any]) -> None:
     """Load (or train three steps), save, and only then train on, so that the checkpoint is what the load gave."""
+    torch.set_num_threads(1)
+    device.use("cpu")
+    folder = Path(job["folder"])
     home = folder / job["name"]
     overrides = [*job["set"], f"run.dir={home}", f"run.seed={job['seed']}"]
     with open_session(load_config(folder / "m1.toml", overrides), [], rope_base=1e4, fresh=False) as run:
@@ -117,10 +118,3 @@ def _next_float(values: torch.Tensor) -> None:
     """Raise the largest element to the next fp32 number."""
     flat = values.view(-1)
     flat[flat.argmax()] = torch.nextafter(flat.max(), torch.tensor(torch.inf))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    device.use("cpu")
-    for each in my_jobs(Path(sys.argv[1])):
-        work(each, Path(sys.argv[1]).parent)

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from parity_worker import ROWS, build, packed, step_of
+from distributed.parity_worker import ROWS, build, packed, step_of
 
 from m1_stages.config import ParallelConfig
 from m1_stages.runtime import device, parallel
@@ -41,8 +41,8 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
     """Losses after a save with the distributed optimizer: of the run that went on, and of one that loaded it."""
     sizes = ParallelConfig(distributed_optimizer=True)
     with alone(sizes):
+        from distributed.mutations import Mutation
         from megatron.core import dist_checkpointing
-        from mutations import Mutation
 
         from m1_stages.checkpoint.snapshot import save_in_process
 

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from resident_ranks import POOL
+from support.ranks import run_on_ranks
 
 SHARD = 8
 LOGIT_BOUND = 1e-6
@@ -33,7 +33,7 @@ def packings(ranks: int) -> list[list[int]]:
 def changes(ranks: int, which: tuple[int, ...] = (0, 1, 2, 3, 4), **job: Any) -> list[list[dict[str, Any]]]:
     """Of each rank, for every packing and changed document."""
     chosen = [packings(ranks)[n] for n in which]
-    return POOL.run(ranks, "isolation_worker:measure", {"context": ranks, "packings": chosen, **job})
+    return run_on_ranks(ranks, "distributed.isolation_worker:measure", {"context": ranks, "packings": chosen, **job})
 
 
 ATTENTION: dict[str, dict[str, Any]] = {

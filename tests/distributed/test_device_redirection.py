@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from parity_run import run
+from support.ranks import run_on_ranks
 
 TRAIN = {
     "torch.cuda.manual_seed",
@@ -32,6 +31,7 @@ MESSAGES = {"torch.cuda.synchronize"}
     ids=["one process, recomputation", "two pipeline stages", "two expert ranks"],
 )
 def test_redirected_calls_of_two_steps_and_a_save(world: int, job: dict, expected: set[str], tmp_path: Path) -> None:
-    record = run(world, json.dumps({"parallel": {}, "steps": 2, "save": str(tmp_path), **job}))
+    job = {"parallel": {}, "steps": 2, "save": str(tmp_path), **job}
+    record = run_on_ranks(world, "distributed.parity_worker:train", job, fresh=True)[-1]
     assert any(tmp_path.glob("*.distcp")), "nothing was saved"
     assert set(record["hits"]) == expected

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RANKS, filled_once, run_pool
-from tiny_run import make_run
+from support.ranks import filled_once, run_on_ranks
+from support.tiny_run import make_run
 
 from m1_stages.checkpoint.manifest import read_manifest
 
-STEPS, ROWS = 12, 8
+STEPS, ROWS, MOST_RANKS = 12, 8, 4
 RUNS: dict[str, list[tuple[int, int]]] = {
     "one": [(1, STEPS)],
     "two": [(2, STEPS)],
@@ -56,7 +56,8 @@ def jobs() -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def fill(folder: Path) -> None:
         make_run(folder)
-        run_pool(Path(__file__).with_name("elastic_worker.py"), folder, jobs())
+        for job in jobs():
+            run_on_ranks(job["world"], "distributed.elastic_worker:work", {**job, "folder": str(folder)})
 
     return filled_once(tmp_path_factory, "elastic", fill)
 
@@ -66,7 +67,7 @@ def given(folder: Path, name: str) -> list[list[dict[str, Any]]]:
     steps: list[list[dict[str, Any]]] = []
     for part, (world, count) in enumerate(RUNS[name]):
         ranks = []
-        for rank in range(RANKS):
+        for rank in range(MOST_RANKS):
             path = folder / f"{name}-{part}-{rank}.jsonl"
             assert path.exists() == (rank < world)
             if rank < world:

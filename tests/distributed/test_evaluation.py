@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resident_ranks import POOL
-from tiny_run import make_run
+from support.ranks import run_on_ranks
+from support.tiny_run import make_run
 
 from m1_data.sampling.needles import PAIR_TOKENS
 from m1_stages.checkpoint import CheckpointStore
@@ -34,7 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @cache
 def measured(world: int, layout: str, **more: Any) -> list[dict[str, Any]]:
-    return POOL.run(world, "evaluate_worker:layout", {"parallel": LAYOUTS.get(layout, {}), **more})
+    return run_on_ranks(world, "distributed.evaluate_worker:layout", {"parallel": LAYOUTS.get(layout, {}), **more})
 
 
 def numbers(result: dict[str, Any]) -> list[float]:
@@ -79,7 +79,7 @@ def test_parity_fails_when_the_code_is_wrong(layout: str, mutation: str) -> None
 
 
 def oracle(**job: Any) -> dict[str, Any]:
-    result: dict[str, Any] = POOL.run(1, "evaluate_worker:oracle", job)[0]
+    result: dict[str, Any] = run_on_ranks(1, "distributed.evaluate_worker:oracle", job)[0]
     return result
 
 
@@ -127,8 +127,8 @@ SMALL = ["evaluate.enabled=true", "evaluate.samples=1", "evaluate.depths=[0.0, 1
 
 def pretrained(config: Path, run_dir: Path, stages: list[str], *more: str, **job: Any) -> dict[str, Any]:
     overrides = [*SMALL, f"run.dir={run_dir}", *more]
-    result: dict[str, Any] = POOL.run(
-        1, "evaluate_worker:pretrained", {"config": str(config), "set": overrides, "stages": stages, **job}
+    result: dict[str, Any] = run_on_ranks(
+        1, "distributed.evaluate_worker:pretrained", {"config": str(config), "set": overrides, "stages": stages, **job}
     )[0]
     return result
 

@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from resident_ranks import POOL
+from support.ranks import run_on_ranks
 
 from m1_stages.runtime.stragglers import REPORT_EVERY, WINDOW, Stragglers
 
@@ -14,7 +14,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {"DP4": {}, "TP2": {"tensor": 2}, "PP2": {"
 
 
 def run(world: int, **job: Any) -> list[dict[str, Any]]:
-    return POOL.run(world, "guard_worker:train", {"parallel": {}, "steps": 4, **job})
+    return run_on_ranks(world, "distributed.guard_worker:train", {"parallel": {}, "steps": 4, **job})
 
 
 def of(rank: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 import torch
-from parity_run import LAYOUTS, OVERLAP, relative, rows_together, worst
-from resident_ranks import Pool
-from tiny_run import make_run
+from support.layouts import LAYOUTS, OVERLAP, relative, rows_together, worst
+from support.ranks import Pool
+from support.tiny_run import make_run
 
 from m1_stages.checkpoint import CheckpointStore, Committed
 
@@ -91,7 +91,7 @@ class Cases:
 
     def __init__(self, prepared: Path) -> None:
         self._prepared, self._places = prepared, Places()
-        self._pool = Pool("cpu" if ON_CPU else "cuda", TIMEOUT_S)
+        self._pool = Pool("cpu" if ON_CPU else "cuda")
         self._threads = ThreadPoolExecutor(32)
         self._futures: dict[str, Future[Any]] = {}
 
@@ -123,12 +123,14 @@ class Cases:
 
     def layout(self, ranks: int, *, micro_batch: int = 0, **parallel: Any) -> list[dict[str, Any]]:
         job: dict[str, Any] = {"parallel": parallel, "steps": STEPS, "model": SHAPE}
-        return self.run(ranks, "parity_worker:train", job | ({"micro_batch": micro_batch} if micro_batch else {}))
+        return self.run(
+            ranks, "distributed.parity_worker:train", job | ({"micro_batch": micro_batch} if micro_batch else {})
+        )
 
     def run(self, ranks: int, target: str, job: dict[str, Any]) -> list[dict[str, Any]]:
         with self._places.taken(ranks) as first:
             began = time.monotonic()
-            found = self._pool.run(ranks, target, job, first=first)
+            found = self._pool.run(ranks, target, job, first=first, timeout_s=TIMEOUT_S)
             return [{**rank, "seconds": time.monotonic() - began} for rank in found]
 
     def pretrain(self, name: str, *overrides: str) -> list[dict[str, Any]]:
@@ -137,7 +139,7 @@ class Cases:
         settings = [*DP2, f"run.dir={folder}", f"stages.32k.tokens={RUN_STEPS * 1024}", "run.async_save=on",
                     f"run.save_every_steps={SAVE_EVERY}", *overrides]  # fmt: skip
         job = {"config": str(self._prepared / "m1.toml"), "stages": ["32k"], "set": settings}
-        for rank in self.run(2, "evaluate_worker:pretrained", job):
+        for rank in self.run(2, "distributed.evaluate_worker:pretrained", job):
             assert rank["exit"] == 0, rank["error"]
         return events(folder)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
-from parity_run import LAYOUTS, relative, rows_together, run_pooled, world, worst
+from support.layouts import LAYOUTS, relative, rows_together, world, worst
+from support.ranks import run_on_ranks
 
 STEPS = 20
 FEW_STEPS = 4
@@ -30,7 +32,12 @@ def records(
     """Of each rank. ``micro_batch`` rows at a time; 0: each rank all of its rows at once."""
     job: dict[str, Any] = {"parallel": parallel, "steps": steps, "mutation": mutation, "untrained": untrained}
     job |= {"dropped": dropped} | ({"bucket": bucket} if bucket else {})
-    return run_pooled(world, json.dumps(job | ({"micro_batch": micro_batch} if micro_batch else {}), sort_keys=True))
+    return _trained(world, json.dumps(job | ({"micro_batch": micro_batch} if micro_batch else {}), sort_keys=True))
+
+
+@cache
+def _trained(world: int, job: str) -> list[dict[str, Any]]:
+    return run_on_ranks(world, "distributed.parity_worker:train", json.loads(job))
 
 
 def alone_as(layout: dict[str, Any], **job: Any) -> dict[str, Any]:

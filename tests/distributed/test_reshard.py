@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import filled_once, run_pool
+from support.ranks import filled_once, run_on_ranks
 
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.decay import released_slopes
@@ -109,7 +109,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def fill(folder: Path) -> None:
         (folder / "m1.toml").write_text(CONFIG)
-        run_pool(Path(__file__).with_name("reshard_worker.py"), folder, jobs())
+        for job in jobs():
+            run_on_ranks(job["world"], "distributed.reshard_worker:work", {**job, "folder": str(folder)})
 
     return filled_once(tmp_path_factory, "reshard", fill)
 

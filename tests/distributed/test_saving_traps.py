@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resident_ranks import POOL
+from support.ranks import run_on_ranks
 
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.errors import EnvironmentProblem
 
 
 def resumed(folder: Path, mutation: str = "") -> dict[str, Any]:
-    (result,) = POOL.run(1, "saving_worker:resume", {"folder": str(folder), "mutation": mutation})
+    (result,) = run_on_ranks(1, "distributed.saving_worker:resume", {"folder": str(folder), "mutation": mutation})
     return dict(result)
 
 
@@ -36,7 +36,7 @@ def test_one_step_counter_for_all_parameters_is_found(tmp_path: Path) -> None:
 
 def test_saving_without_psutil_does_not_hang(tmp_path: Path) -> None:
     """Megatron's own writers are processes that die of it, and the save waits for them for ever; ours need none."""
-    (answer,) = POOL.run(1, "saving_worker:save_without_psutil", {"folder": str(tmp_path)})
+    (answer,) = run_on_ranks(1, "distributed.saving_worker:save_without_psutil", {"folder": str(tmp_path)})
     assert answer == [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
 
 
@@ -55,7 +55,7 @@ def test_psutil_is_declared() -> None:
 
 def test_background_saves_of_two_ranks(tmp_path: Path) -> None:
     """Nothing is committed before both have written; what goes wrong on one is told by both, and the next save works."""
-    seen = POOL.run(2, "saving_worker:background_saves", {"folder": str(tmp_path)})
+    seen = run_on_ranks(2, "distributed.saving_worker:background_saves", {"folder": str(tmp_path)})
     for rank in (0, 1):
         early, first, full, stuck, dumped, refused, again, *loaded = seen[rank]
         assert early is None

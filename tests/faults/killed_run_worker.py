@@ -1,15 +1,7 @@
-"""Kills a five-stage run at random moments and starts it again, until it was killed often enough; imports are paid once.
-
-Usage: python killed_run_worker.py CONFIG FOLDER KILLS SEED [BAD]
-In FOLDER/uninterrupted nothing happens to the run; in FOLDER/<n> it is killed until it gets to its end, with checkpoints
-written in the background for even n. Prints ``killed <times>`` for each n, and fails when a start fails.
-BAD: JSON, samples that are bad in every run (``guard_run_worker.py``). Then the first start of every run <n> ends by its own
-SIGKILL when something of the guard is reported, another thing each time (``MOMENTS``), the others at random moments.
-"""
+"""Kills a five-stage run at random moments and starts it again, until it was killed often enough; imports are paid once."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from guard_run_worker import spoil
+from faults.guard_run_worker import spoil
 
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
@@ -74,15 +67,26 @@ def kill_after(child: int, seconds: float) -> int:
     return wait(child)
 
 
-def main(config: Path, folder: Path, kills: int, seed: int, bad: dict[str, float]) -> None:
+def kill_and_continue(job: dict[str, Any]) -> list[int]:
+    """How often each run was killed, until there were ``kills``; fails when a start fails.
+
+    In ``folder``/uninterrupted nothing happens to the run; in ``folder``/<n> it is killed until it gets to its end, with
+    checkpoints written in the background for even n.
+
+    Args:
+        job: ``config``, ``folder``, ``kills``, ``seed``, and ``bad``: samples that are bad in every run (``spoil``). With
+            any, the first start of every run <n> ends by its own SIGKILL when something of the guard is reported, another
+            thing each time (``MOMENTS``), the others at random moments.
+    """
+    config, folder, kills, bad = Path(job["config"]), Path(job["folder"]), job["kills"], job["bad"]
     spoil(bad)
-    rng = random.Random(seed)
+    rng = random.Random(job["seed"])
     began = time.monotonic()
     assert wait(start(config, folder / "uninterrupted", background=False)) == 0
     whole_s = time.monotonic() - began
-    run = 0
+    killed: list[int] = []
     while kills > 0:
-        times, code = 0, -signal.SIGKILL
+        run, times, code = len(killed), 0, -signal.SIGKILL
         while code:
             moment = MOMENTS[run % len(MOMENTS)] if bad and not times else ""
             child = start(config, folder / str(run), background=run % 2 == 0, moment=moment)
@@ -92,10 +96,5 @@ def main(config: Path, folder: Path, kills: int, seed: int, bad: dict[str, float
             assert code in (0, -signal.SIGKILL), f"start {times} of run {run} ended with {code}"
             if code:
                 kills, times = kills - 1, times + 1
-        print(f"killed {times}", flush=True)
-        run += 1
-
-
-if __name__ == "__main__":
-    planted = json.loads(sys.argv[5]) if len(sys.argv) > 5 else {}
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), planted)
+        killed.append(times)
+    return killed

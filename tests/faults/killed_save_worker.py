@@ -1,13 +1,9 @@
-"""Saves checkpoints in children that kill themselves at one point each; the imports are paid once.
-
-Usage: python killed_save_worker.py ROOT; below ROOT/<number> steps 10 and 20 are committed, 30 is not.
-"""
+"""Saves checkpoints in children that kill themselves at one point each; the imports are paid once."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from m1_stages.runtime import device, parallel
 DEVICE = device.use("cpu")
 
 from megatron.core import dist_checkpointing  # noqa: E402, F401 - before the first fork
-from tiny_checkpoint import save  # noqa: E402
+from support.tiny_checkpoint import save  # noqa: E402
 
 
 def die(*args: Any, **kwargs: Any) -> Any:
@@ -57,17 +53,15 @@ def attempt(root: Path, spoil: Callable[[], None]) -> None:
     save(store, 30)
 
 
-def main(root: Path) -> None:
+def kill_at_each_point(job: dict[str, Any]) -> dict[str, int]:
+    """The exit code of a child that kills itself at each of ``POINTS``; below ``root``/<number> steps 10 and 20 are committed."""
+    codes = {}
     for number, (name, spoil) in enumerate(POINTS.items()):
         child = os.fork()
         if child == 0:
             try:
-                attempt(root / str(number), spoil)
+                attempt(Path(job["root"]) / str(number), spoil)
             finally:
                 os._exit(1)
-        _, status = os.waitpid(child, 0)
-        print(f"{name}: {os.waitstatus_to_exitcode(status)}", flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        codes[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return codes

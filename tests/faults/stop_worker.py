@@ -1,24 +1,16 @@
-"""Runs ``m1 pretrain``'s job once and asks it to stop at one place.
-
-Usage: python stop_worker.py CONFIG STAGES PLACE
-PLACE: data, forward, micro-batch, save, evaluate, or none; the process sends itself a SIGTERM there, once.
-"""
+"""Runs ``m1 pretrain``'s job once and asks it to stop at one place."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from support.pretraining import pretrained
+
 from m1_data.sampling.loader import PackedDataset
-from m1_stages.config.load import load_config
-from m1_stages.curriculum import stages_of
-from m1_stages.errors import M1Error
 from m1_stages.evaluation import stage_evaluation
-from m1_stages.jobs import pretrain
 from m1_stages.training.checkpointer import Checkpointer
 from m1_stages.training.objective import NextTokenCrossEntropy
 
@@ -46,16 +38,8 @@ def interrupt(owner: Any, name: str, at: int) -> None:
     setattr(owner, name, call)
 
 
-def main(config: str, stages: str, place: str) -> int:
-    if place != "none":
-        interrupt(*PLACES[place])
-    try:
-        pretrain.run(load_config(Path(config)), stages_of(stages), [])
-    except M1Error as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """Train as ``pretrained``; the process sends itself a SIGTERM at ``place``, one of ``PLACES`` or none, once."""
+    if job["place"] != "none":
+        interrupt(*PLACES[job["place"]])
+    return pretrained(job)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import load, meta, rehash, save, state
+from support.tiny_checkpoint import load, meta, rehash, save, state
 
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.checkpoint.manifest import MANIFEST, read_manifest

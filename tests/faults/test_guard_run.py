@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from resident_ranks import free_port
-from tiny_checkpoint import tensors_of
-from tiny_run import make_run
+from support.pretraining import events_of
+from support.ranks import run_on_ranks
+from support.tiny_checkpoint import tensors_of
+from support.tiny_run import make_run
 
-WORKER = Path(__file__).with_name("guard_run_worker.py")
 ROWS = 8
 """Per step of stage 32k: sample ``8 n`` is the first of step ``n``."""
 EXTRA = """
@@ -44,18 +41,15 @@ class Run:
         self.config.write_text(self.config.read_text() + extra)
         self.error = ""
 
-    def start(self, stages: str = "32k", **job: Any) -> int:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            [sys.executable, str(WORKER), str(self.config), stages, str(self.folder / "events.jsonl"), json.dumps(job)],
-            env=env, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        self.error = done.stderr
-        return done.returncode
+    def start(self, stages: str = "32k", ranks: int = 1, **job: Any) -> int:
+        job |= {"config": str(self.config), "stages": stages, "events": str(self.folder / "events.jsonl")}
+        ended = run_on_ranks(ranks, "faults.guard_run_worker:train", job, fresh=True)
+        self.error = ended[0]["error"]
+        assert len({rank["exit"] for rank in ended}) == 1, ended
+        return int(ended[0]["exit"])
 
     def events(self, *names: str) -> list[dict[str, Any]]:
-        lines = map(json.loads, (self.folder / "events.jsonl").read_text().splitlines())
-        return [event for event in lines if event["event"] in names]
+        return events_of(self.folder / "events.jsonl", *names)
 
     def dropped(self) -> list[dict[str, Any]]:
         return [event for event in self.events("GuardNoticed") if event["action"] != "apply"]
@@ -185,22 +179,7 @@ def test_spikes_at_the_start_of_a_stage_go_back_to_the_stage_before(prepared: Pa
 def test_two_ranks_roll_back_together(prepared: Path, tmp_path: Path) -> None:
     run = Run(prepared, tmp_path / "run")
     bad = {str(step * ROWS + 1): 100 for step in (10, 11, 12)}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "",
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}  # fmt: skip
-    command = [
-        sys.executable,
-        str(WORKER),
-        str(run.config),
-        "32k",
-        str(run.folder / "events.jsonl"),
-        json.dumps({"bad": bad}),
-    ]
-    ranks = [
-        subprocess.Popen(command, env={**env, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-2000:]
+    assert run.start(ranks=2, bad=bad) == 0, run.error
     (back,) = run.events("RolledBack")
     assert back["excluded_steps"] == [9, 10, 11, 12]
     assert run.events("StageFinished")[0]["steps"] == 18

@@ -5,23 +5,20 @@ Number 8 of docs/reliability.md.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import tensors_of
-from tiny_run import make_run
+from support.pretraining import events_of
+from support.ranks import run_on_ranks
+from support.tiny_checkpoint import tensors_of
+from support.tiny_run import make_run
 
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import GuardConfig
 
-WORKER = Path(__file__).with_name("killed_run_worker.py")
 SAVE_EVERY, NUM_STEPS = 2, 32
 
 
@@ -38,8 +35,7 @@ def small(folder: Path) -> Path:
 
 
 def records_of(run_dir: Path, *events: str) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] in events]
+    return events_of(run_dir / "metrics.jsonl", *events)
 
 
 def exact(record: dict[str, Any]) -> str:
@@ -54,13 +50,8 @@ def killed_and_continued(
     config = small(folder / "data")
     config.write_text(config.read_text() + extra)
     runs = folder / "runs"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(config), str(runs), str(kills), str(seed), json.dumps(bad or {})],
-        env=env, capture_output=True, text=True, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("killed ")]
+    job = {"config": str(config), "folder": str(runs), "kills": kills, "seed": seed, "bad": bad or {}}
+    (killed,) = run_on_ranks(1, "faults.killed_run_worker:kill_and_continue", job, fresh=True, timeout_s=1800)
     assert sum(killed) >= kills
     kinds = ("StepDone", "StepExcluded", "GuardNoticed")
     expected = {(r["event"], r["global_step"]): exact(r) for r in records_of(runs / "uninterrupted", *kinds)}

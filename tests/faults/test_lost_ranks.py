@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tiny_run import make_run
+from support.tiny_checkpoint import tensors_of
+from support.tiny_run import make_run
 
 NUM_STEPS, DEADLINE_S = 12, 4
 M1 = [sys.executable, "-m", "m1cli"]
@@ -113,26 +114,7 @@ def training(prepared: Path, tmp_path: Path) -> Iterator[Training]:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Whether every tensor of two checkpoints is equal, read without Megatron."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    def flat(path: Path) -> dict[str, torch.Tensor]:
-        state: dict[str, Any] = {}
-        reader = FileSystemReader(path)
-        _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-        found: dict[str, torch.Tensor] = {}
-
-        def walk(prefix: str, value: Any) -> None:
-            for key, item in value.items() if isinstance(value, dict) else ():
-                walk(f"{prefix}.{key}", item)
-            if isinstance(value, torch.Tensor):
-                found[prefix] = value
-
-        walk("", state)
-        return found
-
-    mine, theirs = flat(one), flat(other)
+    mine, theirs = tensors_of(one), tensors_of(other)
     assert len(mine) > 50, "weights and both Adam moments"
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoint import load, meta, save, state
+from support.ranks import run_on_ranks
+from support.tiny_checkpoint import load, meta, save, state
 
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, files
 from m1_stages.checkpoint import store as store_module
@@ -289,7 +290,7 @@ STUCK_RUN = """
 import os, sys
 from pathlib import Path
 from m1_stages.checkpoint.files import sha256_of
-from m1_stages.runtime.watchdog import Watchdog, beat
+from m1_stages.runtime.watchdog import Watchdog, heartbeat
 folder = Path(sys.argv[1])
 os.mkfifo(folder / "shard")  # to open it takes for ever
 with Watchdog(folder, rank=0, world=1, deadline_s=0.5, on_expired=lambda e: print(e.what, flush=True)):
@@ -335,15 +336,11 @@ KILLED = ["in the snapshot", "in the writer", "before the manifest", "before the
 
 def test_killed_at_each_point_of_the_protocol(root: Path) -> None:
     """12: SIGKILL; the checkpoint before it is used, or the new one once it has its name; no half directory ever."""
-    worker = Path(__file__).with_name("killed_save_worker.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(worker), str(root)], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    job = {"root": str(root)}
+    (codes,) = run_on_ranks(1, "faults.killed_save_worker:kill_at_each_point", job, fresh=True, timeout_s=120)
     for number, point in enumerate(KILLED):
         place = root / str(number)
-        assert f"{point}: {-signal.SIGKILL}" in done.stdout
+        assert codes[point] == -signal.SIGKILL
         store = CheckpointStore(place)
         assert load(store) == (30 if point == "before LATEST" else 20)
         left = [path.name for path in place.glob("step_*.tmp-*")]

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from resident_ranks import POOL
-from tiny_checkpoint import tensors_of
-from tiny_run import make_run
+from support.ranks import run_on_ranks
+from support.tiny_checkpoint import tensors_of
+from support.tiny_run import make_run
 
 from m1_stages.checkpoint.manifest import read_manifest
 
-WORKER = Path(__file__).with_name("stop_worker.py")
-
 
 def start(folder: Path, place: str) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder / "m1.toml"), "32k", place],
-        env=env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == (0 if place == "none" else 75), f"{place}: {done.stderr[-2000:]}"
+    job = {"config": str(folder / "m1.toml"), "stages": "32k", "place": place}
+    (ended,) = run_on_ranks(1, "faults.stop_worker:train", job, fresh=True)
+    assert ended["exit"] == (0 if place == "none" else 75), f"{place}: {ended['error']}"
 
 
 def newest(folder: Path) -> Path:
@@ -62,6 +54,6 @@ def test_a_stop_anywhere_is_saved_and_continued(tmp_path: Path) -> None:
 
 def test_one_rank_asked_is_enough() -> None:
     job = {"parallel": {}, "steps": 4, "fault": "stop asked", "rank": 3, "step": 1}
-    for seen in POOL.run(4, "guard_worker:train", job):
+    for seen in run_on_ranks(4, "distributed.guard_worker:train", job):
         assert seen["error"]["code"] == 75
         assert seen["step"] == 2, "after the step in which it was asked"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from shared_data import shared_data, unpack_zst
+from support.shared_data import shared_data, unpack_zst
 
 from m1_data.prepare.clean import ExactDedup, clean
 from m1_data.prepare.encode import Encoder

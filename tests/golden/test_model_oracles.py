@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed import packed_batch
+from support.batches import packed_batch
 
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.config.load import load_config

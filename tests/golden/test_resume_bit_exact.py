@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoint import tensors_of
-from tiny_run import make_run
+from support.pretraining import events_of
+from support.ranks import run_on_ranks
+from support.tiny_checkpoint import tensors_of
+from support.tiny_run import make_run
 
 from m1_stages.checkpoint.manifest import read_manifest
 
-WORKER = Path(__file__).with_name("train_worker.py")
-
 
 def train(config: Path, stages: str, out: Path, stop_at: int = -1) -> int:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(config), stages, str(out), str(stop_at)],
-        env=env, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode in (0, 75), done.stderr[-3000:]
-    return done.returncode
+    job = {"config": str(config), "stages": stages, "events": str(out), "stop_at": stop_at}
+    (ended,) = run_on_ranks(1, "support.pretraining:pretrained", job, fresh=True, timeout_s=200)
+    assert ended["exit"] in (0, 75), ended["error"]
+    return int(ended["exit"])
 
 
 def steps(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What each step was, to the last bit."""
+    keys = ("stage", "global_step", "loss", "grad_norm", "lr", "aux_loss", "sample_ids")
+    return [[event[key] for key in keys] for event in events_of(path, "StepDone")]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_run import make_run
+from support.tiny_run import make_run
 
 from m1_stages.config import PRESETS
 from m1_stages.config.load import load_config

@@ -92,7 +92,7 @@ def test_a_spike_needs_both_distance_and_factor() -> None:
     assert (verdict.action, verdict.ramp) == ("apply", "hold")
 
 
-def test_spikes_in_a_row_roll_back() -> None:
+def test_consecutive_spikes_roll_back() -> None:
     g = guard(skip_budget=10, max_consecutive_skips=2)
     step = calm(g)
     assert [g.judge(seen(step + n, norm=50.0)).action for n in range(3)] == ["skip", "skip", "roll_back"]

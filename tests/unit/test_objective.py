@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from packed import packed_batch
+from support.batches import packed_batch
 from torch import Tensor, nn
 
 from m1_data.sampling.loader import PackedBatch

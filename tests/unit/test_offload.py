@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed import packed_batch
+from support.batches import packed_batch
 from torch import Tensor
 
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig

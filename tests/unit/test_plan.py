@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import TINY, resolved
+from support.plans import TINY, resolved
 
 from m1_stages.config import PRESETS, STAGE_NAMES, ModelConfig
 from m1_stages.hf.tensor_names import our_shapes

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import m1_plan, resolved
+from support.plans import m1_plan, resolved
 
 from m1_stages.config import STAGE_NAMES
 from m1_stages.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Checkpoints of a few kilobytes for tests of the checkpoint room, in a process group of one."""
+"""Checkpoints of a few kilobytes for tests of the checkpoint package, in a process group of one."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import zstandard
 
 def shared_data() -> Path:
     """Return the folder with ``corpus/``, ``dirty/`` and ``tokenizers/``, or skip the test."""
-    default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
     folder = Path(os.environ.get("M1_SHARED_DATA", default))
     if not folder.is_dir():
         pytest.skip("the shared corpora are not here (set M1_SHARED_DATA)")

@@ -1,46 +1,43 @@
-"""Rank processes that stay for a pytest worker's whole run: a job costs a process group, not the imports.
+"""Run a function on several ranks: on processes that stay for a pytest worker's whole run, or on fresh ones.
 
-``POOL.run(2, "module:function", job)`` calls ``function(job)`` on two gloo ranks and returns what each gave; those of
-``Pool("cuda")`` have a GPU each and meet over NCCL. This file is also the ranks' program; modules of ``tests/distributed`` are
-importable there.
+``run_on_ranks(2, "distributed.parity_worker:train", job)`` calls ``train(job)`` on two gloo ranks and returns what each returned.
+Resident ranks pay their imports once; ``fresh=True`` is for functions that must begin or end with a process of their own.
+This file is also the program of a rank; modules below ``tests`` are importable there.
 """
 
 from __future__ import annotations
 
 import atexit
 import faulthandler
+import fcntl
 import gc
 import importlib
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
-TESTS = Path(__file__).parent
-TIMEOUT_S = 240
+if TYPE_CHECKING:
+    import pytest
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+TESTS = Path(__file__).parents[1]
+TIMEOUT_S = 240.0
 
 
 class Rank:
     """One process, idle between jobs; on "cuda" the GPU of its number is its own."""
 
     def __init__(self, number: int, device: Literal["cpu", "cuda"]) -> None:
-        paths = [str(TESTS), str(TESTS / "distributed"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "LOCAL_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True",
-               "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+               "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONSAFEPATH": "1",
                "PYTHONPATH": os.pathsep.join(filter(None, paths))}  # fmt: skip
         if device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
@@ -55,38 +52,47 @@ class Rank:
         )
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for its answer, ``{"value": ...}`` or ``{"error": text}``."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            return {"error": f"the process ended: {self.said()}"}
+            return {"error": f"the process ended: {self.printed()}"}
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def said(self) -> str:
-        """The end of what it printed."""
+    def printed(self) -> str:
+        """The end of what the process printed."""
         self.log.seek(0)
         return self.log.read()[-3000:]
 
     def end(self) -> None:
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
 
 
 class Pool:
-    """As many ranks as any job wanted so far."""
+    """Resident ranks, as many as any job has needed so far; those of ``Pool("cuda")`` have a GPU each and meet over NCCL."""
 
-    def __init__(self, device: Literal["cpu", "cuda"] = "cpu", timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, device: Literal["cpu", "cuda"] = "cpu") -> None:
         self.ranks: dict[int, Rank] = {}
-        self.device, self.timeout_s = device, timeout_s
+        self.device = device
 
-    def run(self, world: int, target: str, job: dict[str, Any], *, first: int = 0) -> list[Any]:
-        """What ``module:function`` returned on each of ``world`` ranks; a failure of any rank ends them all.
+    def run(
+        self, world: int, target: str, job: dict[str, Any], *, first: int = 0, timeout_s: float = TIMEOUT_S
+    ) -> list[Any]:
+        """Return what ``module:function`` returned on each of ``world`` ranks; a failure of any rank ends them all.
 
         Args:
+            job: the function's only argument; plain values that JSON can hold, as are the results.
             first: the process that is rank 0. Threads may run jobs at the same time on processes that are not the same.
+            timeout_s: seconds until a rank that has not answered counts as failed.
+
+        Raises:
+            AssertionError: a rank failed, or did not answer in time.
         """
         from torch.distributed import TCPStore
 
@@ -97,19 +103,19 @@ class Pool:
         ranks = [self.ranks[number] for number in numbers]
         # The store is here, as under torchrun: a port that is free now may be taken when the ranks get to it.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        request = {"world": world, "port": store.port, "target": target, "job": job, "timeout_s": self.timeout_s}
+        request = {"world": world, "port": store.port, "target": target, "job": job, "timeout_s": timeout_s}
         with ThreadPoolExecutor(world) as threads:
             asked = {threads.submit(rank.ask, {**request, "rank": n}): n for n, rank in enumerate(ranks)}
             answers: dict[int, Any] = {}
             try:
                 # In the order of the answers: over NCCL the others wait for a rank that failed, and never hear of it.
-                for future in as_completed(asked, self.timeout_s):
+                for future in as_completed(asked, timeout_s):
                     answer = future.result()
                     if "error" in answer:
                         raise AssertionError(f"rank {asked[future]}: {answer['error']}")
                     answers[asked[future]] = answer["value"]
             except TimeoutError as error:
-                silent = [f"rank {n}: {rank.said()}" for n, rank in enumerate(ranks) if n not in answers]
+                silent = [f"rank {n}: {rank.printed()}" for n, rank in enumerate(ranks) if n not in answers]
                 raise AssertionError("\n".join(["no answer in time", *silent])) from error
             finally:
                 if len(answers) < world:
@@ -117,13 +123,45 @@ class Pool:
         return [answers[n] for n in range(world)]
 
     def end(self, numbers: Iterable[int] | None = None) -> None:
-        """These ranks, or all."""
+        """End these ranks, or all."""
         for number in list(self.ranks if numbers is None else numbers):
             self.ranks.pop(number).end()
 
 
-POOL = Pool()
-atexit.register(POOL.end)
+_RESIDENT = Pool()
+atexit.register(_RESIDENT.end)
+
+
+def run_on_ranks(
+    world: int, target: str, job: dict[str, Any], *, fresh: bool = False, timeout_s: float = TIMEOUT_S
+) -> list[Any]:
+    """Return what ``module:function`` returned for ``job`` on each of ``world`` gloo ranks (``Pool.run``).
+
+    Args:
+        fresh: use new processes and end them afterwards; otherwise the resident ones, which ran other jobs before.
+    """
+    if not fresh:
+        return _RESIDENT.run(world, target, job, timeout_s=timeout_s)
+    pool = Pool()
+    try:
+        return pool.run(world, target, job, timeout_s=timeout_s)
+    finally:
+        pool.end()
+
+
+def filled_once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder that ``fill`` fills for all pytest workers of this test run: the first does, the others wait."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            fill(folder)
+            done.touch()
+    return folder
 
 
 def serve() -> None:

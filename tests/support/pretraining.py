@@ -1,0 +1,52 @@
+"""``m1 pretrain``'s job as a job of ``support.ranks``: how every test runs it in a process that is not its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from m1_stages.config.load import load_config
+from m1_stages.curriculum import stages_of
+from m1_stages.errors import M1Error
+from m1_stages.events import Event, Sink, StepDone
+from m1_stages.jobs import pretrain
+
+
+def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any]:
+    """Train stages and say how it ended, as the command would: ``exit`` (its code) and ``error``.
+
+    Args:
+        job: ``config``, a path, and ``stages``, a name, "all" or a list of names; if need be ``set``, overrides, ``force``,
+            ``events``, a file to which every event is appended as a line of JSON, and ``stop_at``, a global step:
+            this process sends itself a SIGTERM when it is reported.
+        sinks: who else gets the events.
+    """
+    stages = job["stages"] if isinstance(job["stages"], list) else stages_of(job["stages"])
+    with ExitStack() as stack:
+        file = stack.enter_context(open(job["events"], "a")) if "events" in job else None
+
+        def sink(event: Event) -> None:
+            if file:
+                file.write(json.dumps({"event": type(event).__name__, **dataclasses.asdict(event)}) + "\n")
+                file.flush()
+            if isinstance(event, StepDone) and event.global_step == job.get("stop_at", -1):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            resolved = load_config(Path(job["config"]), job.get("set", []))
+            pretrain.run(resolved, stages, [*sinks, sink], force=job.get("force", False))
+        except M1Error as error:
+            return {"exit": error.exit_code, "error": str(error)}
+    return {"exit": 0, "error": ""}
+
+
+def events_of(path: Path, *names: str) -> list[dict[str, Any]]:
+    """The events of these names, or all, in a file of one JSON object a line."""
+    events = map(json.loads, path.read_text().splitlines())
+    return [event for event in events if not names or event["event"] in names]
