@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from m1_stages.config.load import load_config
 from m1_stages.errors import CheckpointError
+from m1_stages.run_dir import EXPORT_PREFIX
 from m1cli.console import console
 
 TOLERANCE = 1e-4
@@ -56,7 +57,7 @@ def export_command(
         console.print(
             "[yellow]note[/] the configuration changed since this checkpoint; the context length is taken from it"
         )
-    target = out or resolved.run_dir / f"export-{meta.stage}"
+    target = out or resolved.run_dir / f"{EXPORT_PREFIX}{meta.stage}"
     report = job.write(target, overwrite=overwrite)
     console.print(
         f"wrote {report.tensors:,} tensors, {report.parameters:,} parameters, {report.num_bytes / 2**20:,.1f} MiB "

@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from m1_data.storage.manifest import MANIFEST
 from m1_stages.config.load import load_config
+from m1_stages.run_dir import REPORT
 from m1cli.console import console
 
 
@@ -17,7 +18,5 @@ def report_command(path: Path, overrides: list[str], out: Path | None) -> None:
 
     resolved = load_config(path, overrides)
     manifest = resolved.path(resolved.config.data.out) / MANIFEST
-    written = write_report(
-        resolved.run_dir, manifest if manifest.is_file() else None, out or resolved.run_dir / "report.html"
-    )
+    written = write_report(resolved.run_dir, manifest if manifest.is_file() else None, out or resolved.run_dir / REPORT)
     console.print(f"wrote [bold]{escape(str(written))}[/]", soft_wrap=True)

@@ -9,11 +9,12 @@ from typing import Any
 from rich.table import Table
 
 from m1_stages.checkpoint import CheckpointStore, Committed
-from m1_stages.config import CHECKPOINTS, STAGE_NAMES, ParallelConfig, Resolved
+from m1_stages.config import STAGE_NAMES, ParallelConfig, Resolved
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import plan_stage, previous_stage
 from m1_stages.decay import half_life_tokens, is_released
 from m1_stages.evaluation.results import read_result
+from m1_stages.run_dir import CHECKPOINTS
 from m1cli.console import console
 from m1cli.evaluation import recall_text
 

@@ -149,7 +149,7 @@ def test_stop_saves_exits_75_and_the_same_command_continues(
     assert "Traceback" not in stderr
     done = subprocess.run(command, cwd=prepared, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "takes over its own step" in done.stdout
+    assert "starts from its own step" in done.stdout
     assert "activations kept: on a CPU" in done.stdout
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "StepDone"] == list(range(16))
@@ -169,7 +169,7 @@ def test_two_processes_are_started_and_train(prepared: Path, tmp_path: Path) -> 
     assert "does not divide the 2 processes" in bad.stderr
 
 
-def test_fine_tuning_starts_from_a_stage_and_says_what_it_takes_over(prepared: Path, tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_a_stage_and_says_so(prepared: Path, tmp_path: Path) -> None:
     """The tokenizer of the test data knows no chat; the shipped template is used."""
     chats = [
         {"messages": [{"role": "user", "content": f"{n} + 1 ?"}, {"role": "assistant", "content": f"{n + 1}"}]}
@@ -181,7 +181,7 @@ def test_fine_tuning_starts_from_a_stage_and_says_what_it_takes_over(prepared: P
     assert m1("pretrain", "--stage", "32k", *options, cwd=prepared).returncode == 0
     done = m1("sft", *options, cwd=prepared)
     assert done.returncode == 0, done.stderr
-    assert "fine-tuning takes over weights and optimizer of the final 32k checkpoint" in done.stdout
+    assert "fine-tuning starts from weights and optimizer of the final 32k checkpoint" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["event"] == "StepDone" and r["stage"] == "sft"]
     assert steps

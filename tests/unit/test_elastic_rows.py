@@ -10,15 +10,15 @@ import pytest
 
 from m1_stages.curriculum import StagePlan
 from m1_stages.errors import DataError
-from m1_stages.training.loop import Run
-from m1_stages.training.step_events import row_ids
+from m1_stages.runtime.parallel import Topology
+from m1_stages.training.micro_batches import row_ids
 
 
 def of_ranks(step: int, *, rows: int, dp_size: int, micro_batch_rows: int) -> list[list[list[int]]]:
     """Rows of a step by rank and micro-batch."""
     plan: Any = SimpleNamespace(global_batch_rows=rows, micro_batch_rows=micro_batch_rows)
-    ranks = [SimpleNamespace(topology=SimpleNamespace(dp_rank=rank, dp_size=dp_size)) for rank in range(dp_size)]
-    return [row_ids(cast(Run, rank), cast(StagePlan, plan), step) for rank in ranks]
+    ranks = [SimpleNamespace(dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+    return [row_ids(cast(StagePlan, plan), cast(Topology, rank), step) for rank in ranks]
 
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 2, 3, 4, 8])
@@ -41,9 +41,9 @@ def test_a_batch_that_does_not_divide_is_refused_on_every_rank(dp_size: int) -> 
         for micro_batch_rows in range(1, 5):
             plan: Any = SimpleNamespace(global_batch_rows=rows, micro_batch_rows=micro_batch_rows)
             for rank in range(dp_size):
-                run: Any = SimpleNamespace(topology=SimpleNamespace(dp_rank=rank, dp_size=dp_size))
+                topology: Any = SimpleNamespace(dp_rank=rank, dp_size=dp_size)
                 with pytest.raises(DataError, match=f"^{rows} rows a step do not divide into {dp_size} data-parallel"):
-                    row_ids(run, plan, 0)
+                    row_ids(plan, topology, 0)
 
 
 @pytest.mark.parametrize("schedule", [(1,), (2,), (4,), (4, 2, 1), (1, 8, 2, 16), (16, 1)])

@@ -179,7 +179,7 @@ def test_what_the_guard_did_is_in_the_list_of_events(tmp_path: Path) -> None:
     lines.close()
     page = write_report(tmp_path, None, tmp_path / "r.html").read_text()
     for part in (
-        "32k step 7: spike in grad_norm, 99.2 where 0.5 is the median: skip, decay ramp reverse; "
+        "32k step 7: spike in grad_norm, 99.2, median 0.5: skip, decay ramp reverse; "
         "samples 28, 29, 30, 31, 32, 33, 34, "
         "35 and 2 more",
         "32k step 7 was not finite; repeated: transient",

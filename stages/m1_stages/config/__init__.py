@@ -1,8 +1,6 @@
 """Defines the configuration of a run (``schema``), loads it (``load``) and checks it (``check``). It needs no torch."""
 
 from m1_stages.config.schema import (
-    CHECKPOINTS,
-    METRICS,
     PRESETS,
     STAGE_NAMES,
     VOCAB_MULTIPLE,
@@ -21,8 +19,6 @@ from m1_stages.config.schema import (
 )
 
 __all__ = [
-    "CHECKPOINTS",
-    "METRICS",
     "PRESETS",
     "STAGE_NAMES",
     "VOCAB_MULTIPLE",

@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from m1_stages.config import CHECKPOINTS, STAGE_NAMES, Resolved
+from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.doctor.probes import Finding, Probe, collective_finding, gpu_findings, has_nvidia
 from m1_stages.plan.shapes import count_parameters
 from m1_stages.plan.stage_workload import model_with_vocab
+from m1_stages.run_dir import CHECKPOINTS
 
 _BYTES_PER_PARAMETER = 14
 """Bytes of a checkpoint per parameter: fp32 weights and two moments, and bf16 weights at the most."""

@@ -9,7 +9,7 @@ import torch
 
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
-from m1_stages.config import CHECKPOINTS, STAGE_NAMES, ModelConfig, Resolved
+from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
 from m1_stages.curriculum import SFT
 from m1_stages.decay import Slopes
 from m1_stages.errors import CheckpointError, ConfigError
@@ -18,6 +18,7 @@ from m1_stages.hf.config_json import DTYPES, Lineage
 from m1_stages.hf.export import ExportReport, export
 from m1_stages.hf.tensor_names import PREFILL_BLOCK
 from m1_stages.hf.verify import trained_logits, verify
+from m1_stages.run_dir import CHECKPOINTS
 
 VERIFY_TOKENS = 2 * PREFILL_BLOCK + 88
 """Tokens of a verification: two full blocks of transformers' prefill and a partial one."""
