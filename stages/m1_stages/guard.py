@@ -128,7 +128,9 @@ class Guard:
             self.state.in_band_steps = 0
             return _verdict("apply", "hold", max(warnings, key=lambda d: d.z), "outside of its band")
         self.state.in_band_steps += 1
-        return Verdict(action="apply", ramp="advance" if self.state.in_band_steps >= self.config.in_band_steps else "hold")
+        return Verdict(
+            action="apply", ramp="advance" if self.state.in_band_steps >= self.config.in_band_steps else "hold"
+        )
 
     def _drop(self, seen: Observation, why: _Distance) -> Verdict:
         c, state = self.config, self.state

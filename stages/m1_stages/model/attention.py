@@ -19,7 +19,7 @@ from torch import Tensor
 from m1_kernels import apply_rotary, causal_attention, explain_backend, lightning_attention, lightning_layer
 from m1_stages.config import ModelConfig
 from m1_stages.model.norms import HeadShardedRMSNorm
-from m1_stages.model.packed_seq_params import Packing
+from m1_stages.model.packed_seq_params import PackedSeqParams
 
 
 class _Attention(MegatronModule):
@@ -75,7 +75,7 @@ class LightningAttention(_Attention):
         if self.log_decay is None or mine != self._slopes:  # a copy to the device waits for all that is queued
             self._slopes, self.log_decay = mine, -torch.tensor(mine, dtype=torch.float32, device=device)
 
-    def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, **_: Any) -> tuple[Tensor, None]:
         """[this rank's tokens, 1, hidden] to the same."""
         if self.log_decay is None:
             raise RuntimeError("set_slopes was not called")
@@ -125,7 +125,7 @@ class SoftmaxAttention(_Attention):
         self.linear_qkv = self._input_projection()
         self.rope_base = 0.0
 
-    def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, **_: Any) -> tuple[Tensor, None]:
         """[this rank's tokens, 1, hidden] to the same."""
         projected, _bias = self.linear_qkv(hidden_states)
         grouped = projected.view(1, -1, self.num_groups, self.group + 2, self.head_dim)
