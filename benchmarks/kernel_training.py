@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m1_kernels import lightning_attention
-from m1_kernels.lightning.dispatch import triton_refusal
+from m1_kernels.triton_support import lightning_refusal
 
 VOCAB, FP32_BOUND, EPS = 64, 1e-4, 1e-6
 SHARES = (0.43, 0.31, 0.19)  # of the tokens, and one document of the rest
@@ -198,8 +198,7 @@ def measure(size: Size, device: str, seeds: int) -> dict[str, Any]:
     """Losses of all arms that run on this device, why others do not, and the spread over the seeds."""
     kernels, refused = {}, {}
     for name, arm in KERNELS.items():
-        q = torch.empty(1, 1, size.heads, size.head_dim, dtype=arm.dtype, device=device)
-        reason = triton_refusal(q, q)
+        reason = lightning_refusal(torch.device(device), arm.dtype, (size.head_dim, size.head_dim))
         if reason:
             refused[name] = reason
         else:

@@ -1,19 +1,28 @@
 """Math on tensors. Knows nothing of Megatron, of configurations or of this project."""
 
+from m1_kernels.backend_choice import BackendChoice
 from m1_kernels.cross_entropy.linear import linear_cross_entropy
 from m1_kernels.host_inputs import HostInputs
-from m1_kernels.lightning.dispatch import explain_backend, lightning_attention, lightning_decode, lightning_layer
-from m1_kernels.moe.experts import grouped_experts, mix_experts
+from m1_kernels.lightning.decode import lightning_decode
+from m1_kernels.lightning.dispatch import choose_backend, explain_backend, lightning_attention
+from m1_kernels.lightning.fused_layer import lightning_layer
+from m1_kernels.moe.experts import choose_expert_backend, grouped_experts, mix_experts
 from m1_kernels.norm.rms_norm import add_rms_norm
 from m1_kernels.recompute import recomputed, recomputing
-from m1_kernels.softmax_attention.attention import causal_attention
+from m1_kernels.softmax_attention.attention import causal_attention, choose_softmax_backend
 from m1_kernels.softmax_attention.rotary import apply_rotary
+from m1_kernels.triton_support import choose_elementwise_backend
 
 __all__ = [
+    "BackendChoice",
     "HostInputs",
     "add_rms_norm",
     "apply_rotary",
     "causal_attention",
+    "choose_backend",
+    "choose_elementwise_backend",
+    "choose_expert_backend",
+    "choose_softmax_backend",
     "explain_backend",
     "grouped_experts",
     "lightning_attention",

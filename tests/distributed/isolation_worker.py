@@ -103,12 +103,12 @@ def _largest_change(a: Tensor, b: Tensor) -> float:
 def _kernel(job: dict[str, Any]) -> Subject:
     """q, k, v and gate, and the gradient of the output."""
     from m1_kernels import causal_attention, lightning_attention, lightning_layer
-    from m1_stages.model.packed_seq_params import Packing
+    from m1_stages.model.packed_seq_params import PackedSeqParams
 
     def run(inputs: list[Tensor], batch: PackedBatch, group: Any) -> list[Tensor]:
         *parts, grad = (x[None] for x in inputs)
         q, k, v, gate = (x.clone().requires_grad_() for x in parts)
-        shards = Packing.of(batch, group).shards
+        shards = PackedSeqParams.of(batch, group).shards
         wanted = [q, k, v]
         if job["backend"] == "softmax":
             out = causal_attention(q, k[:, :, :KV_HEADS], v[:, :, :KV_HEADS], shards=shards)
@@ -138,7 +138,7 @@ def _built() -> Any:
 
 def _layer(job: dict[str, Any]) -> Subject:
     """Hidden states of one attention layer, and the gradient of its output."""
-    from m1_stages.model.packed_seq_params import Packing
+    from m1_stages.model.packed_seq_params import PackedSeqParams
 
     attention = (
         _built().decoder.layers[{"lightning": 0, "softmax": MODEL.num_layers - 1}[job["attention"]]].self_attention
@@ -147,7 +147,7 @@ def _layer(job: dict[str, Any]) -> Subject:
     def run(inputs: list[Tensor], batch: PackedBatch, group: Any) -> list[Tensor]:
         hidden, grad = inputs
         hidden = hidden.clone().requires_grad_()
-        out, _ = attention(hidden, packed_seq_params=Packing.of(batch, group))
+        out, _ = attention(hidden, packed_seq_params=PackedSeqParams.of(batch, group))
         return [out.detach(), *torch.autograd.grad(out, hidden, grad)]
 
     return run

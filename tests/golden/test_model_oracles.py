@@ -130,9 +130,9 @@ def test_lightning_layer_equals_a_float64_quadratic_reference() -> None:
     layer = model.decoder.layers[2].self_attention
     hidden = torch.randn(700, 1, SHAPE.hidden_size, generator=torch.Generator().manual_seed(2))
     lengths = [400, 300]
-    from m1_stages.model.packed_seq_params import Packing
+    from m1_stages.model.packed_seq_params import PackedSeqParams
 
-    packing = Packing.of(packed_batch(torch.zeros(700, dtype=torch.long), lengths), layer.pg_collection.cp)
+    packing = PackedSeqParams.of(packed_batch(torch.zeros(700, dtype=torch.long), lengths), layer.pg_collection.cp)
     with torch.no_grad():
         ours = layer(hidden, packed_seq_params=packing)[0][:, 0]
     x, heads, dim = hidden[:, 0].double(), SHAPE.num_heads, SHAPE.head_dim
@@ -189,12 +189,12 @@ def test_a_changed_token_never_reaches_another_document(changed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["LightningAttention", "SoftmaxAttention"])
 def test_attention_outputs_of_other_documents_are_bit_equal_given_equal_inputs(kind: str) -> None:
-    from m1_stages.model.packed_seq_params import Packing
+    from m1_stages.model.packed_seq_params import PackedSeqParams
 
     model = built()
     layer = next(x.self_attention for x in model.decoder.layers if type(x.self_attention).__name__ == kind)
     lengths = [130, 1, 300, 64]
-    packing = Packing.of(packed_batch(torch.zeros(495, dtype=torch.long), lengths), layer.pg_collection.cp)
+    packing = PackedSeqParams.of(packed_batch(torch.zeros(495, dtype=torch.long), lengths), layer.pg_collection.cp)
     hidden = torch.randn(495, 1, SHAPE.hidden_size, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         before = layer(hidden, packed_seq_params=packing)[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m1_kernels import explain_backend, lightning_attention
+from m1_kernels import BackendChoice, explain_backend, lightning_attention
 
 H, DK, DV = 4, 8, 12
 SLOPES = (0.917, 0.06, 4.9e-5, 0.0)
@@ -227,10 +227,10 @@ def test_slow_heads_keep_their_memory_at_32k_tokens() -> None:
 
 
 def test_auto_runs_chunked_and_says_why() -> None:
-    name, reason = explain_backend()
-    assert name == "chunked"
-    assert "no inputs" in reason
-    assert explain_backend("reference") == ("reference", "requested")
+    choice = explain_backend()
+    assert choice.name == "chunked"
+    assert "no inputs" in choice.why
+    assert explain_backend("reference") == BackendChoice("reference", "requested")
 
 
 def small(**changes: Tensor) -> dict[str, Tensor]:

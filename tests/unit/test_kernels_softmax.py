@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m1_kernels import apply_rotary, causal_attention
-from m1_kernels.softmax_attention.attention import explain_softmax_backend
+from m1_kernels.softmax_attention.attention import choose_softmax_backend
 
 LENGTHS = (1, 5, 64, 1, 130, 5)
 
@@ -76,8 +76,8 @@ def test_without_documents_the_row_is_one() -> None:
 
 def test_backend_is_explicit() -> None:
     q, k, v = inputs()
-    assert explain_softmax_backend(q)[0] == "per-document"
-    assert "torch.float32 on cpu" in explain_softmax_backend(q)[1]
+    assert choose_softmax_backend(q.device, q.dtype).name == "per-document"
+    assert "torch.float32 on cpu" in choose_softmax_backend(q.device, q.dtype).why
     with pytest.raises(ValueError, match=r"backend 'varlen' cannot run torch\.float32 on cpu"):
         causal_attention(q, k, v, backend="varlen")
     with pytest.raises(ValueError, match="backend 'flash' is not one of"):

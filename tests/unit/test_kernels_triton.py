@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from m1_kernels import explain_backend, lightning_attention, lightning_decode, lightning_layer
+from m1_kernels import BackendChoice, explain_backend, lightning_attention, lightning_decode, lightning_layer
 from m1_kernels.lightning.gpu import segments as plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,12 +166,12 @@ def test_the_fused_layer_equals_the_eager_one(dtype: torch.dtype, bound: float) 
 
 def test_the_backend_is_explained_and_refused() -> None:
     q = torch.ones(1, 4, 2, 16, device=DEVICE)
-    assert explain_backend("triton", q) == ("triton", "requested")
-    assert explain_backend("auto", q)[0] == ("triton" if q.is_cuda else "chunked")
+    assert explain_backend("triton", q) == BackendChoice("triton", "requested")
+    assert explain_backend("auto", q).name == ("triton" if q.is_cuda else "chunked")
     for wrong, words in ((q.double(), "float64"), (torch.ones(1, 4, 2, 24, device=DEVICE), "24")):
         with pytest.raises(ValueError, match=words):
             explain_backend("triton", wrong)
-        assert explain_backend("auto", wrong)[0] == "chunked"
+        assert explain_backend("auto", wrong).name == "chunked"
 
 
 def test_a_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from m1_kernels.autocast import without_autocast
+from m1_kernels.backend_choice import BackendChoice
 from m1_kernels.recompute import recomputing
 from m1_kernels.triton_support import takes_triton
 
@@ -71,8 +72,18 @@ def _sort(index: Tensor, num_experts: int) -> _Order:
     return _Order(slot // index.shape[1], place.view(index.shape), slot, ends)
 
 
+def choose_expert_backend(device: torch.device, dtype: torch.dtype) -> BackendChoice:
+    """Choose how rows of ``dtype`` on ``device`` meet their experts' weights.
+
+    "grouped-mm" is one product for all experts (``torch.nn.functional.grouped_mm``); "per-expert" is one product each.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return BackendChoice("grouped-mm", "bf16 on a CUDA device: one product for all experts")
+    return BackendChoice("per-expert", f"{dtype} on {device.type}: grouped products take bf16 CUDA tensors only")
+
+
 def _use_grouped_mm(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.bfloat16
+    return choose_expert_backend(x.device, x.dtype).name == "grouped-mm"
 
 
 def _lengths(ends: Tensor) -> list[int]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from m1_kernels.backend_choice import BackendChoice
 from m1_kernels.lightning.chunk_layout import doc_lengths_of
 from m1_kernels.lightning.zigzag import ContextShards, gather_sequence
 
@@ -25,30 +26,33 @@ CUDNN_LENGTHS_PER_OCTAVE = 16
 """cuDNN plans its kernels anew for every length it meets, in tens of milliseconds, so documents are padded to few lengths."""
 
 
-def explain_softmax_backend(q: Tensor, backend: str = "auto") -> tuple[str, str]:
-    """What runs for a request, and why.
+def choose_softmax_backend(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> BackendChoice:
+    """Choose the backend of causal softmax attention for inputs of ``dtype`` on ``device``.
 
-    ``cudnn``: long documents one by one through cuDNN, 1.6 times as fast as flash on Hopper, the others through
-    ``varlen``, one flash kernel for all of them. ``per-document``: one SDPA call each, on any device.
+    ``cudnn`` runs long documents one by one through cuDNN, 1.6 times as fast as flash on Hopper, and the others through
+    ``varlen``. ``varlen`` is one flash kernel for all documents. ``per-document`` is one SDPA call each, on any device.
+
+    Args:
+        backend: the request, one of ``BACKENDS``.
 
     Raises:
-        ValueError: unknown backend, or one that does not take such tensors; nothing else is chosen in its place.
+        ValueError: the backend is unknown or does not take such tensors; nothing else is chosen in its place.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "per-document":
-        return backend, "requested"
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        return BackendChoice(backend, "requested")
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         if backend == "varlen":
-            return backend, "requested"
-        if torch.cuda.get_device_capability(q.device) >= (9, 0) and torch.backends.cudnn.is_available():
-            return "cudnn", "16-bit inputs on Hopper or newer"
+            return BackendChoice(backend, "requested")
+        if torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available():
+            return BackendChoice("cudnn", "16-bit inputs on Hopper or newer")
         if backend == "auto":
-            return "varlen", "16-bit inputs on CUDA: torch.nn.attention.varlen"
-    reason = f"{q.dtype} on {q.device.type}: it takes 16-bit CUDA tensors only"
+            return BackendChoice("varlen", "16-bit inputs on CUDA: torch.nn.attention.varlen")
+    reason = f"{dtype} on {device.type}: it takes 16-bit CUDA tensors only"
     if backend != "auto":
         raise ValueError(f"backend {backend!r} cannot run {reason}" + ", cudnn from Hopper on" * (backend == "cudnn"))
-    return "per-document", reason
+    return BackendChoice("per-document", reason)
 
 
 def causal_attention(
@@ -90,7 +94,8 @@ def causal_attention(
             f"q, k, v are {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; "
             "want [1, T, H, D] and twice [1, T, KV, D] with H a multiple of KV"
         )
-    attend = {"cudnn": _cudnn, "varlen": _varlen, "per-document": _per_document}[explain_softmax_backend(q, backend)[0]]
+    choice = choose_softmax_backend(q.device, q.dtype, backend)
+    attend = {"cudnn": _cudnn, "varlen": _varlen, "per-document": _per_document}[choice.name]
     if shards is not None and shards.group.size() > 1:
         keys, values = gather_sequence(torch.cat([k, v], dim=2)[0], shards).chunk(2, dim=1)
         outs = []

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m1_stages.model.chunks import ModelChunks
+    from m1_stages.model.backends import backend_choices
+    from m1_stages.model.chunks import ModelChunks, build_model
     from m1_stages.model.hybrid import HybridModel
 
-__all__ = ["HybridModel", "ModelChunks", "build_model"]
+__all__ = ["HybridModel", "ModelChunks", "backend_choices", "build_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from m1_stages.model.hybrid import HybridModel
 
         return HybridModel
+    if name == "backend_choices":
+        from m1_stages.model.backends import backend_choices
+
+        return backend_choices
     if name in ("ModelChunks", "build_model"):
         from m1_stages.model import chunks
 

@@ -16,14 +16,21 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from m1_kernels import apply_rotary, causal_attention, explain_backend, lightning_attention, lightning_layer
+from m1_kernels import (
+    BackendChoice,
+    apply_rotary,
+    causal_attention,
+    choose_backend,
+    lightning_attention,
+    lightning_layer,
+)
 from m1_stages.config import ModelConfig
 from m1_stages.model.norms import HeadShardedRMSNorm
-from m1_stages.model.packed_seq_params import Packing
+from m1_stages.model.packed_seq_params import PackedSeqParams
 
 
 class _Attention(MegatronModule):
-    """What both kinds share: the input and output projections over sharded heads."""
+    """The input and output projections over sharded heads, which both kinds share."""
 
     def __init__(
         self, config: TransformerConfig, pg_collection: ProcessGroupCollection, in_rows: int, heads_width: int
@@ -46,7 +53,7 @@ class LightningAttention(_Attention):
     """SiLU on q, k, v; decayed linear attention; RMSNorm over all heads; sigmoid gate; output projection.
 
     One fused projection with rows (head, {q, k, v, gate}, D). Source: MiniMax-01 section 2.2; transformers
-    ``modeling_minimax.py``, ``MiniMaxLightningAttention``. On a CUDA device all between the projections is fused.
+    ``modeling_minimax.py``, ``MiniMaxLightningAttention``. On a CUDA device everything between the projections is fused.
     """
 
     def __init__(
@@ -75,30 +82,37 @@ class LightningAttention(_Attention):
         if self.log_decay is None or mine != self._slopes:  # a copy to the device waits for all that is queued
             self._slopes, self.log_decay = mine, -torch.tensor(mine, dtype=torch.float32, device=device)
 
-    def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, **_: Any) -> tuple[Tensor, None]:
         """[this rank's tokens, 1, hidden] to the same."""
         if self.log_decay is None:
             raise RuntimeError("set_slopes was not called")
         projected, _bias = self.linear_in(hidden_states)
         parts = projected.view(1, -1, self.num_heads, 4, self.head_dim)
         documents = packed_seq_params.documents()
-        if explain_backend("auto", parts)[0] == "triton":
-            group = self.tp_group if self.tp_group.size() > 1 else None
-            out = lightning_layer(
-                parts,
-                self.norm.weight,
-                self.log_decay,
-                eps=self.norm.eps,
-                tp_group=group,
-                **documents,
-            )
-            return self.linear_out(out.view(-1, 1, out.shape[-1]))[0], None
+        backend = choose_backend(parts.device, parts.dtype, (self.head_dim, self.head_dim))
+        if backend.name == "triton":
+            out = self._fused(parts, documents, backend)
+        else:
+            out = self._unfused(parts, documents, backend)
+        return self.linear_out(out)[0], None
+
+    def _fused(self, parts: Tensor, documents: dict[str, Any], backend: BackendChoice) -> Tensor:
+        """[1, T, H, 4, D] to [T, 1, H * D] in one kernel after another, on the backend that was chosen."""
+        assert self.log_decay is not None
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        out = lightning_layer(
+            parts, self.norm.weight, self.log_decay, eps=self.norm.eps, tp_group=group, choice=backend, **documents
+        )
+        return out.view(-1, 1, out.shape[-1])
+
+    def _unfused(self, parts: Tensor, documents: dict[str, Any], backend: BackendChoice) -> Tensor:
+        """[1, T, H, 4, D] to [T, 1, H * D] in PyTorch, with attention on the backend that was chosen."""
+        assert self.log_decay is not None
         q, k, v, gate = parts.unbind(3)
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        out, _state = lightning_attention(q, k, v, self.log_decay, **documents)
-        out = self.norm(out.reshape(out.shape[1], 1, -1))
-        out = out * torch.sigmoid(gate.reshape(out.shape))
-        return self.linear_out(out)[0], None
+        out, _state = lightning_attention(q, k, v, self.log_decay, backend=backend, **documents)
+        normed: Tensor = self.norm(out.reshape(out.shape[1], 1, -1))
+        return normed * torch.sigmoid(gate.reshape(normed.shape))
 
 
 class SoftmaxAttention(_Attention):
@@ -125,7 +139,7 @@ class SoftmaxAttention(_Attention):
         self.linear_qkv = self._input_projection()
         self.rope_base = 0.0
 
-    def forward(self, hidden_states: Tensor, *, packed_seq_params: Packing, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, **_: Any) -> tuple[Tensor, None]:
         """[this rank's tokens, 1, hidden] to the same."""
         projected, _bias = self.linear_qkv(hidden_states)
         grouped = projected.view(1, -1, self.num_groups, self.group + 2, self.head_dim)

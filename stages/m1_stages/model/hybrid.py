@@ -26,7 +26,7 @@ from m1_data.sampling.loader import PackedBatch
 from m1_kernels import HostInputs, linear_cross_entropy
 from m1_stages.config import ModelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
-from m1_stages.model.packed_seq_params import Packing
+from m1_stages.model.packed_seq_params import PackedSeqParams
 from m1_stages.model.spec import block_spec
 
 
@@ -106,19 +106,19 @@ class HybridModel(GPTModel):
         """
         if self._host is not None:
             self._host.begin()
-        packing = Packing.of(batch, self._groups.cp)
-        packing.predict_at = predict_at
+        packed_seq_params = PackedSeqParams.of(batch, self._groups.cp)
+        packed_seq_params.predict_at = predict_at
         out: Tensor = super().forward(
             input_ids=batch.tokens,
             position_ids=batch.position_ids,
             attention_mask=None,
             labels=None if logits else batch.labels,
-            packed_seq_params=packing,
+            packed_seq_params=packed_seq_params,
         )
         return out
 
     def _postprocess(
-        self, hidden_states: Tensor, *, packed_seq_params: Packing, labels: Tensor | None = None, **_: Any
+        self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, labels: Tensor | None = None, **_: Any
     ) -> Tensor:
         if not self.post_process:
             return hidden_states

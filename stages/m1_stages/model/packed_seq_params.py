@@ -1,11 +1,11 @@
-"""How the packing of a batch reaches every layer of the model."""
+"""The packed-sequence parameters that reach every layer of the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.packed_seq_params import PackedSeqParams as MegatronPackedSeqParams
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -14,25 +14,25 @@ from m1_kernels.lightning.zigzag import ContextShards, zigzag_shards
 
 
 @dataclass
-class Packing(PackedSeqParams):
-    """Megatron's packed-sequence parameters with what our layers need besides."""
+class PackedSeqParams(MegatronPackedSeqParams):
+    """Megatron's packed-sequence parameters, and what our layers need in addition."""
 
     cu_seqlens: Tensor | None = None
-    """[documents + 1] int32."""
+    """[documents + 1] int32: where the documents start, and the end."""
     doc_lengths: tuple[int, ...] = ()
-    """The same on the host, so that no layer waits for the device."""
+    """Tokens of each document, on the host, so that no layer waits for the device."""
     positions: Tensor | None = None
     """[T] int64 position of each token in its document."""
     trained_tokens: int = 0
     """Tokens of this micro-batch that carry loss, on this rank."""
     shards: ContextShards | None = None
-    """How the sequence is spread over the context-parallel ranks; None when it is not."""
+    """This rank's share of a sequence that is sharded over the context-parallel ranks; None without context parallelism."""
     predict_at: Tensor | None = None
-    """[P] int64 of this rank's tokens whose predictions are wanted; None: the loss of all tokens."""
+    """[P] int64: the tokens of this rank whose predictions are wanted; None asks for the loss of all tokens."""
 
     @classmethod
-    def of(cls, batch: PackedBatch, cp_group: ProcessGroup) -> Packing:
-        """Take over what a ``PackedBatch`` says.
+    def of(cls, batch: PackedBatch, cp_group: ProcessGroup) -> PackedSeqParams:
+        """Build the parameters of ``batch`` for this rank of ``cp_group``.
 
         Raises:
             ValueError: the batch was not cut for ``cp_group``.

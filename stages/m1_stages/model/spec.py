@@ -22,7 +22,7 @@ from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
 from m1_stages.model.moe import MixtureOfExperts
 from m1_stages.model.norms import RMSNorm
-from m1_stages.model.packed_seq_params import Packing
+from m1_stages.model.packed_seq_params import PackedSeqParams
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bool, on_cpu: bool) -> TransformerConfig:
@@ -112,18 +112,21 @@ class HybridLayer(TransformerLayer):
         self.recompute, self.host = recompute, host
         self.mlp.experts.keep = not recompute
 
-    def forward(self, hidden_states: Tensor, *_: Any, packed_seq_params: Packing, **__: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedSeqParams, **__: Any
+    ) -> tuple[Tensor, None]:
         """[this rank's tokens, 1, hidden] to the same, and no context."""
         self.mlp.router.trained_tokens = packed_seq_params.trained_tokens
-        layer = partial(self._layer, packing=packed_seq_params)
+        layer = partial(self._layer, packed_seq_params=packed_seq_params)
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return layer(hidden_states), None
         keep_softmax = isinstance(self.self_attention, SoftmaxAttention)
         return recomputed(layer, hidden_states, keep_softmax=keep_softmax, host=self.host), None
 
-    def _layer(self, hidden_states: Tensor, packing: Packing) -> Tensor:
+    def _layer(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
         x = self.attn_norm(hidden_states)
-        y = self.mlp_norm.of_sum(x, self.self_attention(x, packed_seq_params=packing)[0], self.alpha, self.beta)
+        attended = self.self_attention(x, packed_seq_params=packed_seq_params)[0]
+        y = self.mlp_norm.of_sum(x, attended, self.alpha, self.beta)
         return torch.add(self.beta * self.mlp(y)[0] if self.beta != 1.0 else self.mlp(y)[0], y, alpha=self.alpha)
 
 

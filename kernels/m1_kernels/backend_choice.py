@@ -1,0 +1,16 @@
+"""The backend that an operator runs on, and the reason, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BackendChoice:
+    """The backend that an operator runs on, and why. An operator that is given a choice takes it without a check."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.why}"
