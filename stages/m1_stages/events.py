@@ -33,6 +33,8 @@ class RunStarted:
     parameters: int
     active_parameters: int
     versions: dict[str, str]
+    backends: dict[str, str]
+    """Backend of each operator and why it was chosen, in words."""
     resumed_from: str
 
 

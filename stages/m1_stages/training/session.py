@@ -163,20 +163,25 @@ def _emitter(run_dir: Path, sinks: Sequence[Sink], *, rank: int) -> tuple[Sink, 
 
 
 def _run_started(resolved: Resolved, run: Run) -> RunStarted:
-    counts = count_parameters(resolved.config.model)
+    from m1_stages.model import backend_choices
+
+    config = resolved.config
+    counts = count_parameters(config.model)
+    backends = backend_choices(config.model, precision=config.run.precision, device=run.device.torch_device)
     latest = run.checkpointer.store.latest()
     return RunStarted(
         command=" ".join(sys.argv),
         run_dir=str(resolved.run_dir),
         config_sha256=resolved.sha256,
-        preset=resolved.config.preset,
+        preset=config.preset,
         device=run.device.name,
-        precision=resolved.config.run.precision,
+        precision=config.run.precision,
         world_size=run.topology.world_size,
         topology=run.topology.sizes(),
         parameters=counts.total,
         active_parameters=counts.active,
         versions={name: version(name) for name in ("m1cli", "torch", "megatron-core")},
+        backends=backends,
         resumed_from=str(latest.path) if latest else "",
     )
 
