@@ -150,7 +150,7 @@ def test_stop_saves_exits_75_and_the_same_command_continues(
     done = subprocess.run(command, cwd=prepared, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "starts from its own step" in done.stdout
-    assert "activations kept: on a CPU" in done.stdout
+    assert "activations kept: recomputation is off on CPU" in done.stdout
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [r["step"] for r in records if r["event"] == "StepDone"] == list(range(16))
 
