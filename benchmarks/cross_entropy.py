@@ -51,7 +51,7 @@ def methods() -> dict[str, Loss]:
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
     except ImportError as error:
-        print(f"Liger is not installed ({error}): its rows are left out", file=sys.stderr)
+        print(f"Liger is not installed ({error}): its rows are skipped", file=sys.stderr)
         return found
     found["Liger, mean"] = lambda h, w, y: liger(h, w, y, reduction="mean")
     found["Liger, per token, fp32 sums"] = lambda h, w, y: liger(h, w, y, reduction="none", accum_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""How a training curve depends on the precision of the lightning kernel: a small language model, float64 but for it.
+"""Training curves by the precision of the lightning kernel: a small language model, float64 except for the kernel.
 
     python benchmarks/kernel_training.py [--out training.json] [--plot training.svg]
 
@@ -41,7 +41,7 @@ COLORS = {"reference": "#222", "seeds": "#bbb", "fp32": "#1f6f8b", "bf16": "#c9a
 
 
 class Arm(NamedTuple):
-    """How attention is computed."""
+    """The backend and the precision of attention."""
 
     backend: str
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class Size:
     head_dim: int
     width: int
     lengths: tuple[int, ...]
-    """Of the documents of a batch."""
+    """Tokens of each document of a batch."""
     layers: int = 4
     steps: int = 50
     lr: float = 2e-3

@@ -152,7 +152,7 @@ def errors(attend: Attend, heads: int, tokens: int, layer: int) -> dict[str, flo
 
 
 def eager_layer(attend: Attend, x: Tensor, weight: Tensor, decay: Tensor) -> Tensor:
-    """The lightning layer as one writes it first: SiLU, the kernel, RMSNorm in fp32, sigmoid gate."""
+    """The lightning layer in eager PyTorch: SiLU, the kernel, RMSNorm in fp32, sigmoid gate."""
     q, k, v, gate = x.unbind(3)
     out, _ = attend(F.silu(q), F.silu(k), F.silu(v), decay, (x.shape[1],))
     y = out.flatten(2).float()

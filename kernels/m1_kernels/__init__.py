@@ -1,4 +1,4 @@
-"""Math on tensors. Knows nothing of Megatron, of configurations or of this project."""
+"""Math on tensors. This package knows nothing of Megatron, of configurations or of the rest of this project."""
 
 from m1_kernels.backend_choice import BackendChoice
 from m1_kernels.cross_entropy.linear import linear_cross_entropy

@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def without_autocast(function: F) -> F:
     """Wrap the ``forward`` or ``backward`` of an autograd function so that autocast does not reach its matrix products.
 
-    ``torch.amp.custom_fwd`` does the same for one device type named when the class is written.
+    ``torch.amp.custom_fwd`` does the same for one device type, which must be named when the class is written.
     """
 
     @wraps(function)

@@ -23,21 +23,21 @@ _SOFTMAX_OPS = (
 
 
 def recomputing() -> bool:
-    """Whether the present forward pass only restores what a backward pass needs; its result is not looked at."""
+    """Whether the present forward pass only restores what a backward pass needs; nobody reads its result."""
     return _recomputing.get()
 
 
 def recomputed(
     layer: Callable[[Tensor], Tensor], x: Tensor, *, keep_softmax: bool, host: HostInputs | None = None
 ) -> Tensor:
-    """``layer(x)``, of which only ``x`` is kept; the rest is computed again when the gradient is wanted.
+    """Compute ``layer(x)`` and keep only ``x``; everything else is computed again in the backward pass.
 
     Args:
-        layer: takes and returns one tensor; must be a pure function of it.
-        x: the input.
+        layer: a pure function of one tensor that returns one tensor.
+        x: the input, any shape.
         keep_softmax: also keep output and log-sum-exp of every softmax attention, 2 + 4 / D bytes a channel in bf16:
             at a million tokens its forward pass is a quarter of the step.
-        host: where ``x`` waits; None: on the device.
+        host: offloads ``x`` between forward and backward; None keeps it on the device.
     """
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

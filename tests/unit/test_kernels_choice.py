@@ -46,7 +46,7 @@ def test_the_choices_on_a_cpu(precision: str, dtype: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(triton_support, "find_spec", lambda name: object())
     assert backend_choices(SHAPE, precision=precision, device=torch.device("cpu")) == {
         "lightning attention": "chunked: Triton kernels need a CUDA device, not cpu (or TRITON_INTERPRET=1, for tests)",
-        "softmax attention": f"per-document: {dtype} on cpu: it takes 16-bit CUDA tensors only",
+        "softmax attention": f"per-document: {dtype} on cpu: the other backends take 16-bit CUDA tensors only",
         "experts": f"per-expert: {dtype} on cpu: grouped products take bf16 CUDA tensors only",
         "element-wise kernels": "pytorch: Triton kernels need a CUDA device, not cpu",
     }
@@ -64,7 +64,7 @@ def test_the_choices_in_bf16_on_a_gpu(a_gpu: pytest.MonkeyPatch) -> None:
 def test_the_choices_in_fp32_on_a_gpu(a_gpu: pytest.MonkeyPatch) -> None:
     assert backend_choices(SHAPE, precision="fp32", device=CUDA) == {
         "lightning attention": "triton: fastest on a CUDA device",
-        "softmax attention": "per-document: torch.float32 on cuda: it takes 16-bit CUDA tensors only",
+        "softmax attention": "per-document: torch.float32 on cuda: the other backends take 16-bit CUDA tensors only",
         "experts": "per-expert: torch.float32 on cuda: grouped products take bf16 CUDA tensors only",
         "element-wise kernels": "triton: one pass over memory on a CUDA device",
     }

@@ -34,7 +34,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Per-token ``logsumexp(logits) - logits[label]`` with ``logits = hidden.float() @ weight.float().T``.
+    """Compute ``logsumexp(logits) - logits[label]`` of every token with ``logits = hidden.float() @ weight.float().T``.
 
     Logits exist for ``chunk_tokens`` tokens at a time; the backward recomputes them.
 
@@ -43,9 +43,9 @@ def linear_cross_entropy(
         weight: [V_local, h], this rank's rows of the head.
         labels: [T] int64 in [0, valid_vocab); the loss of any other label is NaN, which no later step can overlook.
         valid_vocab: vocabulary without padding rows; logits of padding rows count as -inf.
-        chunk_tokens: tokens whose logits exist together; the peak is [chunk_tokens, V_local] in fp32 and once in the
-            products' dtype. None: as many as
-            1 GiB allows for both, but 1,024 at least (4,096 for 32,000 rows, 5,120 for 25,008, 1,024 for 200,064).
+        chunk_tokens: tokens whose logits exist at the same time; the peak is [chunk_tokens, V_local] in fp32 and once in
+            the products' dtype. None: as many as 1 GiB allows for both, but 1,024 at least (4,096 for 32,000 rows, 5,120
+            for 25,008, 1,024 for 200,064).
         tp_group: ranks that share the vocabulary, in order of their rows; None when ``weight`` is the whole head.
 
     Returns:
@@ -96,7 +96,7 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 def _statistics(logits: Tensor, labels: Tensor, first_row: int, valid: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the first ``valid`` columns: largest logit, sum of exp(logit - largest), logit of the label or 0; [c] each."""
+    """Largest logit, sum of exp(logit - largest), logit of the label or 0, over the first ``valid`` columns; [c] each."""
     if takes_triton(logits):
         from m1_kernels.cross_entropy.chunk_triton import statistics
 

@@ -1,4 +1,4 @@
-"""How packed documents are laid out into chunks for the chunked backend.
+"""The layout of packed documents in chunks, for the chunked backend.
 
 Every document starts a chunk of its own, so no chunk ever holds two documents. Chunks are ordered by their rank inside
 the document (all first chunks, then all second ones, ...), documents longest first: the documents that still have a
@@ -72,13 +72,13 @@ def chunk_layout(doc_lengths: tuple[int, ...], chunk: int, device: torch.device)
 
 
 def _widths(counts_descending: Tensor) -> Tensor:
-    """Documents that have a chunk of each rank."""
+    """The number of documents that have a chunk of each rank."""
     ranks = torch.arange(int(counts_descending[0]))
     return torch.searchsorted(-counts_descending, -ranks, right=False).clamp(min=0) if len(ranks) else ranks
 
 
 def doc_lengths_of(q: Tensor, cu_seqlens: Tensor | None, doc_lengths: Sequence[int] | None) -> tuple[int, ...]:
-    """Checked document lengths on the host; without them a GPU's ``cu_seqlens`` is read, which waits for the device.
+    """Check the documents and return their lengths on the host. A GPU's ``cu_seqlens`` is read only without ``doc_lengths``.
 
     Raises:
         TypeError: ``cu_seqlens`` is not of integers.

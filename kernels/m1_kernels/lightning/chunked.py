@@ -34,7 +34,7 @@ def lightning_attention_chunked(
     initial_state: Tensor | None,
     shards: ContextShards | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Packed [tokens, H, D] inputs; returns o [tokens, H, Dv] in v's dtype and final states [documents, H, Dk, Dv]."""
+    """Take packed inputs [tokens, H, D] and return o [tokens, H, Dv] in v's dtype and final states [documents, H, Dk, Dv]."""
     layout = chunk_layout(doc_lengths, CPU_CHUNK_TOKENS if q.device.type == "cpu" else GPU_CHUNK_TOKENS, q.device)
     if initial_state is None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

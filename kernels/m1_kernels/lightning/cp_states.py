@@ -38,7 +38,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class ShardCut:
-    """What one shard holds of the packed documents."""
+    """The parts of the packed documents that one shard holds."""
 
     doc_lengths: tuple[int, ...]
     """Tokens of each document inside the shard, in order, each >= 1."""
@@ -48,7 +48,7 @@ class ShardCut:
     """The last document goes on in the next shard."""
 
     def reversed(self) -> ShardCut:
-        """The same shard read from its last token to its first."""
+        """Return this shard as read from its last token to its first."""
         return ShardCut(self.doc_lengths[::-1], self.into_next, self.from_previous)
 
 
@@ -73,7 +73,7 @@ def cut_shards(doc_lengths: Sequence[int], shard_lengths: Sequence[int]) -> tupl
 
 
 def entering_states(local: Tensor, log_decay: Tensor, cuts: Sequence[ShardCut]) -> Tensor:
-    """The state that enters every shard: the prefix sum over shards.
+    """Compute the state that enters every shard: the prefix sum over shards.
 
     Args:
         local: [shards, H, K, V] fp32 or fp64: end state of each shard's last document, from a zero state.
@@ -101,7 +101,7 @@ def entering_states(local: Tensor, log_decay: Tensor, cuts: Sequence[ShardCut]) 
 
 
 def leaving_state_gradients(local: Tensor, log_decay: Tensor, cuts: Sequence[ShardCut]) -> Tensor:
-    """The gradient dS_out of the state that leaves every shard: the suffix sum over shards.
+    """Compute the gradient dS_out of the state that leaves every shard: the suffix sum over shards.
 
     Args:
         local: [shards, H, K, V] fp32 or fp64: dS_local, gradient of the state entering each shard's first document, from

@@ -14,7 +14,7 @@ def lightning_attention_reference(
     doc_lengths: tuple[int, ...],
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``o_t = sum_{j<=t} exp(log_decay * (t - j)) (q_t . k_j) v_j`` per document, plus the decayed initial state.
+    """Compute ``o_t = sum_{j<=t} exp(log_decay * (t - j)) (q_t . k_j) v_j`` per document, plus the decayed initial state.
 
     Packed [tokens, H, D] inputs; returns o [tokens, H, Dv] and final states [documents, H, Dk, Dv]. Everything is
     computed and returned in float64; autograd works.

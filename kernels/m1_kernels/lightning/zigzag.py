@@ -1,8 +1,8 @@
-"""A packed sequence spread over a group of ranks: who holds which tokens, and what they exchange.
+"""A packed sequence that is sharded over a group of ranks: which rank holds which tokens, and what the ranks exchange.
 
 Zig-zag: the sequence is cut into 2P equal shards and rank r holds shards r and 2P-1-r, so that causal softmax attention costs
 every rank the same and no token ever moves between layer kinds. Lightning layers exchange one fp32 state per shard and head
-(``context_parallel.py``), softmax layers gather keys and values.
+(``cp_states.py``), softmax layers gather keys and values.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class ContextShards:
     """This rank's two shards of a packed sequence; built by ``zigzag_shards``."""
 
     cuts: tuple[ShardCut, ...]
-    """Of all 2P shards, in sequence order."""
+    """The cuts of all 2P shards, in sequence order."""
     group: dist.ProcessGroup
     rank: int
-    """In the group."""
+    """This rank in the group."""
     tokens: int
-    """Of one shard."""
+    """Tokens of one shard."""
     doc_starts: tuple[int, ...]
     """Per shard: where its first document starts in the sequence."""
 
@@ -57,14 +57,14 @@ class ContextShards:
         return any(cut.into_next for cut in self.cuts)
 
     def entering(self, local: Tensor, log_decay: Tensor) -> Tensor:
-        """[2, H, K, V] end states of this rank's shards to the states that enter them; one all-gather.
+        """Turn the end states of this rank's shards, [2, H, K, V], into the states that enter them; one all-gather.
 
         ``local``: as for ``entering_states``, whose rows of shards without a document that goes on are not used.
         """
         return entering_states(self._gather(local), log_decay, self.cuts)[list(self.mine)]
 
     def leaving(self, local: Tensor, log_decay: Tensor) -> Tensor:
-        """[2, H, K, V] gradients of the states that enter this rank's shards to those of the states that leave them."""
+        """Turn the gradients of the states that enter this rank's shards, [2, H, K, V], into those of the states that leave."""
         return leaving_state_gradients(self._gather(local), log_decay, self.cuts)[list(self.mine)]
 
     def _gather(self, local: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ class ContextShards:
         return self.in_sequence(_all_gather(local.contiguous(), self.group), 1)
 
     def in_sequence(self, gathered: Tensor, tokens: int) -> Tensor:
-        """[2P * tokens, ...] by ranks, two shards each, to sequence order."""
+        """Reorder [2P * tokens, ...] from rank order, two shards a rank, to sequence order."""
         shards = gathered.view(-1, 2, tokens, *gathered.shape[1:])
         return torch.cat([shards[:, 0], shards[:, 1].flip(0)]).flatten(0, 1)
 
     def by_ranks(self, sequence: Tensor) -> Tensor:
-        """The inverse of ``in_sequence`` for shards of ``tokens`` tokens."""
+        """Invert ``in_sequence`` for shards of ``tokens`` tokens."""
         first, second = sequence.view(2, -1, self.tokens, *sequence.shape[1:])
         return torch.stack([first, second.flip(0)], dim=1).flatten(0, 2)
 
@@ -124,6 +124,6 @@ class _GatherSequence(torch.autograd.Function):
 
 
 def gather_sequence(x: Tensor, shards: ContextShards) -> Tensor:
-    """[2 * tokens, ...] of every rank to the whole sequence [2P * tokens, ...]; gradients are summed over the ranks."""
+    """Gather [2 * tokens, ...] of every rank into the whole sequence [2P * tokens, ...]; gradients are summed over the ranks."""
     result: Tensor = _GatherSequence.apply(x, shards)
     return result

@@ -26,7 +26,7 @@ TILE_TOKENS = 65_536
 def mix_experts(
     x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tensor, *, keep: bool, tile_tokens: int = TILE_TOKENS
 ) -> Tensor:
-    """Every token through its experts, all of which are here.
+    """Send every token through its experts, all of which are on this rank.
 
     Args:
         x: [T, h].
@@ -45,7 +45,7 @@ def mix_experts(
 
 
 def grouped_experts(rows: Tensor, counts: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, *, keep: bool) -> Tensor:
-    """rows [M, h] sorted by expert, ``counts`` [E] of them each, combine weights [M]: every row through its expert."""
+    """Send every row through its expert: rows [M, h] sorted by expert, ``counts`` [E] rows each, combine weights [M]."""
     ends = counts.to(device=rows.device).cumsum(0, dtype=torch.int32)
     out: Tensor = _Grouped.apply(rows, w13, w2, weights, ends, keep)
     return out

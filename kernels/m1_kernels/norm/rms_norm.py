@@ -11,11 +11,11 @@ from m1_kernels.triton_support import takes_triton
 def add_rms_norm(
     x: Tensor, y: Tensor | None, weight: Tensor, *, eps: float, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
-    """``s * rsqrt(mean(s^2) + eps) * weight`` with ``s = alpha * x + beta * y``; one pass over memory on a CUDA device.
+    """Compute ``s * rsqrt(mean(s^2) + eps) * weight`` with ``s = alpha * x + beta * y``; one memory pass on a CUDA device.
 
     Args:
         x: [..., C], any floating dtype.
-        y: like ``x``, or None: ``s = x``, and ``alpha`` and ``beta`` are not looked at.
+        y: like ``x``, or None: ``s = x``, and ``alpha`` and ``beta`` are ignored.
         weight: [C].
         eps: added to the mean of squares.
         alpha, beta: weights of the sum (DeepNorm: the residual's and the sublayer's).

@@ -49,10 +49,11 @@ def choose_softmax_backend(device: torch.device, dtype: torch.dtype, backend: st
             return BackendChoice("cudnn", "16-bit inputs on Hopper or newer")
         if backend == "auto":
             return BackendChoice("varlen", "16-bit inputs on CUDA: torch.nn.attention.varlen")
-    reason = f"{dtype} on {device.type}: it takes 16-bit CUDA tensors only"
+    inputs = f"{dtype} on {device.type}"
     if backend != "auto":
-        raise ValueError(f"backend {backend!r} cannot run {reason}" + ", cudnn from Hopper on" * (backend == "cudnn"))
-    return BackendChoice("per-document", reason)
+        hopper = ", cudnn from Hopper on" if backend == "cudnn" else ""
+        raise ValueError(f"backend {backend!r} cannot run {inputs}: it takes 16-bit CUDA tensors only{hopper}")
+    return BackendChoice("per-document", f"{inputs}: the other backends take 16-bit CUDA tensors only")
 
 
 def causal_attention(
@@ -65,7 +66,7 @@ def causal_attention(
     doc_lengths: Sequence[int] | None = None,
     shards: ContextShards | None = None,
 ) -> Tensor:
-    """Grouped-query causal attention inside each document, scaled by ``1/sqrt(D)``.
+    """Compute grouped-query causal attention inside each document, scaled by ``1/sqrt(D)``.
 
     Documents never see each other, bit for bit. One exception: on CUDA flash sums the gradient of q in no fixed order,
     so that gradient repeats bit for bit only under ``torch.use_deterministic_algorithms(True)``.
@@ -75,9 +76,10 @@ def causal_attention(
         k, v: [1, T, KV, D]; H is a multiple of KV and query head h reads key head ``h // (H / KV)``.
         cu_seqlens: [documents + 1] int32 edges from 0 to T; one document if neither this nor ``doc_lengths`` is given.
         backend: one of ``BACKENDS``.
-        doc_lengths: the same edges as host-side lengths, so that a GPU is not waited for; may stand alone.
-        shards: q, k, v are this rank's tokens of a sequence that is spread over a group; k and v are gathered, their
-            gradients summed over the group. Instead of ``cu_seqlens`` and ``doc_lengths``.
+        doc_lengths: tokens of each document, on the host. They spare the wait for a GPU's ``cu_seqlens``, and replace them
+            where those are None.
+        shards: given when q, k, v are this rank's tokens of a sequence that is sharded over a group. k and v are gathered,
+            and their gradients are summed over the group. ``shards`` replaces ``cu_seqlens`` and ``doc_lengths``.
 
     Returns:
         [1, T, H, D] in q's dtype.
@@ -138,12 +140,13 @@ def _edges(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: int) -> Tensor:
-    """As ``_per_document``. A document with keys before its queries goes to varlen: SDPA's causal mask starts at key 0."""
+    """This does what ``_per_document`` does. A document with keys before its queries goes to varlen, because SDPA's causal
+    mask starts at key 0."""
     own = [n >= CUDNN_TOKENS and not (i == 0 and before) for i, n in enumerate(lengths)]
     outs, start = [], 0
     for long, run in groupby(zip(own, lengths, strict=True), itemgetter(0)):
-        together = tuple(n for _, n in run)
-        for part in [(n,) for n in together] if long else [together]:
+        neighbours = tuple(n for _, n in run)
+        for part in [(n,) for n in neighbours] if long else [neighbours]:
             keys = slice(start + before if start else 0, start + before + sum(part))
             inputs = q[start : start + sum(part)], k[keys], v[keys]
             outs.append(_cudnn_document(*inputs) if long else _varlen(*inputs, part, 0 if start else before))
@@ -169,7 +172,7 @@ def _cudnn_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: int) -> Tensor:
-    """As ``_per_document``: the kernel aligns queries with the last keys of their document."""
+    """This does what ``_per_document`` does: the kernel aligns queries with the last keys of their document."""
     from torch.nn.attention.varlen import varlen_attn
 
     group = q.shape[1] // k.shape[1]

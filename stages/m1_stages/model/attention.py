@@ -83,7 +83,7 @@ class LightningAttention(_Attention):
             self._slopes, self.log_decay = mine, -torch.tensor(mine, dtype=torch.float32, device=device)
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, **_: Any) -> tuple[Tensor, None]:
-        """[this rank's tokens, 1, hidden] to the same."""
+        """Map [this rank's tokens, 1, hidden] to [this rank's tokens, 1, hidden]."""
         if self.log_decay is None:
             raise RuntimeError("set_slopes was not called")
         projected, _bias = self.linear_in(hidden_states)
@@ -97,7 +97,7 @@ class LightningAttention(_Attention):
         return self.linear_out(out)[0], None
 
     def _fused(self, parts: Tensor, documents: dict[str, Any], backend: BackendChoice) -> Tensor:
-        """[1, T, H, 4, D] to [T, 1, H * D] in one kernel after another, on the backend that was chosen."""
+        """[1, T, H, 4, D] to [T, 1, H * D] on the fused Triton kernels."""
         assert self.log_decay is not None
         group = self.tp_group if self.tp_group.size() > 1 else None
         out = lightning_layer(
@@ -106,7 +106,7 @@ class LightningAttention(_Attention):
         return out.view(-1, 1, out.shape[-1])
 
     def _unfused(self, parts: Tensor, documents: dict[str, Any], backend: BackendChoice) -> Tensor:
-        """[1, T, H, 4, D] to [T, 1, H * D] in PyTorch, with attention on the backend that was chosen."""
+        """[1, T, H, 4, D] to [T, 1, H * D] in PyTorch; only the attention runs on the chosen backend."""
         assert self.log_decay is not None
         q, k, v, gate = parts.unbind(3)
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
@@ -140,7 +140,7 @@ class SoftmaxAttention(_Attention):
         self.rope_base = 0.0
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, **_: Any) -> tuple[Tensor, None]:
-        """[this rank's tokens, 1, hidden] to the same."""
+        """Map [this rank's tokens, 1, hidden] to [this rank's tokens, 1, hidden]."""
         projected, _bias = self.linear_qkv(hidden_states)
         grouped = projected.view(1, -1, self.num_groups, self.group + 2, self.head_dim)
         q, k, v = grouped.split([self.group, 1, 1], dim=3)

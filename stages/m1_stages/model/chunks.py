@@ -17,7 +17,7 @@ from m1_stages.model.spec import HybridLayer, transformer_config
 
 
 class ModelChunks(Sequence[HybridModel]):
-    """All chunks of this rank, in model order; what is done to it is done to each of them."""
+    """All chunks of this rank, in model order. Each method applies to every chunk."""
 
     def __init__(self, model: ModelConfig, chunks: Sequence[HybridModel]) -> None:
         self.model_config, self._chunks = model, list(chunks)
@@ -34,16 +34,16 @@ class ModelChunks(Sequence[HybridModel]):
 
     @property
     def layers(self) -> Iterator[HybridLayer]:
-        """Decoder layers of this rank; ``layer_number`` counts all of the model from 1."""
+        """The decoder layers of this rank; ``layer_number`` counts those of the whole model from 1."""
         return chain.from_iterable(chunk.decoder.layers for chunk in self)
 
     @property
     def rope_base(self) -> float:
-        """RoPE base of the softmax layers, wherever they are."""
+        """The RoPE base of the softmax layers."""
         return self[0].rope_base
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of this rank."""
+        """Return the parameters of this rank."""
         return chain.from_iterable(chunk.parameters() for chunk in self)
 
     def set_slopes(self, slopes: list[list[float]]) -> None:
@@ -60,7 +60,7 @@ class ModelChunks(Sequence[HybridModel]):
         """Recompute the activations of every layer in the backward pass, or keep them.
 
         Args:
-            offload: with ``recompute``, the layers' inputs wait in host memory.
+            offload: with ``recompute``, the layers' inputs are offloaded to host memory.
         """
         for chunk in self:
             chunk.set_recompute(recompute, offload=offload)
@@ -70,16 +70,16 @@ class ModelChunks(Sequence[HybridModel]):
         return RoutingStats.of(routing_counts(self).tolist())
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
-        """State by chunk. Keys inside the tensors are global, so any layout loads it."""
+        """Return the state by chunk. Keys inside the tensors are global, so any layout loads it."""
         return {f"chunk_{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what ``sharded_state_dict`` of the same layout gave, filled."""
+        """Load a filled ``sharded_state_dict`` of the same layout."""
         for i, chunk in enumerate(self):
             chunk.load_state_dict(state[f"chunk_{i}"])
 
     def before_each_forward(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Call ``call`` whenever a chunk begins a micro-batch; returns what ends that."""
+        """Call ``call`` whenever a chunk begins a micro-batch, until the returned function is called."""
         handles = [chunk.register_forward_pre_hook(lambda *_: call()) for chunk in self]
 
         def end() -> None:

@@ -34,7 +34,7 @@ def _mark_sharded_weights(module: nn.Module) -> None:
     """Tell the gradient norm which weights are shards.
 
     Megatron sets these attributes while it initialises weights, which we do ourselves; without them tensor-parallel ranks
-    above 0 are left out of the norm, and clipping goes wrong.
+    above 0 are missing from the norm, and clipping goes wrong.
     """
     for part in module.modules():
         if isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)):
@@ -90,18 +90,18 @@ class HybridModel(GPTModel):
         """Recompute the activations of every layer in the backward pass, or keep them.
 
         Args:
-            offload: with ``recompute``, the layers' inputs wait in host memory.
+            offload: with ``recompute``, the layers' inputs are offloaded to host memory.
         """
         self._host = HostInputs() if recompute and offload else None
         for layer in self.decoder.layers:
             layer.set_recompute(recompute, host=self._host)
 
     def forward(self, batch: PackedBatch, *, logits: bool = False, predict_at: Tensor | None = None) -> Tensor:
-        """Per-token loss [1, T] fp32 of this rank's tokens, or ``logits`` [1, T, vocab] fp32.
+        """Return the per-token loss [1, T] fp32 of this rank's tokens, or with ``logits`` [1, T, vocab] fp32.
 
-        In all but the last chunk of a pipeline: hidden states.
+        All chunks of a pipeline but the last return hidden states.
 
-        Logits of all tokens exist only when asked for: meant for verification, not for training. With ``predict_at``, P
+        Logits of all tokens exist only with ``logits``, which is for verification, not for training. With ``predict_at``, P
         indices into this rank's tokens, [P, 2] fp32: the loss there, and 1 where the label is the likeliest token, else 0.
         """
         if self._host is not None:

@@ -32,14 +32,14 @@ class Router(MegatronRouter):
         super().__init__(config=config, pg_collection=pg_collection)
         self.top_k = config.moe_router_topk
         self.trained_tokens = 0
-        """Of the current micro-batch on this data-parallel rank; set by the layer."""
+        """Trained tokens of the current micro-batch on this data-parallel rank; the layer sets them."""
         self.tokens_per_expert: Tensor | None = None
         """Slots per expert since the last ``take_stats``, over all ranks."""
         self.aux_loss: Tensor | None = None
         self.micro_batches = 0
 
     def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[tokens, hidden] to combine weights [tokens, k] fp32 and their experts [tokens, k] int64."""
+        """Map [tokens, hidden] to combine weights [tokens, k] fp32 and their experts [tokens, k] int64."""
         probs = torch.softmax(_Fp32Product.apply(hidden, self.weight), dim=-1)
         top, index = probs.topk(self.top_k, dim=-1)
         weights = top / top.sum(-1, keepdim=True)
@@ -52,7 +52,7 @@ class Router(MegatronRouter):
         raise NotImplementedError
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[tokens, 1, hidden] to combine weights and boolean routing map, [tokens, E], as Megatron's dispatchers take them."""
+        """Map [tokens, 1, hidden] to the combine weights and boolean map, [tokens, E], that Megatron's dispatchers take."""
         weights, index = self.choose(input.view(-1, input.shape[-1]))
         nowhere = weights.new_zeros(weights.shape[0], self.num_experts)
         return nowhere.scatter(1, index, weights), nowhere.bool().scatter(1, index, True)
@@ -85,7 +85,7 @@ class Router(MegatronRouter):
         self.micro_batches += 1
 
     def take_stats(self) -> Tensor:
-        """[1 + E] fp64: mean balance loss and slots per expert since the last call; starts anew."""
+        """Return and reset [1 + E] fp64: mean balance loss and slots per expert since the last call."""
         if self.tokens_per_expert is None or self.aux_loss is None:
             return torch.zeros(1 + self.num_experts, dtype=torch.float64, device=self.weight.device)
         stats = torch.cat([self.aux_loss[None] / self.micro_batches, self.tokens_per_expert])
@@ -101,7 +101,7 @@ class MixtureOfExperts(MoELayer):
         super().__init__(config, parts, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """[tokens, 1, hidden] to the same."""
+        """Map [tokens, 1, hidden] to [tokens, 1, hidden]."""
         if self.ep_group.size() > 1 or self.config.expert_tensor_parallel_size > 1:
             out = super().forward(hidden_states, *args, **kwargs)[0]
             _forget_graph(self.token_dispatcher)
@@ -167,7 +167,7 @@ class GroupedExperts(nn.Module):
             param.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """tokens [M, hidden] sorted by local expert, counts [experts], combine weights [M]; returns [M, hidden]."""
+        """Map tokens [M, hidden] sorted by local expert, counts [experts] and combine weights [M] to [M, hidden]."""
         return grouped_experts(tokens, tokens_per_expert, probs, self.w13, self.w2, keep=self.keep), None
 
     def sharded_state_dict(

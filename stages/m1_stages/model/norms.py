@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, None, self.weight, eps=self.eps)
 
     def of_sum(self, x: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
-        """Of ``alpha x + beta y``, which is not rounded before."""
+        """Return the norm of ``alpha x + beta y``, [..., hidden]; the sum is not rounded before."""
         return add_rms_norm(x, y, self.weight, eps=self.eps, alpha=alpha, beta=beta)
 
 

@@ -1,4 +1,4 @@
-"""What the routers saw in a step: balance loss and load of every expert."""
+"""Statistics of the routers in a step: balance loss and load of every expert."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class RoutingStats:
-    """What the routers saw since the last look."""
+    """Statistics of the routers since they were last read."""
 
     aux_loss: float
     """Balance loss, mean over layers and micro-batches, coefficient included."""
@@ -21,7 +21,7 @@ class RoutingStats:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[float]]) -> RoutingStats:
-        """Of ``routing_counts`` as nested lists."""
+        """Build the statistics from the rows of ``routing_counts``."""
         slots = [max(sum(row[1:]), 1.0) for row in rows]
         return cls(
             aux_loss=sum(row[0] for row in rows) / len(rows),
@@ -31,9 +31,9 @@ class RoutingStats:
 
 @torch.no_grad()
 def routing_counts(chunks: Sequence[Any]) -> Tensor:
-    """[num_layers, 1 + E] fp64 on the device: each layer's balance loss and slots per expert; starts the counters anew.
+    """Return and reset [num_layers, 1 + E] fp64 on the device: each layer's balance loss and slots per expert.
 
-    One reduction over the pipeline, no copy to the host.
+    This takes one reduction over the pipeline and no copy to the host.
 
     Args:
         chunks: this rank's parts of the model, bare or wrapped for data parallelism.

@@ -1,4 +1,4 @@
-"""How the hybrid is put together for Megatron-Core: its configuration and the specification of every layer."""
+"""The hybrid for Megatron-Core: its configuration and the specification of every layer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from m1_stages.model.packed_seq_params import PackedSeqParams
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bool, on_cpu: bool) -> TransformerConfig:
-    """Megatron's configuration of the model; everything that would need Transformer Engine is off."""
+    """Return Megatron's configuration of the model; everything that would need Transformer Engine is off."""
     dtype = torch.bfloat16 if bf16 else torch.float32
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -62,7 +62,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bo
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         pipeline_model_parallel_layout=_pipeline_layout(model, parallel),
-        # In an interleaved pipeline of two both neighbours are one process, and batched messages to it cross in silence.
+        # In an interleaved pipeline of two both neighbours are one process, and batched messages to it are swapped silently.
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         context_parallel_size=parallel.context,
@@ -75,7 +75,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bo
 
 
 def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
-    """What each chunk holds, in Megatron's words; it takes splits that its other settings do not."""
+    """The content of each chunk in Megatron's layout, which takes splits that its other settings do not."""
     if parallel.pipeline == 1:
         return None
     chunks = [["decoder"] * layers for layers in parallel.chunk_layers(model.num_layers)]
@@ -108,14 +108,14 @@ class HybridLayer(TransformerLayer):
         self.mlp_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def set_recompute(self, recompute: bool, *, host: HostInputs | None) -> None:
-        """Recompute this layer's activations in the backward pass, its input waiting in ``host`` if given, or keep them."""
+        """Recompute this layer's activations in the backward pass, or keep them. ``host`` offloads the layer's input."""
         self.recompute, self.host = recompute, host
         self.mlp.experts.keep = not recompute
 
     def forward(
         self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedSeqParams, **__: Any
     ) -> tuple[Tensor, None]:
-        """[this rank's tokens, 1, hidden] to the same, and no context."""
+        """Map [this rank's tokens, 1, hidden] to [this rank's tokens, 1, hidden], and no context."""
         self.mlp.router.trained_tokens = packed_seq_params.trained_tokens
         layer = partial(self._layer, packed_seq_params=packed_seq_params)
         if not (self.recompute and self.training and torch.is_grad_enabled()):
@@ -133,7 +133,7 @@ class HybridLayer(TransformerLayer):
 def block_spec(
     model: ModelConfig, config: TransformerConfig, *, chunk: int | None, recompute: bool
 ) -> TransformerBlockSubmodules:
-    """Specifications of the layers of this pipeline rank, or of its ``chunk``-th chunk, each by its global index."""
+    """Return the specifications of the layers of this pipeline rank, or of its ``chunk``-th chunk, by their global index."""
     first = get_transformer_layer_offset(config, chunk)
     residual = {"alpha": model.residual_alpha, "beta": model.beta, "recompute": recompute}
 

@@ -1,4 +1,4 @@
-"""What surrounds the attention in its layer, in as few passes over memory as it takes.
+"""The element-wise work around the attention in its layer, in as few passes over memory as possible.
 
 The layer's projection is x [tokens, H, {q, k, v, gate}, D]. ``split_silu`` makes q, k, v of it; ``norm_gate`` is
 ``y = o * rsqrt(mean(o^2) + eps) * weight * sigmoid(gate)`` over all heads' channels of a token. All arithmetic is fp32,

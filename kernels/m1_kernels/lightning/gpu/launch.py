@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
 
 
 class Config(NamedTuple):
-    """How one call runs. ``hopper``: the sweeps are those of ``hopper.py``."""
+    """The launch settings of one call. With ``hopper`` the sweeps are those of ``hopper.py``."""
 
     states: Tiles
     sweep: Tiles

@@ -1,4 +1,4 @@
-"""Where a packing is cut: documents into segments, one program each; segments into pieces for their end states."""
+"""The cuts of a packing: documents into segments, one program each; segments into pieces for their end states."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WELL_FILLED = 0.95  # share of the device's slots that one document's programs t
 
 @dataclass(frozen=True, slots=True)
 class Carry:
-    """What one shard of a spread sequence takes from outside and leaves behind, in one direction of time."""
+    """The states that one shard of a sharded sequence receives and sends, in one direction of time."""
 
     sends: int
     """Row of final states that leaves the shard, or -1."""
@@ -42,9 +42,9 @@ class SegmentPlan:
     chains: Tensor
     """[documents whose states are combined, 3]: first segment, end, own number: that document's row of final states."""
     rows: int
-    """Of entering states when there are no initial ones: segments that continue a document."""
+    """Rows of entering states when there are no initial ones: the segments that continue a document."""
     carried: tuple[tuple[Carry, ...], tuple[Carry, ...]]
-    """What goes on from and to other ranks, forward and backward in time: in order of the shards, see ``Carry``."""
+    """The states that cross to and from other ranks, forward and backward in time, in order of the shards."""
 
 
 def segment_tokens(tokens: int, documents: int, heads: int, slots: int) -> int:
