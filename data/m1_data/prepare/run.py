@@ -24,9 +24,9 @@ from m1_data.prepare.clean import ExactDedup, clean
 from m1_data.prepare.encode import Encoder
 from m1_data.prepare.reader import Tally, read_source, source_files
 from m1_data.prepare.shards import ShardWriters
-from m1_data.sampling.mix import Cell, plan_mix
+from m1_data.sampling.mix import plan_mix
 from m1_data.sampling.needles import SHORTEST_TOKENS, Haystack, training_documents
-from m1_data.sampling.packing import key
+from m1_data.seeded_random import derive_seed
 from m1_data.spec import (
     BUCKET_EDGES_TOKENS,
     BUCKET_NAMES,
@@ -36,6 +36,7 @@ from m1_data.spec import (
     StageMix,
     TokenizerSpec,
 )
+from m1_data.storage.cell import Cell
 from m1_data.storage.indexed import IndexedReader
 from m1_data.storage.manifest import MANIFEST, Manifest, ShardEntry, SourceEntry, load_manifest
 from m1_data.tokenizer import LoadedTokenizer, load_tokenizer, save_tokenizer, train_tokenizer
@@ -220,7 +221,7 @@ class _Run:
             )
         haystack = Haystack.of_text([IndexedReader(self.work / entry.prefix) for entry in text])
         shards = self._shards("shards", source, tokenizer)
-        generated = training_documents(haystack, contexts, seed=key("needles", source.name))
+        generated = training_documents(haystack, contexts, seed=derive_seed("needles", source.name))
         for number, ids in enumerate(islice(generated, source.max_docs), 1):
             shards.add(ids)
             self.progress("generate", source.name, number, 0)
