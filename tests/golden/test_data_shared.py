@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from support.shared_data import shared_data, unpack_zst
 
-from m1_data.prepare.clean import ExactDedup, clean
+from m1_data.prepare.clean import clean
+from m1_data.prepare.deduplicate import ExactDedup
 from m1_data.prepare.encode import Encoder
-from m1_data.prepare.reader import Tally, read_source
+from m1_data.prepare.reader import read_source
 from m1_data.prepare.run import prepare
+from m1_data.prepare.tally import Tally
 from m1_data.spec import BUCKET_NAMES, PrepareSpec, SourceSpec, TokenizerSpec
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.tokenizer import LoadedTokenizer, load_tokenizer

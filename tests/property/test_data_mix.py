@@ -8,8 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from m1_data.sampling.mix import TOLERANCE, Cell, interpolate, plan_mix
+from m1_data.sampling.mix import TOLERANCE, interpolate, plan_mix
 from m1_data.spec import StageMix
+from m1_data.storage.cell import Cell
 from m1_stages.errors import DataError
 
 DOMAINS = ("code", "stem", "book", "general")

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m1_data.sampling.mix import Cell
-from m1_data.sampling.packing import CellStream, RowPlanner, best_fit, cut, permutation
+from m1_data.sampling.packing import CellStream, RowPlanner, best_fit, cut
+from m1_data.seeded_random import permutation
+from m1_data.storage.cell import Cell
 
 A, B = Cell("a", "code", "lt32k"), Cell("b", "stem", "lt32k")
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=60).filter(any)

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from m1_data.prepare.clean import may_be_held_out
 from m1_data.prepare.run import prepare
-from m1_data.prepare.shards import HELD_OUT_KEEPS
+from m1_data.prepare.shards import HELD_OUT_KEEPS, may_be_held_out
 from m1_data.sampling.loader import PackedDataset
-from m1_data.sampling.mix import Cell
 from m1_data.sampling.needles import KEY_TOKENS, PAIR_TOKENS
 from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
+from m1_data.storage.cell import Cell
 from m1_data.storage.indexed import IndexedReader
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.storage.store import open_store

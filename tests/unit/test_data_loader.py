@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from m1_data.sampling.loader import PackedDataset, batch_rows
-from m1_data.sampling.mix import Cell
 from m1_data.spec import StageMix
+from m1_data.storage.cell import Cell
 from m1_data.storage.indexed import IndexedWriter
 from m1_data.storage.manifest import Manifest, ShardEntry
 from m1_data.storage.store import Store

@@ -16,7 +16,8 @@ from m1_data.chat.conversations import Conversation, read_conversations
 from m1_data.chat.encoder import ChatEncoder, Encoded
 from m1_data.errors import DataError
 from m1_data.sampling.loader import PackedBatch, Segment, collate
-from m1_data.sampling.packing import best_fit, key, permutation
+from m1_data.sampling.packing import best_fit
+from m1_data.seeded_random import derive_seed, permutation
 
 OverLength = Literal["error", "drop", "truncate"]
 
@@ -146,12 +147,12 @@ class SFTDataset:
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Conversations per row. Best fit needs the same number of rows for any order of equal lengths."""
         if epoch not in self._epochs:
-            order = permutation(len(self._lengths), key(self._seed, "sft", epoch))
+            order = permutation(len(self._lengths), derive_seed(self._seed, "sft", epoch))
             rows, count = best_fit(self._lengths[order], self._seq_len)
             packed: list[list[int]] = [[] for _ in range(count)]
             for conversation, row in zip(order.tolist(), rows.tolist(), strict=True):
                 packed[row].append(conversation)
-            shuffled = permutation(count, key(self._seed, "sft rows", epoch))
+            shuffled = permutation(count, derive_seed(self._seed, "sft rows", epoch))
             self._epochs = {epoch: [packed[i] for i in shuffled]}
         return self._epochs[epoch]
 

@@ -1,8 +1,9 @@
-"""Text to token ids with a fast engine whose ids are proved equal to the tokenizers library in every run."""
+"""Step 5, tokenize and verify: a fast engine encodes, and every run proves a sample of its ids equal to tokenizers'."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,53 @@ from m1_data.errors import DataError, EnvironmentProblem
 from m1_data.tokenizer import LoadedTokenizer
 
 VERIFY_CHARS = 2_000
+"""Characters at the beginning of a text whose ids are compared."""
+
+BATCH_CHARS = 8_000_000
+BATCH_DOCUMENTS = 2_048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedBatch:
+    """Some documents of one source with their token ids."""
+
+    texts: list[str]
+    ids: NDArray[Any]
+    """The token ids of all documents, one after another: uint32 or the engine's own integer type, ``[tokens]``."""
+    offsets: NDArray[np.int64]
+    """Document n has ``ids[offsets[n] : offsets[n + 1]]``; int64 ``[documents + 1]``."""
+    verified_ids: int
+    """Number of ids that were compared with those of the tokenizers library."""
+
+
+def tokenize_and_verify(texts: Iterable[str], encoder: Encoder, *, verify_docs: int) -> Iterator[EncodedBatch]:
+    """Yield the texts with their token ids, in order, in batches of bounded size.
+
+    The first ``verify_docs`` texts are verified, each before its batch is encoded.
+
+    Raises:
+        DataError: the engine's ids differ from those of the tokenizers library.
+    """
+    documents = 0
+    for batch in _batches(texts):
+        verified = encoder.verify(batch[: verify_docs - documents]) if documents < verify_docs else 0
+        ids, offsets = encoder.encode(batch)
+        documents += len(batch)
+        yield EncodedBatch(texts=batch, ids=ids, offsets=offsets, verified_ids=verified)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield lists of at most ``BATCH_DOCUMENTS`` texts and ``BATCH_CHARS`` characters; a longer text is one of its own."""
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        if batch and (chars + len(text) > BATCH_CHARS or len(batch) == BATCH_DOCUMENTS):
+            yield batch
+            batch, chars = [], 0
+        batch.append(text)
+        chars += len(text)
+    if batch:
+        yield batch
 
 
 class Encoder:
@@ -40,12 +88,12 @@ class Encoder:
             ) from error
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """All ids one after another, and the [documents + 1] offsets between documents."""
+        """Return all ids one after another, ``[tokens]``, and the int64 ``[documents + 1]`` offsets between documents."""
         ids, offsets = self._encode(list(texts))
         return ids, offsets
 
     def verify(self, texts: Sequence[str]) -> int:
-        """Compare with the tokenizers library on the beginning of each text; returns how many ids were compared.
+        """Compare the ids of each text's beginning with those of the tokenizers library; return how many were compared.
 
         Raises:
             DataError: an id differs.

@@ -1,12 +1,10 @@
-"""Sources to documents: every record becomes a text or is counted with the reason why not."""
+"""Step 1, read: every record of a source becomes a raw text, or is counted with the reason why it does not."""
 
 from __future__ import annotations
 
 import fnmatch
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -14,35 +12,18 @@ from typing import Any
 import orjson
 
 from m1_data.errors import DataError, EnvironmentProblem
+from m1_data.prepare.tally import Tally
 from m1_data.spec import SourceSpec
 from m1_data.storage.streams import open_lines
 
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(slots=True)
-class Tally:
-    """What happened to the records of one source."""
-
-    records: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    """Records that gave no document, by reason."""
-    noted: Counter[str] = field(default_factory=Counter)
-    """Repairs and remarks on records that did."""
-
-    @property
-    def bad(self) -> int:
-        """Records that are unusable, not merely empty or duplicated."""
-        return sum(
-            count for reason, count in self.rejected.items() if reason not in ("empty", "duplicate", "blank line")
-        )
-
-
 def source_files(source: SourceSpec, base_dir: Path) -> list[Path]:
-    """Files or folders a source reads, sorted.
+    """Return the files or folders that a source reads, sorted; none for the formats datasets and needles.
 
     Raises:
-        DataError: nothing is there.
+        DataError: no file matches the source's path.
     """
     if source.format in ("datasets", "needles"):
         return []
@@ -65,10 +46,14 @@ def source_files(source: SourceSpec, base_dir: Path) -> list[Path]:
 
 
 def read_source(source: SourceSpec, base_dir: Path, tally: Tally) -> Iterator[str]:
-    """Raw texts of a source in a fixed order; what is not a text is counted in ``tally``.
+    """Yield the raw texts of a source in a fixed order.
+
+    Every record is counted in ``tally.records``, and one that holds no text in ``tally.rejected`` with the reason. The
+    generator stops after ``source.max_docs`` texts when that is not 0.
 
     Raises:
-        DataError: a missing, cut, damaged or foreign file.
+        DataError: a file is missing, cut, damaged or of another format.
+        EnvironmentProblem: the source has the format datasets and that library is not installed.
     """
     files = source_files(source, base_dir)
     texts: Iterator[str]
@@ -190,7 +175,7 @@ def _read_datasets(source: SourceSpec, tally: Tally) -> Iterator[str]:
 
 
 def _read_tree(root: Path, source: SourceSpec, tally: Tally) -> Iterator[tuple[str, str]]:
-    """(relative path, text) of every matching file below ``root``, in path order."""
+    """Yield (relative path, text) of every matching file below ``root``, in path order."""
     for path in _tree_files(root, source):
         tally.records += 1
         try:
@@ -219,7 +204,7 @@ def _tree_files(root: Path, source: SourceSpec) -> list[Path]:
 
 
 def _read_packages(roots: list[Path], source: SourceSpec, tally: Tally) -> Iterator[str]:
-    """One document per folder: its files in path order, each under a line with its path."""
+    """Yield one text per folder: its files in path order, each under a line with its path."""
     for root in roots:
         parts = [f"# file: {name}\n{text}" for name, text in _read_tree(root, source, tally)]
         if parts:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from m1_data.errors import DataError
 from m1_data.sampling.mix import MixPlan, interpolate, plan_mix
-from m1_data.sampling.packing import RowPlanner, key
+from m1_data.sampling.packing import RowPlanner
+from m1_data.seeded_random import derive_seed
 from m1_data.spec import StageMix
 from m1_data.storage.store import Store, open_store
 
@@ -172,7 +173,7 @@ class PackedDataset:
         self._planner = RowPlanner(
             lengths,
             lambda progress: interpolate(before, self.mix_plan, progress),
-            seed=key(seed, mix.stage),
+            seed=derive_seed(seed, mix.stage),
             seq_len=seq_len,
             num_rows=num_rows,
         )

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from m1_data.arrays import Floats
 from m1_data.errors import DataError
-from m1_data.spec import CORE_DOMAINS, LENGTH_CLASSES, StageMix
+from m1_data.spec import CORE_DOMAINS, StageMix
+from m1_data.storage.cell import Cell
 
 LONG_QA = "long_qa"
 """Domain that is drawn only in the last fifth of a stage."""
@@ -25,23 +26,7 @@ LONG_QA_FROM = 0.8
 TOLERANCE = 0.005
 """A share further than this from its target is reported with a reason."""
 
-_CLASS_OF_BUCKET = {bucket: name for name, buckets in LENGTH_CLASSES.items() for bucket in buckets}
 _ROUNDS = 500
-
-Floats = npt.NDArray[np.float64]
-
-
-class Cell(NamedTuple):
-    """One source's documents of one length bucket."""
-
-    source: str
-    domain: str
-    bucket: str
-
-    @property
-    def length_class(self) -> str:
-        """short, medium or long."""
-        return _CLASS_OF_BUCKET[self.bucket]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

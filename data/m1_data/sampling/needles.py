@@ -14,8 +14,9 @@ from itertools import count
 import numpy as np
 import numpy.typing as npt
 
+from m1_data.arrays import Ints
 from m1_data.errors import DataError
-from m1_data.sampling.packing import Ints, draws, key, permutation
+from m1_data.seeded_random import derive_seed, permutation, random_uint64
 from m1_data.storage.store import Reader
 
 KEY_TOKENS, VALUE_TOKENS = 4, 4
@@ -61,12 +62,12 @@ class Haystack:
     @classmethod
     def of_random_ids(cls, alphabet: Ints, tokens: int, seed: int) -> Haystack:
         """``tokens`` equally likely ids of ``alphabet``, where there is no text."""
-        picked = draws(tokens, key(seed, "random haystack")) % np.uint64(len(alphabet))
+        picked = random_uint64(tokens, derive_seed(seed, "random haystack")) % np.uint64(len(alphabet))
         return cls(alphabet[picked.astype(np.int64)], alphabet)
 
     def span(self, tokens: int, seed: int) -> Ints:
         """``tokens`` ids from a drawn place on; after the last comes the first."""
-        start = int(draws(1, seed)[0] % np.uint64(len(self.pool)))
+        start = int(random_uint64(1, seed)[0] % np.uint64(len(self.pool)))
         return np.take(self.pool, np.arange(start, start + tokens), mode="wrap")
 
 
@@ -106,11 +107,11 @@ def needle_document(
             f"{length} tokens have no room for {needles} needles of {PAIR_TOKENS} tokens and as many questions",
             fix=f"use {SHORTEST_TOKENS} tokens or more a needle",
         )
-    text = haystack.span(length - PAIR_TOKENS * needles, key(seed, "text", length, sample))
-    order = permutation(needles, key(seed, "order", length, sample))
+    text = haystack.span(length - PAIR_TOKENS * needles, derive_seed(seed, "text", length, sample))
+    order = permutation(needles, derive_seed(seed, "order", length, sample))
     places = np.rint(np.asarray(depths) * text_tokens).astype(np.int64)
     for attempt in range(_ATTEMPTS):
-        numbers = draws(needles * PAIR_TOKENS, key(seed, "needles", length, sample, attempt))
+        numbers = random_uint64(needles * PAIR_TOKENS, derive_seed(seed, "needles", length, sample, attempt))
         picked = (numbers % np.uint64(len(haystack.alphabet))).astype(np.int64)
         pairs = haystack.alphabet[picked].reshape(needles, PAIR_TOKENS)
         document = _assemble(text[:text_tokens], pairs, places, order)
@@ -167,7 +168,7 @@ def training_documents(haystack: Haystack, contexts: Sequence[int], *, seed: int
         context = min(tokens, key=lambda c: (tokens[c], c))
         longest = context - 1
         shortest = min(longest, max(SHORTEST_TOKENS, longest // 16))
-        parts = draws(2 + _MOST_NEEDLES, key(seed, "training", sample)) / 2.0**64
+        parts = random_uint64(2 + _MOST_NEEDLES, derive_seed(seed, "training", sample)) / 2.0**64
         length = round(shortest * (longest / shortest) ** parts[0])
         spacing = _DENSEST * (_SPARSEST / _DENSEST) ** max(0.0, 2 * parts[1] - 1)
         needles = max(1, min(_MOST_NEEDLES, int(length / spacing)))

@@ -8,7 +8,6 @@ is lost or repeated. Nothing here depends on the number of processes.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from m1_data.sampling.mix import Cell
-
-Ints = npt.NDArray[np.int64]
+from m1_data.arrays import Ints
+from m1_data.seeded_random import derive_seed, permutation
+from m1_data.storage.cell import Cell
 
 MAX_WINDOW_ROWS = 1024
 MIN_WINDOW_ROWS = 16
@@ -51,26 +50,6 @@ class Pieces:
             return Pieces(empty, empty, empty, empty)
         fields = ("cell", "document", "start", "length")
         return Pieces(*(np.concatenate([getattr(p, name) for p in parts]) for name in fields))
-
-
-def key(*parts: object) -> int:
-    """A 64-bit key from anything printable; the same on every machine and version."""
-    return int.from_bytes(hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()[:8], "little")
-
-
-def draws(count: int, seed: int) -> npt.NDArray[np.uint64]:
-    """``count`` pseudo-random 64-bit numbers, splitmix64 of (seed + index); the same on every machine and version."""
-    with np.errstate(over="ignore"):
-        x = (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) + np.uint64(seed)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-    return x
-
-
-def permutation(count: int, seed: int) -> Ints:
-    """A permutation of ``range(count)``: positions ordered by ``draws``."""
-    return np.argsort(draws(count, seed), kind="stable").astype(np.int64)
 
 
 def cut(cell: int, documents: Ints, lengths: Ints, seq_len: int) -> Pieces:
@@ -134,7 +113,7 @@ class CellStream:
         while self.taken < upto and self._tokens:
             if self._next == len(self._order):
                 self._epoch += 1
-                self._order = permutation(len(self._lengths), key(self._seed, self._epoch))
+                self._order = permutation(len(self._lengths), derive_seed(self._seed, self._epoch))
                 self._ends = np.cumsum(self._lengths[self._order])
                 self._next = 0
             done = self._epoch * self._tokens
@@ -161,7 +140,7 @@ class RowPlanner:
     Args:
         lengths: document lengths in tokens per cell, in the order that numbers the cells.
         shares: token share per cell at a progress of 0 to 1 through the stage.
-        seed: anything that names the stage's order, e.g. ``key(run_seed, stage)``.
+        seed: anything that names the stage's order, e.g. ``derive_seed(run_seed, stage)``.
         num_rows: rows of the stage; the progress of a row is its number divided by this.
     """
 
@@ -176,7 +155,8 @@ class RowPlanner:
     ) -> None:
         self._cells = list(lengths)
         self._streams = [
-            CellStream(i, np.asarray(lengths[c], dtype=np.int64), key(seed, *c)) for i, c in enumerate(self._cells)
+            CellStream(i, np.asarray(lengths[c], dtype=np.int64), derive_seed(seed, *c))
+            for i, c in enumerate(self._cells)
         ]
         self._shares, self._seed, self._seq_len, self._num_rows = shares, seed, seq_len, num_rows
         self._target = [0.0] * len(self._cells)
@@ -210,12 +190,12 @@ class RowPlanner:
         # Whatever was put off once goes first, then the fullest rows; the rest is put off to the next window.
         ranked = np.lexsort((-fill, ~waited))
         kept, late = ranked[:window_rows], ranked[window_rows:]
-        kept = kept[permutation(len(kept), key(self._seed, "rows", self._planned))]
+        kept = kept[permutation(len(kept), derive_seed(self._seed, "rows", self._planned))]
         place = np.full(count, -1, dtype=np.int64)
         place[kept] = np.arange(len(kept))
         self._carried = pieces.take(np.isin(rows, late))
         chosen = np.flatnonzero(place[rows] >= 0)
-        tie = permutation(len(chosen), key(self._seed, "pieces", self._planned))
+        tie = permutation(len(chosen), derive_seed(self._seed, "pieces", self._planned))
         chosen = chosen[np.lexsort((tie, place[rows[chosen]]))]
         bounds = np.searchsorted(place[rows[chosen]], np.arange(len(kept) + 1))
         self._windows.append(_Window(self._planned, pieces.take(chosen), bounds))

@@ -1,15 +1,44 @@
-"""placeholder until merge"""
+"""Files that survive a crash: after one, a file holds either its old content or its new content, never a part of it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace the content of ``path`` with ``data``; a ``str`` is written as UTF-8.
+
+    The data goes to ``<path>.tmp`` in the same folder, is flushed to disk, and takes the name ``path`` in one rename; then
+    the folder is flushed, so that the new name survives a power failure as well.
+
+    Raises:
+        OSError: the disk is full or failing. The temporary file is removed. ``path`` keeps its old content, unless only
+            the flush of the folder failed: then it has the new one.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error says what went wrong
+            temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the directory entries of ``folder`` to disk, so that renames inside it survive a power failure.
+
+    Raises:
+        OSError: the folder is missing or the disk is failing.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

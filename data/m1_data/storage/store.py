@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m1_data.errors import DataError
-from m1_data.sampling.mix import Cell
+from m1_data.storage.cell import Cell
 from m1_data.storage.indexed import IndexedReader
 from m1_data.storage.manifest import load_manifest
 

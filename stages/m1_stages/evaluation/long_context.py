@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from m1_data.arrays import Ints
 from m1_data.sampling.loader import PackedBatch, Segment, collate, zigzag
 from m1_data.sampling.needles import VALUE_TOKENS, Haystack, needle_document
-from m1_data.sampling.packing import Ints, key
+from m1_data.seeded_random import derive_seed
 from m1_stages.events import NeedleMap, PositionLoss
 from m1_stages.runtime.ddp import TrainableModel
 from m1_stages.runtime.device import Device
@@ -28,7 +29,7 @@ NEAR = 16
 """The control for the loss by position sees pieces of this part of the context."""
 _FIRST_POSITIONS = 16
 _MOST_ROWS = 64
-_SEED = key("needles", "evaluation")
+_SEED = derive_seed("needles", "evaluation")
 
 
 class MarkedRow(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from m1_data.arrays import Ints
 from m1_data.sampling.needles import SHORTEST_TOKENS, Haystack
-from m1_data.sampling.packing import Ints, key
+from m1_data.seeded_random import derive_seed
 from m1_data.storage.store import Store, open_store
 from m1_stages.checkpoint import Committed
 from m1_stages.config import Resolved
@@ -95,7 +96,7 @@ def _haystack(held_out: Store, trained: Store, longest: int) -> tuple[Haystack, 
     if held_out.readers:
         return Haystack.of_text(list(held_out.readers.values())), "held-out text"
     alphabet = Haystack.of_text(list(trained.readers.values())).alphabet
-    return Haystack.of_random_ids(alphabet, longest, key("needles", "evaluation")), "random token ids"
+    return Haystack.of_random_ids(alphabet, longest, derive_seed("needles", "evaluation")), "random token ids"
 
 
 def _longest(held_out: Store, wanted: int, seq_len: int) -> list[Ints]:

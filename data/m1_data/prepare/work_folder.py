@@ -1,0 +1,114 @@
+"""The folder a preparation works in until it is complete, what it keeps there to continue, and what it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from m1_data.prepare.account import SourceRecord
+from m1_data.prepare.deduplicate import ExactDedup
+from m1_data.prepare.reader import source_files
+from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
+from m1_data.storage.durable import flush_folder, write_atomically
+from m1_data.storage.manifest import MANIFEST, Manifest, load_manifest
+
+FORMAT_VERSION = 2
+"""Raised whenever the same inputs would give other bytes, so that existing data is prepared again."""
+
+
+def fingerprint_inputs(
+    spec: PrepareSpec,
+    tokenizer: TokenizerSpec,
+    mixes: Sequence[tuple[StageMix, int]],
+    base_dir: Path,
+    length_scale: float,
+) -> str:
+    """Return the SHA-256 of everything that determines the output: settings, and paths, sizes and times of the files.
+
+    Raises:
+        DataError: a source has no files.
+    """
+    inputs = []
+    for source in spec.sources:
+        for path in source_files(source, base_dir):
+            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            inputs += [(str(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in files]
+    if tokenizer.path:
+        path = (base_dir / Path(tokenizer.path).expanduser()).resolve()
+        inputs += [
+            (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (path, path / "tokenizer.json") if p.is_file()
+        ]
+    values = (FORMAT_VERSION, dataclasses.asdict(spec), dataclasses.asdict(tokenizer), length_scale, inputs)
+    mix_values = [(dataclasses.asdict(mix), tokens) for mix, tokens in mixes]
+    return hashlib.sha256(repr((values, mix_values)).encode()).hexdigest()
+
+
+def find_up_to_date(out: Path, fingerprint: str) -> Manifest | None:
+    """Return the manifest of the data in ``out`` if it was made from the same inputs, else None.
+
+    Raises:
+        DataError: the manifest there is damaged or of another version.
+    """
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = load_manifest(out)
+    return manifest if manifest.fingerprint == fingerprint else None
+
+
+class WorkFolder:
+    """``<out>.partial``. A source is finished there when ``<source>.done`` exists; the file is written last.
+
+    An earlier run's folder is continued when it has the same ``fingerprint``, and otherwise emptied.
+    """
+
+    def __init__(self, out: Path, fingerprint: str) -> None:
+        self._out = out
+        self.path = out.with_name(f"{out.name}.partial")
+        marker = self.path / "fingerprint"
+        if not marker.is_file() or marker.read_text() != fingerprint:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            marker.write_text(fingerprint)
+
+    @property
+    def trained_tokenizer(self) -> Path:
+        """The file of a tokenizer trained by this preparation."""
+        return self.path / "trained.json"
+
+    def load_finished(self, source: SourceSpec, seen: ExactDedup) -> SourceRecord | None:
+        """Return the record of a source that an earlier run finished, or None; ``seen`` gets the texts it had."""
+        path = self.path / f"{source.name}.done"
+        if not path.is_file():
+            return None
+        record = SourceRecord.from_json(path.read_text(encoding="utf-8"))
+        seen.restore((self.path / f"{source.name}.hashes").read_bytes())
+        return record
+
+    def save_finished(self, record: SourceRecord, digests: bytes) -> None:
+        """Mark a source as finished. ``digests`` are those of the texts that it was the first to have.
+
+        Raises:
+            OSError: the disk is full or failing.
+        """
+        write_atomically(self.path / f"{record.source.name}.hashes", digests)
+        write_atomically(self.path / f"{record.source.name}.done", record.to_json())
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the manifest and rename the folder to ``<out>``; an older one is kept beside it as ``<out>.previous``.
+
+        Raises:
+            OSError: the disk is full or failing.
+        """
+        (self.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        kept_to_continue = (*self.path.glob("*.done"), *self.path.glob("*.hashes"))
+        for path in (*kept_to_continue, self.trained_tokenizer, self.path / "fingerprint"):
+            path.unlink(missing_ok=True)
+        if self._out.exists():
+            previous = self._out.with_name(f"{self._out.name}.previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            self._out.rename(previous)
+        self.path.rename(self._out)
+        flush_folder(self._out.parent)
