@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from m1_data.errors import DataError
-from m1_data.sampling.mix import Cell, interpolate, plan_mix
+from m1_data.sampling.mix import interpolate, plan_mix
 from m1_data.spec import StageMix
+from m1_data.storage.cell import Cell
 
 CODE, STEM = Cell("lib", "code", "lt32k"), Cell("math", "stem", "lt32k")
 WEB, NEWS = Cell("web", "general", "lt32k"), Cell("news", "general", "32k-128k")

@@ -7,22 +7,22 @@ import hashlib
 import numpy as np
 import pytest
 
-from m1_data.sampling import packing
-from m1_data.sampling.mix import Cell
-from m1_data.sampling.packing import CellStream, Pieces, RowPlanner, best_fit, cut, permutation
+from m1_data.sampling.packing import CellStream, Pieces, RowPlanner, best_fit, cut
+from m1_data.seeded_random import derive_seed, permutation, random_uint64
+from m1_data.storage.cell import Cell
 
 A, B = Cell("a", "code", "lt32k"), Cell("b", "stem", "lt32k")
 
 
 def test_seeds_and_orders_are_the_same_for_ever() -> None:
     """Another number here would give every interrupted run another order of its data."""
-    assert packing.key(1234, "32k") == 15678641616464869539
-    assert packing.draws(3, 0).tolist() == [
+    assert derive_seed(1234, "32k") == 15678641616464869539
+    assert random_uint64(3, 0).tolist() == [
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
         0x06C45D188009454F,
     ]  # splitmix64's own
-    assert packing.draws(2, 2**64 - 1).tolist() == [16490336266968443936, 16834447057089888969]
+    assert random_uint64(2, 2**64 - 1).tolist() == [16490336266968443936, 16834447057089888969]
     assert permutation(10, 7).tolist() == [1, 8, 5, 7, 0, 9, 4, 6, 3, 2]
 
 

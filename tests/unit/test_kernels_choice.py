@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from packed import packed_batch
+from support.batches import packed_batch
 
 from m1_kernels import BackendChoice, choose_backend, lightning_attention, lightning_layer, triton_support
 from m1_kernels.lightning import dispatch
