@@ -1,4 +1,4 @@
-"""Speed and memory of ``m1 prepare-data`` on a folder of JSON Lines, each run a process of its own.
+"""Measures the speed and memory of ``m1 prepare-data`` on a folder of JSON Lines, each run a process of its own.
 
     python benchmarks/prepare_data.py CORPUS_DIR --tokenizer tokenizer.json [--repeat 3]
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(out: Path, engine: str, files: list[str], tokenizer: Path) -> dict[str, float]:
-    """One run in a fresh process."""
+    """Prepare once in a fresh process; return its bytes of text, tokens, CPU seconds and peak memory in GB."""
     job = json.dumps({"out": str(out), "engine": engine, "files": files, "tokenizer": str(tokenizer.resolve())})
     done = subprocess.run([sys.executable, "-c", RUN, job], capture_output=True, text=True, check=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -68,7 +68,7 @@ def measure(out: Path, engine: str, files: list[str], tokenizer: Path) -> dict[s
 
 
 def make_corpus(work: Path) -> tuple[Path, Path]:
-    """Standard-library sources, each file under several names so that nothing is a duplicate; and a 32k tokenizer."""
+    """Write standard-library sources, several times with different first lines, and a 32k tokenizer; return both paths."""
     from m1_data.spec import TokenizerSpec
     from m1_data.tokenizer import train_tokenizer
 

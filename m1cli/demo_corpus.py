@@ -77,10 +77,10 @@ def _write_jsonl(path: Path, texts: Iterator[str] | tuple[str, ...]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def _functions(root: Path, leave_out: tuple[str, ...]) -> Iterator[str]:
-    """Functions and methods small enough to be short documents, in path order."""
+def _functions(root: Path, excluded: tuple[str, ...]) -> Iterator[str]:
+    """Yield the functions and methods that are small enough to be short documents, in path order."""
     for path in sorted(root.rglob("*.py")):
-        if any(part in leave_out for part in path.relative_to(root).parts):
+        if any(part in excluded for part in path.relative_to(root).parts):
             continue
         try:
             source = path.read_text(encoding="utf-8")
@@ -95,7 +95,7 @@ def _functions(root: Path, leave_out: tuple[str, ...]) -> Iterator[str]:
 
 
 def _general() -> Iterator[str]:
-    """pydoc topics whole and by paragraph, descriptions of installed packages likewise."""
+    """Yield pydoc topics and descriptions of installed packages, each whole and by paragraph."""
     from pydoc_data.topics import topics
 
     texts = [topics[name] for name in sorted(topics)]
@@ -111,7 +111,7 @@ def _general() -> Iterator[str]:
 
 
 def _chats(rng: random.Random) -> Iterator[dict[str, object]]:
-    """About 40 % arithmetic with re-checked steps, 25 % code, the rest general."""
+    """Yield 900 conversations: about 40 % arithmetic with re-checked steps, 25 % code, the rest general."""
     from pydoc_data.topics import topics
 
     code = list(_code_questions())

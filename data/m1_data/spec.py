@@ -1,4 +1,4 @@
-"""What data preparation and sampling are told: plain frozen dataclasses, standard library only.
+"""The settings of data preparation and sampling: plain frozen dataclasses, standard library only.
 
 ``Annotated`` texts are the documentation of the configuration keys; ``m1 init`` and ``m1 config show`` print them.
 """
@@ -47,14 +47,14 @@ class SourceSpec:
         "*.rst",
         "*.txt",
     )
-    exclude: Annotated[tuple[str, ...], "path patterns left out of 'files' and 'packages'"] = ()
+    exclude: Annotated[tuple[str, ...], "path patterns excluded from 'files' and 'packages'"] = ()
     split: Annotated[str, "split for 'datasets'"] = "train"
     max_docs: Annotated[int, "stop after this many documents; 0 means all"] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerSpec:
-    """Which tokenizer to use, or how to train one."""
+    """The choice of a tokenizer, or how to train one."""
 
     path: Annotated[str, "tokenizer.json or a Hugging Face folder; empty: train a byte-level BPE"] = ""
     vocab_size: Annotated[int, "vocabulary of a trained tokenizer, control tokens included"] = 32_000
@@ -66,7 +66,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareSpec:
-    """Everything ``m1 prepare-data`` needs besides the stage mixes."""
+    """The settings of ``m1 prepare-data`` besides the stage mixes."""
 
     out: Annotated[str, "folder of the prepared data, relative to the configuration file"] = "data"
     sources: Annotated[tuple[SourceSpec, ...], "where the text comes from: [[data.sources]] tables"] = ()
@@ -84,7 +84,7 @@ class PrepareSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMix:
-    """What one stage draws from the prepared data. Shares are shares of tokens."""
+    """The mix that one stage draws from the prepared data. Shares are shares of tokens."""
 
     stage: Annotated[str, "stage name"]
     seq_len_tokens: Annotated[int, "tokens a row"]

@@ -1,4 +1,4 @@
-"""Loading, training and storing the tokenizer; every problem is one clear error."""
+"""Loads, trains and stores the tokenizer; every problem is one clear error."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_templa
 
 @dataclass(frozen=True, slots=True)
 class LoadedTokenizer:
-    """A tokenizer as its JSON, with what preparation needs to know of it."""
+    """A tokenizer as its JSON, and what preparation needs to know of it."""
 
     json_bytes: bytes
     reference: Any
     """The tokenizers library's object; control tokens in text stay text."""
     vocab_size: int
-    """One more than the largest id."""
+    """One more than the largest token id."""
     eod_id: int
     eod_token: str
     folder: Path | None
-    """Folder it came from, for its companion files."""
+    """The folder it came from, for its companion files; None for a trained one."""
 
 
 def load_tokenizer(path: Path, eod_token: str) -> LoadedTokenizer:
@@ -78,7 +78,7 @@ def _find_eod(tokenizer: Any, wanted: str, where: str) -> tuple[str, int]:
 
 
 def train_tokenizer(texts: Iterator[str], spec: TokenizerSpec) -> LoadedTokenizer:
-    """Train a byte-level BPE; the same texts give the same tokenizer."""
+    """Train a byte-level BPE and return it; the same texts give the same tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -108,7 +108,7 @@ _SPLIT = (
 
 
 def save_tokenizer(tokenizer: LoadedTokenizer, out: Path) -> None:
-    """Write a folder that transformers loads: the JSON as it is, and companion files (kept, or made)."""
+    """Write a folder that transformers loads: the unchanged JSON and its companion files, copied or made."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_bytes(tokenizer.json_bytes)
     for name in _EXTRA_FILES:

@@ -1,4 +1,4 @@
-"""``m1 prepare-data``: progress while it runs, and an account of every record at the end."""
+"""The command ``m1 prepare-data``: it shows progress while it runs, and an account of every record at the end."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from m1cli.console import console
 
 
 def prepare_command(path: Path, overrides: list[str]) -> None:
-    """Prepare the configured sources."""
+    """Load the configuration at ``path`` and prepare its sources."""
     run_prepare(load_config(path, overrides))
 
 
 def run_prepare(resolved: Resolved) -> Manifest:
-    """Prepare, show progress and the closing account."""
+    """Prepare the sources, print progress and the closing account, and return the manifest."""
     config = resolved.config
     began = time.perf_counter()
     with _Bars(len(config.data.sources)) as bars:
@@ -45,7 +45,7 @@ def run_prepare(resolved: Resolved) -> Manifest:
 
 
 class _Bars:
-    """One line for the source at work; finished sources move the bar."""
+    """Shows one line for the source at work; finished sources move the bar."""
 
     def __init__(self, sources: int) -> None:
         self._progress = Progress(
@@ -91,8 +91,8 @@ class _Bars:
 
 def _account(manifest: Manifest) -> None:
     table = Table(title="sources", title_justify="left")
-    for name in ("source", "domain", "documents", "tokens", "longest", "left out"):
-        table.add_column(name, justify="left" if name in ("source", "domain", "left out") else "right")
+    for name in ("source", "domain", "documents", "tokens", "longest", "excluded"):
+        table.add_column(name, justify="left" if name in ("source", "domain", "excluded") else "right")
     for source in manifest.sources:
         rejected = ", ".join(f"{count:,} {reason}" for reason, count in source.rejected.items())
         table.add_row(

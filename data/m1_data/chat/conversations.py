@@ -1,4 +1,4 @@
-"""Conversations from OpenAI-messages JSON Lines, read strictly: every refusal names file and line."""
+"""Reads conversations from OpenAI-messages JSON Lines, strictly: every refusal names file and line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEYS = {"role", "content", "reasoning_content", "train", "name"}
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn."""
+    """One turn of a conversation."""
 
     role: str
     content: str
@@ -37,7 +37,7 @@ class Conversation:
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
-    """Conversations of a .jsonl, .jsonl.gz or .jsonl.zst file, blank lines skipped.
+    """Yield the conversations of a .jsonl, .jsonl.gz or .jsonl.zst file; blank lines are skipped.
 
     Raises:
         DataError: a missing or damaged file, or a line that is not a conversation.
@@ -50,10 +50,10 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 
 
 def parse_conversation(line: bytes, where: str) -> Conversation:
-    """Decode and check one line.
+    """Decode and check one line and return its conversation.
 
     Raises:
-        DataError: naming ``where``.
+        DataError: the line is not a valid conversation; the error names ``where``.
     """
     try:
         record = orjson.loads(line)

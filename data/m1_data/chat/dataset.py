@@ -34,10 +34,10 @@ _REFLECTION = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SFTStats:
-    """What the conversations amount to."""
+    """Counts over all conversations of a dataset."""
 
     conversations: int
-    """Conversations that are trained."""
+    """Number of conversations that are trained."""
     tokens: int
     trained_tokens: int
     rows: int
@@ -47,11 +47,11 @@ class SFTStats:
     core_target: float
     without_domain: int
     reflections: int
-    """Matches of self-checking phrases ("wait", "let me check", ...) in reasoning and answers."""
+    """Number of matches of self-checking phrases ("wait", "let me check", ...) in reasoning and answers."""
     dropped_over_length: int
     truncated: int
     dropped_untrained: int
-    """Conversations in which no token would be trained."""
+    """Number of conversations in which no token would be trained."""
 
 
 class SFTDataset:
@@ -115,26 +115,26 @@ class SFTDataset:
         for encoded in self._encoded:
             digest.update(len(encoded.ids).to_bytes(8, "little") + encoded.ids.tobytes() + encoded.trained.tobytes())
         self.fingerprint: str = digest.hexdigest()
-        """SHA-256 of all that determines the order."""
+        """SHA-256 of everything that determines the rows and their order."""
 
     def __len__(self) -> int:
         return self.rows_per_epoch
 
     def stats_dict(self) -> dict[str, Any]:
-        """``stats`` as plain JSON types."""
+        """Return ``stats`` in plain JSON types."""
         return dataclasses.asdict(self.stats)
 
     def row(self, index: int) -> list[Segment]:
-        """The conversations of row ``index``, any number from 0; beyond ``rows_per_epoch`` the next epoch begins."""
+        """Return the conversations of row ``index``, 0 or more; from ``rows_per_epoch`` on the next epoch begins."""
         epoch, at = divmod(index, self.rows_per_epoch)
         return [self._segment(i) for i in self._epoch(epoch)[at]]
 
     def batch(self, row_ids: list[int]) -> PackedBatch:
-        """Concatenate rows into one micro-batch."""
+        """Concatenate rows into one micro-batch and return it."""
         return collate([self.row(i) for i in row_ids], row_ids, seq_len=self._seq_len, pad_id=self._encoder.pad_id)
 
     def preview(self, n: int) -> Iterator[list[tuple[str, bool]]]:
-        """The first ``n`` conversations as rendered (text, trained) stretches."""
+        """Yield the first ``n`` conversations, each as a list of rendered (text, trained) spans."""
         for conversation in self._conversations[:n]:
             merged: list[tuple[str, bool]] = []
             for span in self._encoder.spans(conversation):

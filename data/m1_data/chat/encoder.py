@@ -1,4 +1,4 @@
-"""Conversations to token ids with an exact assistant-only loss mask.
+"""Encodes conversations to token ids with an exact assistant-only loss mask.
 
 The template is rendered twice: with the true contents, and with placeholders for them. The second says which parts
 of the text are the template's and which are contents, so that control tokens in contents stay text, and which part of a
@@ -26,7 +26,7 @@ _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 
 
 class Span(NamedTuple):
-    """A stretch of rendered text."""
+    """A part of rendered text with one mask value."""
 
     text: str
     trained: bool
@@ -34,14 +34,14 @@ class Span(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """int64 token ids ``[n]`` and whether each is a training target, bool ``[n]``."""
+    """The int64 token ids ``[n]`` of a conversation, and whether each is a training target, bool ``[n]``."""
 
     ids: npt.NDArray[np.int64]
     trained: npt.NDArray[np.bool_]
 
 
 class ChatEncoder:
-    """A tokenizer folder and a chat template.
+    """Encodes conversations with a tokenizer folder and a chat template.
 
     Args:
         tokenizer_dir: folder with ``tokenizer.json`` and ``tokenizer_config.json``.
@@ -89,7 +89,7 @@ class ChatEncoder:
         self._prompt = self._generation_prompt()
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """Token ids and loss mask of one conversation.
+        """Return the token ids and the loss mask of one conversation.
 
         Raises:
             DataError: the template drops or rewrites contents, or a turn's beginning or end cannot be found in it.
@@ -103,7 +103,7 @@ class ChatEncoder:
         return Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
     def spans(self, conversation: Conversation) -> list[Span]:
-        """The rendered conversation, cut where the mask or the kind of text changes; empty stretches left out."""
+        """Return the rendered conversation, cut where the mask or the kind of text changes, without empty spans."""
         contents: list[tuple[int, str]] = []
         placed = [self._as_dict(m, i, contents) for i, m in enumerate(conversation.messages)]
         parts = _PLACEHOLDER.split(self.template.render(placed))
@@ -224,7 +224,7 @@ def _find_template(folder: Path, config: dict[str, Any], given: Path | None, nam
 
 
 def default_template() -> str:
-    """Source of the template used when the tokenizer has none."""
+    """Return the Jinja source of the template used when the tokenizer has none."""
     return resources.files("m1_data.chat").joinpath("chat_template.jinja").read_text(encoding="utf-8")
 
 

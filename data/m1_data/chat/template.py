@@ -1,4 +1,4 @@
-"""Jinja chat templates from strangers, rendered in a sandbox that counts its steps and its output."""
+"""Renders untrusted Jinja chat templates in a sandbox that limits their steps and their output."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled chat template.
+    """A compiled chat template that renders in the sandbox.
 
     Args:
         source: Jinja source, as transformers' ``apply_chat_template`` takes it.
@@ -85,7 +85,7 @@ class ChatTemplate:
             raise self._failed(error) from error
 
     def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """Render a conversation.
+        """Render a conversation and return its text.
 
         Raises:
             DataError: the template refuses the conversation, or exceeds its limits.

@@ -24,7 +24,7 @@ from m1_data.tokenizer import LoadedTokenizer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRecord:
-    """What one finished source adds to the manifest."""
+    """The part of the manifest that one finished source gives."""
 
     source: SourceEntry
     shards: tuple[ShardEntry, ...]

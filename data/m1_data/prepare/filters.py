@@ -16,10 +16,11 @@ Three rules follow from the rest of the pipeline:
 
 * The result depends on the text alone: the same inputs must give the same bytes, also after an interruption.
 * A reason counts against ``data.max_bad_share`` unless it is in ``tally.HARMLESS_REASONS``.
-* A change of the filters is not an input that the up-to-date check sees: raise ``work_folder.FORMAT_VERSION`` with it, so
-  that existing data is prepared again.
+* The up-to-date check does not see a change of ``FILTERS``: raise ``work_folder.FORMAT_VERSION`` with it, so that existing
+  data is prepared again. A filter with a setting gets a key in ``spec.PrepareSpec``, which that check does see, and is called
+  in ``run.prepare`` beside ``filter_texts``.
 
-The filters also choose the texts that a tokenizer is trained on.
+``FILTERS`` also choose the texts that a tokenizer is trained on. ``tests/unit/test_data_filters.py`` shows how to test one.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ HELD_OUT_ONE_IN = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardTarget:
-    """Where the shards of all sources go, and how they are laid out."""
+    """The place and the layout of the shards of all sources."""
 
     folder: Path
     """The folder that becomes the prepared data."""
@@ -38,16 +38,16 @@ class ShardTarget:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenDocuments:
-    """What ``bucket_and_write`` wrote. The shards are not complete until they are closed."""
+    """The result of ``bucket_and_write``. The shards are not complete until they are closed."""
 
     shards: ShardWriters
     held_out: ShardWriters
     documents: int
-    """Documents of both."""
+    """Number of documents in both."""
     utf8_bytes: int
     """UTF-8 bytes of their texts."""
     verified_ids: int
-    """Sum over the batches."""
+    """Number of ids that were compared with the tokenizers library."""
 
 
 def bucket_and_write(

@@ -1,4 +1,4 @@
-"""What the steps of a preparation report: counts per source, and progress while they work."""
+"""The steps of a preparation report here: counts per source, and progress while they work."""
 
 from __future__ import annotations
 

@@ -48,17 +48,19 @@ class PackedBatch:
     cu_seqlens: Tensor
     """[documents + 1] int32 edges, padding included as documents of its own."""
     doc_lengths: tuple[int, ...]
-    """The same edges as host-side lengths."""
+    """Tokens of each document, padding included: the differences of ``cu_seqlens``, on the host."""
     sample_ids: tuple[int, ...]
-    """Rows in the batch."""
+    """Numbers of the rows in the batch."""
     trained_tokens: int
-    """Sum of ``loss_mask``."""
+    """The sum of ``loss_mask``."""
     shard: tuple[int, int] = (0, 1)
     """This rank's number and the ranks that share the sequence. With several, the tensors with a T axis hold this rank's
     tokens; ``cu_seqlens`` and ``doc_lengths`` describe the whole sequence."""
 
     def zigzag(self, rank: int, ranks: int) -> PackedBatch:
-        """The parts ``rank`` and ``2 * ranks - 1 - rank`` of ``2 * ranks`` equal ones: of causal work, everyone's share.
+        """Return this rank's part of the batch: chunks ``rank`` and ``2 * ranks - 1 - rank`` of ``2 * ranks`` equal ones.
+
+        Every rank gets an equal share of the work of causal attention this way.
 
         Raises:
             DataError: the tokens do not divide into that many parts.
@@ -78,7 +80,7 @@ class PackedBatch:
         return dataclasses.replace(self, **cut, trained_tokens=int(cut["loss_mask"].sum()), shard=(rank, ranks))
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Copy the tensors to ``device``."""
+        """Return the batch with its tensors on ``device``."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
@@ -88,13 +90,16 @@ class PackedBatch:
 
 
 def zigzag(tokens: Tensor, rank: int, ranks: int) -> Tensor:
-    """What context-parallel ``rank`` has of ``[1, T]``: ``[1, T / ranks]``."""
+    """Return the part of ``[1, T]`` that context-parallel ``rank`` has, ``[1, T / ranks]``."""
     parts = tokens.chunk(2 * ranks, 1)
     return tokens if ranks == 1 else torch.cat([parts[rank], parts[2 * ranks - 1 - rank]], 1)
 
 
 def collate(rows: Sequence[Sequence[Segment]], row_ids: Sequence[int], *, seq_len: int, pad_id: int) -> PackedBatch:
-    """Concatenate rows of segments, each padded to ``seq_len`` tokens with one untrained segment of ``pad_id``."""
+    """Concatenate rows of segments into one batch.
+
+    Each row is padded to ``seq_len`` tokens with one untrained segment of ``pad_id``.
+    """
     segments: list[Segment] = []
     for row in rows:
         segments.extend(row)
@@ -118,7 +123,7 @@ def collate(rows: Sequence[Sequence[Segment]], row_ids: Sequence[int], *, seq_le
 
 
 def batch_rows(step: int, *, global_batch: int, dp_rank: int, dp_size: int, micro_batch: int) -> list[list[int]]:
-    """Rows of one data-parallel rank at ``step``, one list per micro-batch.
+    """Return the row numbers of one data-parallel rank at ``step``, one list per micro-batch.
 
     Step s trains rows s * global_batch ... (s + 1) * global_batch - 1 whatever ``dp_size`` is. The ranks' m-th micro-batches
     together are contiguous rows, because the balance loss is taken over them: ranks x micro_batch decides, not either.
@@ -137,7 +142,7 @@ def batch_rows(step: int, *, global_batch: int, dp_rank: int, dp_size: int, micr
 
 
 class PackedDataset:
-    """The rows of one stage. Row i depends on seed, mix, data and ``num_rows`` only.
+    """The rows of one stage. Row i depends on nothing but seed, mix, data, ``seq_len`` and ``num_rows``.
 
     Args:
         data: folder written by ``m1 prepare-data``, or an opened store.
@@ -182,13 +187,13 @@ class PackedDataset:
         for cell, counts in lengths.items():
             digest.update(repr((tuple(cell), len(counts))).encode() + counts.tobytes())
         self.fingerprint: str = digest.hexdigest()
-        """SHA-256 of all that determines the order."""
+        """SHA-256 of everything that determines the rows and their order."""
 
     def __len__(self) -> int:
         return self._num_rows
 
     def row(self, index: int) -> list[Segment]:
-        """The documents' parts that make up row ``index``, without padding.
+        """Return the parts of documents that make up row ``index``, without padding.
 
         The label of a token is the next token of the same document, also for the last token of a piece that was cut
         from a longer document; the document's last token has none.
@@ -212,7 +217,7 @@ class PackedDataset:
         ]
 
     def batch(self, row_ids: list[int]) -> PackedBatch:
-        """Concatenate rows into one micro-batch."""
+        """Concatenate rows into one micro-batch and return it."""
         return collate([self.row(i) for i in row_ids], row_ids, seq_len=self._seq_len, pad_id=self._store.eod_id)
 
     def _segment(self, cell: int, document: int, start: int, length: int) -> Segment:

@@ -1,4 +1,4 @@
-"""Which share of a stage's tokens comes from which part of the data, and how far that is from what was wanted.
+"""The mix of a stage: the share of its tokens that each part of the data gives, and how far that is from the target.
 
 A cell is what one source holds in one length bucket. Shares are fitted to two marginals, length classes and domains, by
 iterative proportional fitting (Deming & Stephan 1940) from the tokens at hand. Where both cannot be met, lengths win.
@@ -39,7 +39,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MixPlan:
-    """Token shares of a stage, what they amount to, and where they miss the target."""
+    """The token shares of a stage, what they amount to, and where they miss the target."""
 
     stage: str
     shares: dict[Cell, float]
@@ -55,7 +55,7 @@ class MixPlan:
     """One sentence for every target that is missed."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """Return the plan in plain JSON types."""
         return {
             "stage": self.stage,
             "shares": [{**cell._asdict(), "share": share} for cell, share in self.shares.items()],
@@ -76,7 +76,7 @@ def plan_mix(
     seq_len_tokens: int | None = None,
     longest: Mapping[Cell, int] | None = None,
 ) -> MixPlan:
-    """Fit token shares to the length classes and domains of ``mix``.
+    """Fit token shares to the length classes and domains of ``mix`` and return the plan.
 
     Domain weights count within the core domains and within the others; ``core_share`` divides the tokens between the
     two groups. A class or domain without data gives its share to those that have some, and a reason says so.
@@ -86,7 +86,7 @@ def plan_mix(
         stage_tokens: tokens the stage draws; None leaves ``max_epochs`` unchecked.
         seq_len_tokens: tokens a row; documents longer than a row will be cut, which is reported.
         longest: tokens of the longest document per cell; long question-answer cells that exceed ``mix.seq_len_tokens``
-            are left out, because a question that is cut off its text teaches nothing.
+            are excluded, because a question that is cut off its text teaches nothing.
 
     Raises:
         DataError: no data for any wanted length class, or ``max_epochs`` passes are fewer tokens than the stage draws.
@@ -156,7 +156,7 @@ def plan_mix(
 
 
 def interpolate(previous: MixPlan | None, current: MixPlan, progress: float) -> dict[Cell, float]:
-    """Token share per cell at ``progress`` (0 to 1) through the stage; sums to 1.
+    """Return the token share of each cell at ``progress`` (0 to 1) through the stage; the shares sum to 1.
 
     Source weights move linearly from the previous stage's to this one's (MiniMax-01, section 4.2), while the length
     classes are this stage's throughout. From ``LONG_QA_FROM`` on, long question-answer data takes its share.

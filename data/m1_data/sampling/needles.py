@@ -32,7 +32,7 @@ _POOL_TOKENS = 2**22
 
 @dataclass(frozen=True, slots=True)
 class Haystack:
-    """What needles are hidden in."""
+    """The text in which needles are hidden."""
 
     pool: Ints
     """Token ids of ordinary text, back to back."""
@@ -41,7 +41,7 @@ class Haystack:
 
     @classmethod
     def of_text(cls, readers: Sequence[Reader]) -> Haystack:
-        """The first documents of each shard, 4M tokens in all at most; the alphabet is the ids they use.
+        """Make a haystack of the first documents of each shard, at most 4M tokens in all; the alphabet is the ids they use.
 
         Raises:
             DataError: there is no text.
@@ -61,19 +61,19 @@ class Haystack:
 
     @classmethod
     def of_random_ids(cls, alphabet: Ints, tokens: int, seed: int) -> Haystack:
-        """``tokens`` equally likely ids of ``alphabet``, where there is no text."""
+        """Make a haystack of ``tokens`` equally likely ids of ``alphabet``, where there is no text."""
         picked = random_uint64(tokens, derive_seed(seed, "random haystack")) % np.uint64(len(alphabet))
         return cls(alphabet[picked.astype(np.int64)], alphabet)
 
     def span(self, tokens: int, seed: int) -> Ints:
-        """``tokens`` ids from a drawn place on; after the last comes the first."""
+        """Return ``tokens`` ids, int64, from a drawn place on; after the pool's last id comes its first."""
         start = int(random_uint64(1, seed)[0] % np.uint64(len(self.pool)))
         return np.take(self.pool, np.arange(start, start + tokens), mode="wrap")
 
 
 @dataclass(frozen=True, slots=True)
 class NeedleDocument:
-    """Token ids and where to look."""
+    """The token ids of a document and the places to look at."""
 
     tokens: Ints
     """[length] int64."""
@@ -142,7 +142,10 @@ def _assemble(text: Ints, pairs: Ints, places: Ints, order: Ints) -> NeedleDocum
 
 
 def _count(tokens: Ints, words: Ints) -> Ints:
-    """How often each of ``words`` [W, KEY_TOKENS] occurs, [W]; equal hashes count too, so it may be too many, never too few."""
+    """Count how often each of ``words`` ``[W, KEY_TOKENS]`` occurs; int64 ``[W]``.
+
+    Equal hashes count as equal words, so a count may be too high, never too low.
+    """
     every, wanted = _hash(np.lib.stride_tricks.sliding_window_view(tokens, KEY_TOKENS)), _hash(words)
     names, which = np.unique(wanted, return_inverse=True)
     at = np.minimum(np.searchsorted(names, every), len(names) - 1)
@@ -157,7 +160,7 @@ def _hash(words: Ints) -> npt.NDArray[np.uint64]:
 
 
 def training_documents(haystack: Haystack, contexts: Sequence[int], *, seed: int) -> Iterator[Ints]:
-    """Documents to learn the task from, without end: each context gets as many tokens as every other.
+    """Yield documents to learn the task from, int64 token ids, without end; each context gets equally many tokens.
 
     A document is between a sixteenth of its context and all of it, less an end-of-document token. Half of them have a needle for
     every 24 tokens, the others for every 24 to 1,024, 256 at most, at drawn depths; lengths and densities are log-uniform.

@@ -39,12 +39,12 @@ class Pieces:
         return len(self.length)
 
     def take(self, index: slice | npt.NDArray[Any]) -> Pieces:
-        """Select pieces by position or mask."""
+        """Return the pieces at a slice, positions or a bool mask."""
         return Pieces(self.cell[index], self.document[index], self.start[index], self.length[index])
 
     @staticmethod
     def concat(parts: Sequence[Pieces]) -> Pieces:
-        """Join in order."""
+        """Return all pieces of ``parts``, in order."""
         if not parts:
             empty = np.empty(0, dtype=np.int64)
             return Pieces(empty, empty, empty, empty)
@@ -53,7 +53,7 @@ class Pieces:
 
 
 def cut(cell: int, documents: Ints, lengths: Ints, seq_len: int) -> Pieces:
-    """Cut documents into pieces of at most ``seq_len`` tokens; empty documents have none."""
+    """Cut documents into pieces of at most ``seq_len`` tokens and return these; empty documents have none."""
     counts = -(-lengths // seq_len)
     owner = np.repeat(np.arange(len(documents)), counts)
     first = np.cumsum(counts) - counts
@@ -67,7 +67,7 @@ def cut(cell: int, documents: Ints, lengths: Ints, seq_len: int) -> Pieces:
 
 
 def best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
-    """Best-fit decreasing: each piece, longest first, goes where it leaves the least space.
+    """Assign pieces to rows by best-fit decreasing: each, longest first, goes where it leaves the least space.
 
     Returns:
         The row of each piece, int64 ``[n]``, and the number of rows. Pieces of equal length keep their order.
@@ -105,7 +105,7 @@ class CellStream:
         self._order = self._ends = np.empty(0, dtype=np.int64)
         self._next = 0
         self.taken = 0
-        """Tokens handed out so far."""
+        """Number of tokens handed out so far."""
 
     def take(self, upto: float, seq_len: int) -> Pieces:
         """Hand out whole documents until at least ``upto`` tokens have been handed out since the beginning."""
@@ -133,7 +133,7 @@ class _Window:
 
 
 class RowPlanner:
-    """Which pieces make up row i, planned as far as asked and no further.
+    """Plans which pieces make up row i, as far as asked and no further.
 
     Planning row i costs the planning of all rows before it: about a second for a million documents.
 
@@ -166,7 +166,7 @@ class RowPlanner:
         self._planned = 0
 
     def row(self, index: int) -> Pieces:
-        """The pieces of row ``index`` (below ``num_rows``), in their order inside the row."""
+        """Return the pieces of row ``index`` (below ``num_rows``), in their order inside the row."""
         while index >= self._planned:
             self._plan_window()
         at = bisect_left(self._windows, index + 1, key=lambda w: w.first_row) - 1

@@ -24,12 +24,12 @@ _HEADER = struct.Struct("<9sQBQQ")
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The dtype Megatron chooses for a vocabulary."""
+    """Return the dtype that Megatron chooses for a vocabulary (``DType.optimal_dtype`` in its ``indexed_dataset.py``)."""
     return np.uint16 if vocab_size < 65_500 else np.int32
 
 
 class IndexedWriter:
-    """Writes one shard; ``close`` makes it complete and returns its figures."""
+    """Writes one shard. ``close`` makes it complete and returns its counts and hashes."""
 
     def __init__(self, prefix: Path, vocab_size: int, eod_id: int) -> None:
         self.prefix, self.dtype = prefix, token_dtype(vocab_size)
@@ -40,14 +40,14 @@ class IndexedWriter:
         self._lengths: list[int] = []
 
     def add(self, ids: NDArray[Any]) -> None:
-        """Append one document, end-of-document token after it; ``ids`` must fit the shard's dtype."""
+        """Append one document, integer ids ``[tokens]`` that fit the shard's dtype, and an end-of-document token."""
         data = ids.astype(self.dtype, copy=False).tobytes() + self._eod
         self._bin.write(data)
         self._sha.update(data)
         self._lengths.append(len(ids) + 1)
 
     def close(self) -> dict[str, Any]:
-        """Write the index, flush both files to disk; returns documents, tokens, sizes and SHA-256 of both files."""
+        """Write the index and flush both files to disk; return the documents, the tokens and both files' SHA-256."""
         self._bin.flush()
         os.fsync(self._bin.fileno())
         self._bin.close()
@@ -78,7 +78,7 @@ class IndexedReader:
     """Reads a shard through a memory map.
 
     Raises:
-        DataError: a missing, truncated or foreign file.
+        DataError: a file is missing, truncated or not Megatron's.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -103,7 +103,7 @@ class IndexedReader:
         return len(self.lengths)
 
     def get(self, document: int, start: int = 0, length: int | None = None) -> NDArray[np.int64]:
-        """Token ids ``[start, start + length)`` of a document, clipped at its end."""
+        """Return the token ids ``[start, start + length)`` of a document, clipped at its end, as int64."""
         size = int(self.lengths[document])
         end = size if length is None else min(size, start + length)
         first = int(self._starts[document])

@@ -17,47 +17,47 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """One IndexedDataset: the documents of one source and length bucket."""
+    """One IndexedDataset with the documents of one source and length bucket."""
 
     source: str
     domain: str
     bucket: str
     prefix: str
-    """Relative to the data folder, without ``.bin``/``.idx``."""
+    """Path relative to the data folder, without ``.bin`` or ``.idx``."""
     documents: int
     tokens: int
-    """End-of-document tokens included."""
+    """Number of tokens; end-of-document tokens are counted."""
     bin_sha256: str
     idx_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceEntry:
-    """What became of one source's records."""
+    """The account of one source's records."""
 
     name: str
     domain: str
     files: tuple[str, ...]
     records: int
     documents: int
-    """For training."""
+    """Number of documents for training."""
     utf8_bytes: int
-    """Of the kept documents after cleaning, held-out ones among them."""
+    """UTF-8 bytes of the kept documents after cleaning, held-out ones among them."""
     tokens: int
-    """End-of-document tokens not counted."""
+    """Number of tokens for training; end-of-document tokens are not counted."""
     longest_tokens: int
     rejected: dict[str, int]
-    """Records that gave no document, by reason; ``duplicate`` among them."""
+    """Number of records that gave no document, by reason; ``duplicate`` is among them."""
     noted: dict[str, int]
     verified_ids: int
-    """Ids compared with the tokenizers library."""
+    """Number of ids that were compared with the tokenizers library."""
     held_out: int = 0
-    """Documents kept out of training."""
+    """Number of documents kept out of training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A prepared data folder."""
+    """The contents and origin of a prepared data folder."""
 
     fingerprint: str
     """SHA-256 of everything that determines the output: specification and input files."""
@@ -76,24 +76,24 @@ class Manifest:
     core_share: float
     """Share of STEM, code, book and reasoning in all tokens at hand."""
     mixes: dict[str, Any]
-    """Per stage: wanted and reached shares, and why a target is missed."""
+    """By stage name: wanted and reached shares, and why a target is missed."""
     held_out: tuple[ShardEntry, ...] = ()
     """Documents that are never trained on; none in data of older versions."""
     schema: int = SCHEMA
 
     @property
     def content_hash(self) -> str:
-        """Changes whenever a token or the tokenizer changes."""
+        """A SHA-256 that changes whenever a training token or the tokenizer changes."""
         parts = [self.tokenizer_sha256, *(f"{s.prefix}:{s.bin_sha256}" for s in self.shards)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The file's text."""
+        """Return the text of ``manifest.json``."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 def load_manifest(data_dir: Path, *, verify_hashes: bool = False) -> Manifest:
-    """Read the manifest of ``data_dir``.
+    """Read and return the manifest of ``data_dir``.
 
     Raises:
         DataError: no prepared data there, a manifest of another version, or (with ``verify_hashes``) a changed shard.

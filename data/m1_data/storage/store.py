@@ -17,28 +17,28 @@ from m1_data.storage.manifest import load_manifest
 
 
 class Reader(Protocol):
-    """Documents of one cell: ``indexed.IndexedReader``, or arrays in memory."""
+    """Reads the documents of one cell: an ``indexed.IndexedReader``, or arrays in memory."""
 
     @property
     def lengths(self) -> npt.NDArray[np.integer[Any]]:
-        """Tokens per document."""
+        """Number of tokens of each document, ``[documents]``; the end-of-document token is counted."""
         ...
 
     def get(self, document: int, start: int, length: int, /) -> npt.NDArray[np.integer[Any]]:
-        """Token ids ``start`` to ``start + length`` of ``document``, clipped at its end."""
+        """Return the token ids ``start`` to ``start + length`` of ``document``, clipped at its end."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Store:
-    """Readers per cell, in a fixed order, and what the ids mean."""
+    """The readers of all cells, in a fixed order, and what the ids mean."""
 
     readers: Mapping[Cell, Reader]
     vocab_size: int
     eod_id: int
     """End-of-document token; also used as padding, where it is never trained."""
     content_hash: str
-    """Changes whenever any token changes."""
+    """A hash that changes whenever any token changes."""
 
 
 def open_store(data_dir: Path, *, held_out: bool = False) -> Store:

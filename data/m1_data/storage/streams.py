@@ -22,7 +22,11 @@ _READ = 1 << 20
 
 
 def compression_of(path: Path) -> str:
-    """``zstd``, ``gzip`` or ``plain``, from the first bytes; the name is only used to refuse empty compressed files."""
+    """Return ``zstd``, ``gzip`` or ``plain``, judged by the first bytes.
+
+    Raises:
+        DataError: the file is empty and its name says that it is compressed.
+    """
     with path.open("rb") as file:
         head = file.read(4)
     if not head and path.suffix in (".zst", ".gz"):
@@ -35,7 +39,7 @@ def compression_of(path: Path) -> str:
 
 
 def open_lines(path: Path) -> Iterator[bytes]:
-    """Lines of ``path`` without their line ends, decompressed, in bounded memory.
+    """Yield the lines of ``path``, decompressed and without their line ends, in bounded memory.
 
     Raises:
         DataError: a cut or damaged file (with the number of complete lines before the damage), or a line over
