@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ class PackedDataset:
         before = plan_mix(tokens, previous, stage_tokens=None) if previous else None
         self._planner = RowPlanner(
             lengths,
-            lambda progress: interpolate(before, self.mix_plan, progress),
+            partial(interpolate, before, self.mix_plan),
             seed=derive_seed(seed, mix.stage),
             seq_len=seq_len,
             num_rows=num_rows,

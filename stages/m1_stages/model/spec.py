@@ -23,6 +23,7 @@ from m1_stages.model.attention import LightningAttention, SoftmaxAttention
 from m1_stages.model.moe import MixtureOfExperts
 from m1_stages.model.norms import RMSNorm
 from m1_stages.model.packed_seq_params import PackedSeqParams
+from m1_stages.model.post_norm import post_norm_layer
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bool, on_cpu: bool) -> TransformerConfig:
@@ -85,11 +86,7 @@ def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[
 
 
 class HybridLayer(TransformerLayer):
-    """Post-norm residual: ``x = norm(h)``, ``y = norm(alpha x + beta attention(x))``, ``h' = alpha y + beta experts(y)``.
-
-    The residual is what the norm returned (DeepNorm, post-norm; transformers ``modeling_minimax.py``,
-    ``MiniMaxDecoderLayer``), so Megatron's own norm and residual slots stay empty.
-    """
+    """A decoder layer with the post-norm residual of ``post_norm_layer``; Megatron's own norm and residual slots stay empty."""
 
     def __init__(
         self,
@@ -117,17 +114,20 @@ class HybridLayer(TransformerLayer):
     ) -> tuple[Tensor, None]:
         """Map [this rank's tokens, 1, hidden] to [this rank's tokens, 1, hidden], and no context."""
         self.mlp.router.trained_tokens = packed_seq_params.trained_tokens
-        layer = partial(self._layer, packed_seq_params=packed_seq_params)
+        attend = partial(self.self_attention, packed_seq_params=packed_seq_params)
+        layer = partial(
+            post_norm_layer,
+            attn_norm=self.attn_norm,
+            attention=attend,
+            mlp_norm=self.mlp_norm,
+            experts=self.mlp,
+            alpha=self.alpha,
+            beta=self.beta,
+        )
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return layer(hidden_states), None
         keep_softmax = isinstance(self.self_attention, SoftmaxAttention)
         return recomputed(layer, hidden_states, keep_softmax=keep_softmax, host=self.host), None
-
-    def _layer(self, hidden_states: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
-        x = self.attn_norm(hidden_states)
-        attended = self.self_attention(x, packed_seq_params=packed_seq_params)[0]
-        y = self.mlp_norm.of_sum(x, attended, self.alpha, self.beta)
-        return torch.add(self.beta * self.mlp(y)[0] if self.beta != 1.0 else self.mlp(y)[0], y, alpha=self.alpha)
 
 
 def block_spec(

@@ -11,7 +11,7 @@ from m1_stages.events import StageFinished, StepRepeated
 from m1_stages.guard import Guard, Ramp
 from m1_stages.runtime.collectives import agree_max
 from m1_stages.runtime.stragglers import Stragglers
-from m1_stages.runtime.watchdog import heartbeat
+from m1_stages.runtime.watchdog import heartbeat, report_progress
 from m1_stages.training.micro_batches import row_ids
 from m1_stages.training.objective import Objective
 from m1_stages.training.rollback import roll_back
@@ -34,7 +34,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, object
     """
     began, last_loss = time.perf_counter(), float("nan")
     run.model.set_rope_base(plan.rope_base)
-    end_heartbeats = run.model.before_each_forward(lambda: heartbeat("train", state.global_step))
+    end_reports = run.model.before_each_forward(report_progress)
     guard, stragglers = Guard(run.guard, state.guard, run.guess_loss), Stragglers(pipeline=run.topology.pp_size)
     while state.stage_step < plan.num_steps:
         step_began = time.perf_counter()
@@ -49,6 +49,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, object
             run.model.set_slopes(state.slopes)
             lr = plan.lr.at(state.stage_step)
             run.optimizer.set_learning_rate(lr)
+            heartbeat("train", state.global_step)
             result = train_step(run.trainable, run.optimizer, batches, objective, stop=run.stop.asked, began=step_began)
             if not result.finite and run.guard.rerun_nonfinite:
                 result = _repeat(run, plan, state, result, batches, objective)
@@ -72,7 +73,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, object
             _leave_if_asked(run, state, run.checkpointer.save_now(state, stage_final=False))
         if state.stage_step % run.save_every_steps == 0 and not state.guard.consecutive:  # not between spikes
             run.checkpointer.save(state)
-    end_heartbeats()
+    end_reports()
     path = run.checkpointer.save_now(state, stage_final=True)
     run.emit(
         StageFinished(
