@@ -8,7 +8,8 @@ from m1_kernels.lightning.dispatch import choose_backend, explain_backend, light
 from m1_kernels.lightning.fused_layer import lightning_layer
 from m1_kernels.moe.experts import choose_expert_backend, grouped_experts, mix_experts
 from m1_kernels.norm.rms_norm import add_rms_norm
-from m1_kernels.recompute import recomputed, recomputing
+from m1_kernels.recompute import recomputed
+from m1_kernels.restoring import recomputing
 from m1_kernels.softmax_attention.attention import causal_attention, choose_softmax_backend
 from m1_kernels.softmax_attention.rotary import apply_rotary
 from m1_kernels.triton_support import choose_elementwise_backend

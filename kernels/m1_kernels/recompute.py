@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from m1_kernels.host_inputs import HostInputs
+from m1_kernels.restoring import restoring
 
-_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 _SOFTMAX_OPS = (
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention",
@@ -20,11 +19,6 @@ _SOFTMAX_OPS = (
     "aten::_scaled_dot_product_efficient_attention",
     "torch_attn::_varlen_attn",
 )
-
-
-def recomputing() -> bool:
-    """Whether the present forward pass only restores what a backward pass needs; nobody reads its result."""
-    return _recomputing.get()
 
 
 def recomputed(
@@ -53,14 +47,10 @@ def recomputed(
 
 @contextmanager
 def _restoring(*others: AbstractContextManager[Any]) -> Iterator[None]:
-    token = _recomputing.set(True)
-    try:
-        with ExitStack() as stack:
-            for other in others:
-                stack.enter_context(other)
-            yield
-    finally:
-        _recomputing.reset(token)
+    with restoring(), ExitStack() as stack:
+        for other in others:
+            stack.enter_context(other)
+        yield
 
 
 def _softmax_ops() -> list[Any]:

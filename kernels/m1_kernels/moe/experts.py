@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from m1_kernels.autocast import without_autocast
 from m1_kernels.backend_choice import BackendChoice
-from m1_kernels.recompute import recomputing
+from m1_kernels.restoring import recomputing
 from m1_kernels.triton_support import takes_triton
 
 TILE_TOKENS = 65_536
