@@ -17,7 +17,19 @@ from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError
 from m1cli.console import console
 
-_SECTIONS = ("run", "model", "tokenizer", "data", "curriculum", "optim", "parallel", "sft", "evaluate", "export")
+_SECTIONS = (
+    "run",
+    "model",
+    "tokenizer",
+    "data",
+    "curriculum",
+    "guard",
+    "optim",
+    "parallel",
+    "sft",
+    "evaluate",
+    "export",
+)
 
 
 def init_command(folder: Path, preset: str) -> None:

@@ -142,7 +142,7 @@ def background_saves(job: dict[str, Any]) -> list[Any]:
         except CheckpointError as error:
             seen.append(error.what)
         go.set()
-        for writer in store._given_up:
+        for writer in store._abandoned:
             writer._thread.join(60)
         begin(5)
         seen.append(outcome())

@@ -41,7 +41,9 @@ def _watched(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
     def recorded(chunks: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         result = train_step(chunks, optimizer, *args, **kwargs)
-        rates.append(sorted({group["lr"] for group in optimizer.param_groups}))  # what ``apply`` is about to use
+        rates.append(
+            sorted({group["lr"] for group in optimizer.megatron.param_groups})
+        )  # what ``apply`` is about to use
         return result
 
     with mock.patch.object(loop, "train_step", recorded):

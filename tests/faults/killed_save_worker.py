@@ -25,22 +25,22 @@ def die(*args: Any, **kwargs: Any) -> Any:
 
 
 def before_writing(name: str) -> Callable[[Path, str], None]:
-    original = store_module.write_durably
+    original = store_module.write_atomically
 
-    def write_durably(path: Path, text: str) -> None:
+    def write_atomically(path: Path, text: str) -> None:
         if path.name == name:
             die()
         original(path, text)
 
-    return write_durably
+    return write_atomically
 
 
 POINTS: dict[str, Callable[[], None]] = {
     "in the snapshot": lambda: setattr(write.Snapshot, "copy", die),
     "in the writer": lambda: setattr(write.HashedFile, "commit", die),
-    "before the manifest": lambda: setattr(store_module, "write_durably", before_writing("MANIFEST.json")),
+    "before the manifest": lambda: setattr(store_module, "write_atomically", before_writing("MANIFEST.json")),
     "before the rename": lambda: setattr(Path, "rename", die),
-    "before LATEST": lambda: setattr(store_module, "write_durably", before_writing("LATEST.tmp")),
+    "before LATEST": lambda: setattr(store_module, "write_atomically", before_writing("LATEST")),
 }
 
 

@@ -238,7 +238,7 @@ def test_a_disk_that_gives_back_something_else_is_noticed_before_the_commit(
     assert store.committed() == []
 
 
-def test_a_stuck_writer_is_given_up_and_training_goes_on(root: Path, gate: Gate) -> None:
+def test_a_stuck_writer_is_abandoned_and_training_goes_on(root: Path, gate: Gate) -> None:
     """16: within the deadline, with all stacks; no second writer beside a stuck one; the older checkpoint is intact."""
     gate.open.set()
     job = Job(root, deadline_s=0.4)
@@ -253,7 +253,7 @@ def test_a_stuck_writer_is_given_up_and_training_goes_on(root: Path, gate: Gate)
     assert job.told()[2:] == [("failed", 3)]
     assert "still stuck" in job.events[2].reason
     gate.open.set()
-    for writer in job.store._given_up:
+    for writer in job.store._abandoned:
         writer._thread.join(60)
     job.save(4)
     job.checkpointer.finish_save()
@@ -307,7 +307,7 @@ def test_a_load_that_never_ends_is_ended(tmp_path: Path) -> None:
     assert "sha256_of" in (tmp_path / "stacks" / "rank-0.txt").read_text()
 
 
-@pytest.mark.parametrize("point", ["Snapshot", "Writer", "manifest_text", "flush", "write_durably"])
+@pytest.mark.parametrize("point", ["Snapshot", "Writer", "manifest_text", "flush", "write_atomically"])
 def test_dying_at_any_point_leaves_the_older_checkpoint(
     root: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:

@@ -72,14 +72,6 @@ def sha256_of(path: Path, report_progress: Callable[[], None] = lambda: None) ->
     return sha.hexdigest()
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write ``text`` and flush it to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def flush(path: Path) -> None:
     """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

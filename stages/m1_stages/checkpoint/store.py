@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from m1_stages.checkpoint.files import flush, sha256_of, write_durably
+from m1_data.storage.durable import write_atomically
+from m1_stages.checkpoint.files import flush, sha256_of
 from m1_stages.checkpoint.manifest import (
     MANIFEST,
     CheckpointMeta,
@@ -285,13 +286,10 @@ class CheckpointStore:
         for name in sorted(present - files.keys()):
             flush(temporary / name)
             files[name] = (temporary / name).stat().st_size, sha256_of(temporary / name)
-        write_durably(temporary / MANIFEST, manifest_text(save.meta, files))
-        flush(temporary)
+        write_atomically(temporary / MANIFEST, manifest_text(save.meta, files))
         temporary.rename(save.final)
         flush(self.root)
-        write_durably(self.root / f"{LATEST}.tmp", f"{save.final.name}\n")
-        (self.root / f"{LATEST}.tmp").rename(self.root / LATEST)
-        flush(self.root)
+        write_atomically(self.root / LATEST, f"{save.final.name}\n")
 
     def _retain(self) -> None:
         """Remove old checkpoints, as long as two newer ones are known to be good."""

@@ -15,9 +15,6 @@ from m1_data.spec import PrepareSpec, StageMix, TokenizerSpec
 
 PRESETS = ("tiny", "700m", "7b-a1b", "m1-456b")
 STAGE_NAMES = ("32k", "128k", "256k", "512k", "1m")
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
-"""Names of the event file and of the checkpoint folder inside the run directory."""
 VOCAB_MULTIPLE = 128
 """Vocabulary rows are padded to this multiple whatever the tensor-parallel size, so that checkpoints reshard."""
 

@@ -1,1 +1,1 @@
-"""The training loop, its step, its objective, roll back and saving."""
+"""The training loop, its step, its objective, the update, roll back and saving."""

@@ -1,7 +1,7 @@
 """Decides what a run's checkpoints hold and when they are written, and restores one.
 
-Periodic checkpoints are written beside training, final ones while the loop waits. A limited number of periodic ones in
-sequence may fail.
+Periodic checkpoints are written beside training (in the background, by default on a GPU) or while the loop waits; final ones
+while it waits. ``run.max_failed_saves`` periodic ones in a row may fail.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training loop: one visible ``while``. Measurements leave as events; nothing is called back."""
+"""The training loop: one visible ``while``. Measurements leave as events; no callback changes what it does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, object
 
     Raises:
         Preempted: a stop was requested; the run is saved.
-        NumericStop: a step is not finite or a spike and the guard's means are spent; no parameter was changed by it.
+        NumericStop: the guard stops the run at a step that is not finite or a spike; the step changed no parameter.
     """
     began, last_loss = time.perf_counter(), float("nan")
     run.model.set_rope_base(plan.rope_base)

@@ -1,7 +1,7 @@
 """The seam between the training step and what it minimises.
 
 ``train_step`` knows an objective by two calls: a forward pass over a micro-batch, and the sums that its output is reduced to.
-To train for something else, write a class with these two methods and hand it to ``train_stage``.
+To train for something else, write a class with the members of ``Objective`` and hand it to ``train_stage``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Holds what one process trains with. ``training.session`` builds it once, complete."""
+"""The ``Run`` that one process trains with. ``training.session`` builds it once, complete."""
 
 from __future__ import annotations
 
