@@ -37,6 +37,7 @@ from typing import Any
 from length_extension_results import collect, table
 
 from m1_stages.config import STAGE_NAMES
+from m1_stages.run_dir import CHECKPOINTS
 
 SOURCES = """
 [[data.sources]]
@@ -173,7 +174,7 @@ def run_variant(work: Path, size: str, name: str, seed: int) -> int:
             print(f"{folder.name} {event.stage} {event.step} loss {event.loss:.3f} norm {event.grad_norm:.2f} "
                   f"{time.time() - began:.0f} s", flush=True)  # fmt: skip
         if isinstance(event, StageFinished):
-            for old in sorted((folder / "run" / "checkpoints").glob("step_*"))[:-2]:  # disks are small
+            for old in sorted((folder / "run" / CHECKPOINTS).glob("step_*"))[:-2]:  # disks are small
                 shutil.rmtree(old)
 
     end: dict[str, Any] = {"exit_code": 0, "error": ""}

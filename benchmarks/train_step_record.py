@@ -2,7 +2,7 @@
 
     python benchmarks/train_step_record.py RUN.json docs/figures/train-step-h200.json   # also prints the log's tables
 
-Kernels by name, single losses and paths are left out.
+Kernels by name, single losses and paths are excluded.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class BackendChoice:
+class BackendChoice(NamedTuple):
     """The backend that an operator runs on, and why. An operator that is given a choice takes it without a check."""
 
     name: str

@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
+from m1_stages.run_dir import EXPORT_PREFIX, REPORT
 from m1cli.console import console
 
 INTERMEDIATE_STAGE = "256k"
@@ -37,8 +38,8 @@ def demo_command(folder: Path) -> None:
     ):
         _run(folder, arguments)
     console.print(f"\n[bold green]end-to-end run finished in {time.perf_counter() - began:.0f} s[/]")
-    console.print(f"  report  {escape(str(folder / 'run' / 'report.html'))}", soft_wrap=True)
-    console.print(f"  model   {escape(str(folder / 'run' / 'export-sft'))}", soft_wrap=True)
+    console.print(f"  report  {escape(str(folder / 'run' / REPORT))}", soft_wrap=True)
+    console.print(f"  model   {escape(str(folder / 'run' / f'{EXPORT_PREFIX}sft'))}", soft_wrap=True)
 
 
 def _run(folder: Path, arguments: list[str]) -> None:

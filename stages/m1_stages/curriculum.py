@@ -26,6 +26,16 @@ def stages_of(selection: str) -> list[str]:
     return [selection]
 
 
+def config_section(stage: str) -> str:
+    """Section of the configuration that describes ``stage``, like ``stages.32k`` or ``sft``."""
+    return SFT if stage == SFT else f"stages.{stage}"
+
+
+def train_command(stage: str) -> str:
+    """The command that trains ``stage``, or ``all`` stages of pretraining."""
+    return "m1 sft" if stage == SFT else f"m1 pretrain --stage {stage}"
+
+
 def previous_stage(stage: str) -> str | None:
     """The stage whose final checkpoint ``stage`` starts from; None for the first."""
     index = STAGE_NAMES.index(stage)
@@ -128,7 +138,7 @@ def plan_stage(resolved: Resolved, stage: str) -> StagePlan:
         slopes_old=old,
         slopes_new=new,
         softmax_layers=softmax_layers(resolved),
-        config_section=f"stages.{stage}",
+        config_section=config_section(stage),
         title=f"stage {stage}",
     )
 
@@ -156,7 +166,7 @@ def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
         slopes_old=slopes,
         slopes_new=slopes,
         softmax_layers=softmax_layers(resolved),
-        config_section="sft",
+        config_section=config_section(SFT),
         title="fine-tuning",
     )
 

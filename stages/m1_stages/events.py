@@ -88,6 +88,8 @@ class StepDone:
     tokens_per_s: float
     ramp_progress: float
     trained_tokens: int
+    metrics: dict[str, float]
+    """The objective's own sums, per trained token; empty for the cross-entropy."""
     expert_load: list[list[float]] | None
     """Share of tokens per expert, [layer][expert]; None on steps where it is not gathered."""
     peak_gib: float

@@ -83,7 +83,7 @@ class GuardState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GuardState:
-        """Rebuild a state from its fields, also under the names of checkpoints before version 0.2."""
+        """Rebuild a state from its fields, also under the names that version 0.1 wrote."""
         return cls(**{_FORMER_FIELDS.get(name, name): value for name, value in values.items()})
 
     def at_stage_change(self) -> GuardState:

@@ -148,7 +148,7 @@ def oracle(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def pretrained(job: dict[str, Any]) -> dict[str, Any]:
-    """``m1 pretrain``'s engine: how it ended, every step exactly, and the events of evaluations."""
+    """``m1 pretrain``'s job: how it ended, every step exactly, and the events of evaluations."""
     steps: list[Any] = []
     events: list[Any] = []
 

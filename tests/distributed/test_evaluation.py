@@ -206,7 +206,7 @@ def test_the_gate_refuses_and_a_forced_start_is_recorded(prepared: Path, tmp_pat
     assert "m1 evaluate --stage 512k" in unknown["error"]
 
 
-def test_without_held_out_documents_only_that_part_is_left_out(prepared: Path, tmp_path: Path) -> None:
+def test_without_held_out_documents_only_that_part_is_skipped(prepared: Path, tmp_path: Path) -> None:
     manifest = json.loads((prepared.parent / "data" / "manifest.json").read_text())
     (tmp_path / "data").mkdir()
     for name in ("shards", "tokenizer"):

@@ -71,7 +71,7 @@ def flip_a_bit(checkpoint: Path, seed: int) -> tuple[Path, bytes]:
 
 
 def finds_the_flipped_bit(store: CheckpointStore, seed: int) -> None:
-    """9: refused with the file's name, put aside and not deleted, and the checkpoint before it is used."""
+    """9: refused with the file's name, quarantined and not deleted, and the checkpoint before it is used."""
     victim, data = flip_a_bit(newest(store), seed)
     seen: list[str] = []
     fresh = CheckpointStore(

@@ -64,7 +64,7 @@ def test_another_format_is_refused_by_name_and_left_alone(run_dir: Path) -> None
     for listing in (store.committed, store.latest, lambda: store.load_first_verified([], dict)):
         with pytest.raises(CheckpointError, match=r"manifest format 2, written by m1cli 3\.1\.4; this is .* format 1"):
             listing()
-    assert [p.name for p in path.parent.iterdir()] == ["step_00000007"], "not put aside: nothing is wrong with it"
+    assert [p.name for p in path.parent.iterdir()] == ["step_00000007"], "not quarantined: nothing is wrong with it"
     (path / MANIFEST).write_text(json.dumps(later | {"sha256": "0"}))
     with pytest.raises(CheckpointError, match="missing or damaged"):
         read_manifest(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from m1_data.storage.durable import flush_folder, write_atomically
+from m1_data.storage.durable import flush, write_atomically
 
 
 def test_bytes_and_text_replace_the_content(tmp_path: Path) -> None:
@@ -74,4 +74,4 @@ def test_error_of_the_folder_flush_passes_through(tmp_path: Path, monkeypatch: p
 
 def test_flush_of_a_missing_folder_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        flush_folder(tmp_path / "nowhere")
+        flush(tmp_path / "nowhere")

@@ -286,7 +286,9 @@ def test_rings_go_by_the_slowest_link() -> None:
 )
 def test_layouts_that_do_not_divide_are_refused(sizes: dict[str, int], fine: bool) -> None:
     m = replace(TINY, num_kv_heads=2)
-    workload = StageWorkload(stage="32k", seq_len=24, rows=12, micro_batch_rows=1, steps=1, mix_pairs=6.0)
+    workload = StageWorkload(
+        stage="32k", config_section="", seq_len=24, rows=12, micro_batch_rows=1, steps=1, mix_pairs=6.0
+    )
     assert accepts(m, Layout(**sizes), workload) is fine
 
 
@@ -321,12 +323,16 @@ def test_uneven_and_interleaved_pipelines(tmp_path: Path) -> None:
     assert woven.activations >= plain.activations
     heavy = of(pipeline_layers=(7, 1))[1]
     assert heavy.experts == pytest.approx(time.experts * 7 / 4)
-    workload = StageWorkload(stage="32k", seq_len=1024, rows=6, micro_batch_rows=1, steps=1, mix_pairs=256.0)
+    workload = StageWorkload(
+        stage="32k", config_section="", seq_len=1024, rows=6, micro_batch_rows=1, steps=1, mix_pairs=256.0
+    )
     assert accepts(m, Layout(pipeline=2, virtual_pipeline=2), workload)
     assert not accepts(m, Layout(pipeline=4, virtual_pipeline=2), workload), "six micro-batches are no groups of four"
     assert not accepts(m, Layout(pipeline=3, virtual_pipeline=3), workload), "nine chunks of eight layers"
 
 
 def test_rows_of_a_pass_are_those_of_the_training_loop() -> None:
-    workload = StageWorkload(stage="32k", seq_len=24, rows=12, micro_batch_rows=4, steps=1, mix_pairs=6.0)
+    workload = StageWorkload(
+        stage="32k", config_section="", seq_len=24, rows=12, micro_batch_rows=4, steps=1, mix_pairs=6.0
+    )
     assert [workload.micro_batch_rows_per_rank(data) for data in (1, 2, 3, 4, 5, 6)] == [4, 3, 4, 3, 0, 2]

@@ -56,7 +56,7 @@ def test_layouts_pass_the_trainers_own_checks(
             assert x.memory.needed < gpu_named(gpu).memory_gib
             assert x.layout.gpus == gpus
             sets = x.layout.arguments(base.config.parallel).replace("--set ", "").split()
-            config = resolved(tmp_path, preset, *sets).config  # configcheck
+            config = resolved(tmp_path, preset, *sets).config  # config.check
             assert {name: getattr(config.parallel, name) for name in x.layout.settings()} == x.layout.settings()
             with pytest.raises(Reached):
                 parallel.start(config.parallel, device=device, seed=0)

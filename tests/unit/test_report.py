@@ -61,7 +61,7 @@ def step(name: str, n: int, offset: int = 0, loss: float | None = None) -> StepD
         loss=7.0 - 0.1 * n if loss is None else loss,
         aux_loss=0.02, grad_norm=0.5, layer_grad_norms=[0.1] * 8, lr=1e-3, step_s=0.5, tokens_per_s=1024.0,
         half_lives=[*[[1.0, 2.0]] * 7, []], ramp_progress=0.0,
-        trained_tokens=512, expert_load=[[0.25] * 4] * 8, peak_gib=1.0, sample_ids=[0, 1, 2, 3],
+        trained_tokens=512, metrics={}, expert_load=[[0.25] * 4] * 8, peak_gib=1.0, sample_ids=[0, 1, 2, 3],
     )  # fmt: skip
 
 

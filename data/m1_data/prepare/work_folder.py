@@ -12,7 +12,7 @@ from m1_data.prepare.account import SourceRecord
 from m1_data.prepare.deduplicate import ExactDedup
 from m1_data.prepare.reader import source_files
 from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
-from m1_data.storage.durable import flush_folder, write_atomically
+from m1_data.storage.durable import flush, write_atomically
 from m1_data.storage.manifest import MANIFEST, Manifest, load_manifest
 
 FORMAT_VERSION = 2
@@ -111,4 +111,4 @@ class WorkFolder:
             shutil.rmtree(previous, ignore_errors=True)
             self._out.rename(previous)
         self.path.rename(self._out)
-        flush_folder(self._out.parent)
+        flush(self._out.parent)

@@ -28,16 +28,16 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         with contextlib.suppress(OSError):  # the first error says what went wrong
             temporary.unlink(missing_ok=True)
         raise
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush the directory entries of ``folder`` to disk, so that renames inside it survive a power failure.
+def flush(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk: then renames inside the folder survive a power failure.
 
     Raises:
-        OSError: the folder is missing or the disk is failing.
+        OSError: there is no such path, or the disk is failing.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

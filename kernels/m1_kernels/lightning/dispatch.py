@@ -32,7 +32,8 @@ def choose_backend(
     Raises:
         ValueError: the backend is unknown or cannot run; nothing else is chosen in its place.
     """
-    return _choose(backend, lightning_refusal(device, dtype, head_sizes), on_cuda=device.type == "cuda")
+    refusal = None if backend in ("reference", "chunked") else lightning_refusal(device, dtype, head_sizes)
+    return _choose(backend, refusal, on_cuda=device.type == "cuda")
 
 
 def explain_backend(backend: str = "auto", q: Tensor | None = None, v: Tensor | None = None) -> BackendChoice:

@@ -70,12 +70,3 @@ def sha256_of(path: Path, report_progress: Callable[[], None] = lambda: None) ->
             sha.update(piece)
             report_progress()
     return sha.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

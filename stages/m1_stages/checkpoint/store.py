@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from m1_data.storage.durable import write_atomically
-from m1_stages.checkpoint.files import flush, sha256_of
+from m1_data.storage.durable import flush, write_atomically
+from m1_stages.checkpoint.files import sha256_of
 from m1_stages.checkpoint.manifest import (
     MANIFEST,
     CheckpointMeta,

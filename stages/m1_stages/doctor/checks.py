@@ -61,7 +61,12 @@ def _check_packages(*, with_gpu: bool) -> Iterator[Finding]:
     own = importlib.metadata.metadata("m1cli")
     python, wanted = ".".join(map(str, sys.version_info[:3])), str(own["Requires-Python"])
     fits = SpecifierSet(wanted).contains(python)
-    yield Finding(name="python", ok=fits, detail=f"{python}, needs {wanted}", fix="" if fits else "use a newer Python")
+    yield Finding(
+        name="python",
+        ok=fits,
+        detail=f"{python}, needs {wanted}",
+        fix="" if fits else f"use a Python that fits {wanted}",
+    )
     problems, installed = [], []
     queue = [("m1", text) for text in importlib.metadata.requires("m1cli") or []]
     for owner, text in queue:

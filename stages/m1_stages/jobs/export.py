@@ -10,7 +10,7 @@ import torch
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
-from m1_stages.curriculum import SFT
+from m1_stages.curriculum import SFT, train_command
 from m1_stages.decay import Slopes
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
@@ -52,11 +52,10 @@ def choose_checkpoint(resolved: Resolved, *, stage: str | None, checkpoint: Path
         if stage in (None, committed.meta.stage):
             return committed
     finished = ", ".join(sorted({c.meta.stage for c in final})) or "none"
-    command = "m1 sft" if stage == SFT else f"m1 pretrain --stage {stage or 'all'}"
     raise CheckpointError(
         f"there is no final checkpoint of {f'stage {stage}' if stage else 'any stage'} (finished stages: {finished})",
         where=str(store.root),
-        fix=f"run first: {command}   (or name one with --checkpoint)",
+        fix=f"run first: {train_command(stage or 'all')}   (or name one with --checkpoint)",
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from m1_data.spec import BUCKET_EDGES_TOKENS
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig
-from m1_stages.curriculum import SFT, micro_batch_rows
+from m1_stages.curriculum import SFT, config_section, micro_batch_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class StageWorkload:
     """Optimizer steps; None when they depend on data that is not prepared yet (fine-tuning)."""
     mix_pairs: float
     """Mean number of tokens that a token attends to when documents are as long as the mix says."""
-    config_section: str = ""
+    config_section: str
     """Section of ``m1.toml`` that configures the stage, for advice."""
 
     @property
@@ -61,7 +61,7 @@ def _stage(config: Config, name: str) -> StageWorkload:
         rows=config.global_batch_rows(name),
         micro_batch_rows=stage.micro_batch_rows,
         steps=config.num_steps(name),
-        config_section=f"stages.{name}",
+        config_section=config_section(name),
         mix_pairs=_mix_pairs(seq_len, (stage.short, stage.medium, stage.long), config.curriculum.length_scale),
     )
 
@@ -74,7 +74,7 @@ def _sft(config: Config) -> StageWorkload:
         rows=max(1, sft.global_batch_tokens // seq_len),
         micro_batch_rows=sft.micro_batch_rows,
         steps=None,
-        config_section="sft",
+        config_section=config_section(SFT),
         mix_pairs=seq_len / 2,
     )
 

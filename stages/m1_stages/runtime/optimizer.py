@@ -106,7 +106,7 @@ class Optimizer:
         parts = self._distributed_parts()
         for part in parts:
             _create_state(part)
-            part._set_main_param_and_optimizer_states = _SetWithStep(part)
+            part._set_main_param_and_optimizer_states = _SetWithStep(part)  # on the instance, inside this context only
         try:
             yield
         finally:

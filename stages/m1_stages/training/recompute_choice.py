@@ -38,6 +38,7 @@ def choose_recompute(config: Config, plan: StagePlan, topology: Topology, device
         return RecomputeDecision(activations=Activations(), why="recomputation is off on CPU")
     workload = StageWorkload(
         stage=plan.stage,
+        config_section=plan.config_section,
         seq_len=plan.seq_len,
         rows=plan.global_batch_rows,
         micro_batch_rows=plan.micro_batch_rows,

@@ -50,6 +50,7 @@ def step_done(
         tokens_per_s=tokens / seconds,
         ramp_progress=state.ramp_progress,
         trained_tokens=result.trained_tokens,
+        metrics=result.metrics,
         expert_load=result.routing.expert_load,
         peak_gib=_peak_gib(device),
         sample_ids=step_samples(plan, state.stage_step),

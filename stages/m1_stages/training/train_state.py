@@ -38,7 +38,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """Rebuild from ``as_dict``, also under the names of checkpoints before version 0.2."""
+        """Rebuild from ``as_dict``, also under the names that version 0.1 wrote."""
         present = {_FORMER_FIELDS.get(name, name): value for name, value in values.items()}
         return cls(**present | {"guard": GuardState.from_dict(values.get("guard", {}))})
 
