@@ -148,7 +148,10 @@ class Guard:
         state.consecutive += 1
         if state.consecutive > c.max_consecutive_skips:
             return _verdict(
-                "roll_back", "hold", why, f"{what}, {state.consecutive} in a row: more than {c.max_consecutive_skips}"
+                "roll_back",
+                "hold",
+                why,
+                f"{what}, {state.consecutive} consecutive: more than {c.max_consecutive_skips}",
             )
         if len(state.skipped) > c.skip_budget:
             left = f"more than {c.skip_budget} skipped in {c.budget_steps:,} steps"

@@ -149,7 +149,7 @@ def failing_open(error: int, fails: Callable[[Path], bool]) -> Callable[..., Any
 def test_a_save_that_fails_is_told_and_the_next_one_tried(
     root: Path, monkeypatch: pytest.MonkeyPatch, error: int, background: bool
 ) -> None:
-    """15: training goes on; after three failures in a row it stops with exit code 5; a good one starts a new count."""
+    """15: training goes on; after three consecutive failures it stops with exit code 5; a good one starts a new count."""
     job = Job(root, background=background)
     job.save(1)
     with monkeypatch.context() as patch:
@@ -163,7 +163,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_tried(
     assert not list(root.glob("*.tmp-*"))
     with monkeypatch.context() as patch:
         patch.setattr(files, "open", failing_open(error, lambda path: path.suffix == ".distcp"), raising=False)
-        with pytest.raises(CheckpointError, match="3 checkpoints in a row could not be written") as caught:
+        with pytest.raises(CheckpointError, match="3 consecutive checkpoints could not be written") as caught:
             job.save_and_wait(5, 6, 7)
         assert caught.value.exit_code == 5
         with pytest.raises(CheckpointError, match=os.strerror(error)):
@@ -218,7 +218,7 @@ def test_a_stuck_writer_is_abandoned_and_training_goes_on(root: Path, gate: Gate
 def test_a_writer_that_stays_stuck_ends_the_run(root: Path, gate: Gate) -> None:
     job = Job(root, deadline_s=0.4)
     job.save(1)
-    with pytest.raises(CheckpointError, match="3 checkpoints in a row could not be written") as caught:
+    with pytest.raises(CheckpointError, match="3 consecutive checkpoints could not be written") as caught:
         job.save(2, 3, 4)
     assert caught.value.exit_code == 5
     assert job.told() == [("failed", 1), ("failed", 2), ("failed", 3)]

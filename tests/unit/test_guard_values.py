@@ -193,7 +193,7 @@ def test_spikes_without_an_accepted_step_between_them() -> None:
     g = after(4, skip_budget=9)
     verdicts = [g.judge(step(number, norm=100.0)) for number in (4, 5, 6)]
     assert [v.action for v in verdicts] == ["skip", "skip", "roll_back"]
-    assert (verdicts[2].ramp, verdicts[2].reason) == ("hold", "spike, 3 in a row: more than 2")
+    assert (verdicts[2].ramp, verdicts[2].reason) == ("hold", "spike, 3 consecutive: more than 2")
     assert (g.state.consecutive, g.state.skipped) == (3, [4, 5, 6])
     g = after(4, skip_budget=9)
     for number in range(4, 12, 2):

@@ -1,7 +1,7 @@
 """Decides what a run's checkpoints hold and when they are written, and restores one.
 
 Periodic checkpoints are written beside training (in the background, by default on a GPU) or while the loop waits; final ones
-while it waits. ``run.max_failed_saves`` periodic ones in a row may fail.
+while it waits. After ``run.max_failed_saves`` consecutive failures of periodic ones the run ends.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Checkpointer:
         resolved: the configuration, which checkpoints name.
         emit: where events go.
         background: training goes on while a periodic checkpoint is written.
-        max_failed: the run ends when this many periodic checkpoints in a row could not be written.
+        max_failed: the run ends when this many consecutive periodic checkpoints could not be written.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Checkpointer:
         """Write a periodic checkpoint. When it cannot be written, training goes on and the next one is tried.
 
         Raises:
-            CheckpointError: too many in a row could not be written.
+            CheckpointError: too many consecutive ones could not be written.
         """
         heartbeat("save", state.global_step)
         self.finish_save()
@@ -107,7 +107,7 @@ class Checkpointer:
         """At every step boundary: commit what has been written meanwhile. It costs nothing while nothing is being written.
 
         Raises:
-            CheckpointError: too many in a row could not be written.
+            CheckpointError: too many consecutive ones could not be written.
         """
         if self._save is not None:
             with self._failures_counted(self._save.state.global_step):
@@ -117,7 +117,7 @@ class Checkpointer:
         """Wait for the checkpoint that is being written, if any.
 
         Raises:
-            CheckpointError: too many in a row could not be written.
+            CheckpointError: too many consecutive ones could not be written.
         """
         if self._save is not None:
             with self._failures_counted(self._save.state.global_step):
@@ -188,7 +188,7 @@ class Checkpointer:
             self._emit(SaveFailed(step=step, reason=str(error)))
             if self._failed >= self._max_failed:
                 raise CheckpointError(
-                    f"{self._failed} checkpoints in a row could not be written, the last one because {error.what}",
+                    f"{self._failed} consecutive checkpoints could not be written, the last one because {error.what}",
                     where=error.where,
                     fix=error.fix,
                 ) from error
