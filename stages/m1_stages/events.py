@@ -93,6 +93,7 @@ class StepDone:
     expert_load: list[list[float]] | None
     """Share of tokens per expert, [layer][expert]; None on steps where it is not gathered."""
     peak_gib: float
+    """Largest memory so far: of the GPU in this stage, or of the process on a CPU."""
     sample_ids: list[int]
     half_lives: list[list[float]]
     """Shortest and longest half-life of each layer's heads, tokens; empty for softmax layers."""

@@ -77,7 +77,9 @@ def trained_logits(
     tokens: Tensor,
     rounded_to: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute [1, T, vocab] fp32 logits of the Megatron model with the checkpoint's weights, on this process's CPU.
+    """Compute [1, T, vocab] fp32 logits of the Megatron model with the checkpoint's weights; they are returned on the CPU.
+
+    The model computes on this process's GPU, or on the CPU of a machine without one.
 
     The function starts and leaves a process group of its own; there must be none before.
 
@@ -91,12 +93,12 @@ def trained_logits(
     from m1_stages.runtime import device, parallel
 
     require_all(source, model, "the checkpoint")
-    here, sizes, length = device.use("cpu"), ParallelConfig(), tokens.shape[1]
+    here, sizes, length = device.use("auto"), ParallelConfig(), tokens.shape[1]
     parallel.start(sizes, device=here, seed=0)
     try:
         from m1_stages.model import build_model
 
-        built = build_model(model, parallel=sizes, rope_base=rope_base, device="cpu")[0]
+        built = build_model(model, parallel=sizes, rope_base=rope_base, device=here.name)[0]
         built.set_slopes(slopes)
         parameters = dict(built.named_parameters())
         shapes = our_shapes(model)
@@ -115,8 +117,8 @@ def trained_logits(
                 sample_ids=(0,),
                 trained_tokens=length,
             )
-            logits: Tensor = built.eval()(batch, logits=True)
-            return logits
+            logits: Tensor = built.eval()(batch.to(here.torch_device), logits=True)
+            return logits.cpu()
     finally:
         parallel.stop()
 

@@ -7,6 +7,7 @@ CUDA exists, and counts what it answers (``hits``), so that an upgrade that adds
 
 from __future__ import annotations
 
+import resource
 import sys
 import threading
 from collections import Counter
@@ -32,6 +33,17 @@ class Device:
     torch_device: torch.device
     backend: Literal["gloo", "nccl"]
     why: str
+
+    def reset_peak_memory(self) -> None:
+        """Start a new peak on a GPU, so that a stage does not report the one before; a process on a CPU keeps its peak."""
+        if self.name == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def peak_memory_gib(self) -> float:
+        """Largest memory in use: of the GPU since ``reset_peak_memory``, or of this process since it started on a CPU."""
+        if self.name == "cuda":
+            return torch.cuda.max_memory_allocated(self.torch_device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def use(name: str, *, local_rank: int = 0) -> Device:

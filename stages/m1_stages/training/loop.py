@@ -33,6 +33,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, object
         NumericStop: the guard stops the run at a step that is not finite or a spike; the step changed no parameter.
     """
     began, last_loss = time.perf_counter(), float("nan")
+    run.device.reset_peak_memory()
     run.model.set_rope_base(plan.rope_base)
     end_reports = run.model.before_each_forward(report_progress)
     guard, stragglers = Guard(run.guard, state.guard, run.guess_loss), Stragglers(pipeline=run.topology.pp_size)

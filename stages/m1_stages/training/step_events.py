@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Sequence
-
-import torch
 
 from m1_stages.curriculum import StagePlan
 from m1_stages.decay import Slopes, half_life_tokens
@@ -52,7 +49,7 @@ def step_done(
         trained_tokens=result.trained_tokens,
         metrics=result.metrics,
         expert_load=result.routing.expert_load,
-        peak_gib=_peak_gib(device),
+        peak_gib=device.peak_memory_gib(),
         sample_ids=step_samples(plan, state.stage_step),
         half_lives=_half_lives(state.slopes, plan.softmax_layers),
     )
@@ -136,10 +133,3 @@ def _half_lives(slopes: Slopes, softmax_layers: Sequence[int]) -> list[list[floa
         [] if layer in softmax_layers else [half_life_tokens(max(row)), half_life_tokens(min(row))]
         for layer, row in enumerate(slopes)
     ]
-
-
-def _peak_gib(device: Device) -> float:
-    """Largest memory in use so far: of the GPU, or of this process on a CPU."""
-    if device.name == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
