@@ -1,10 +1,11 @@
-"""The base of every error that a person sees, and the two kinds that data code raises.
+"""The base of every error that a person sees, and the kinds that data code raises.
 
 Libraries raise and only ``m1cli`` prints. The other kinds, and all exit codes, are in ``m1_stages.errors``.
 """
 
 from __future__ import annotations
 
+EXIT_CONFIG = 2
 EXIT_ENVIRONMENT = 3
 EXIT_DATA = 4
 
@@ -26,6 +27,12 @@ class M1Error(Exception):
 
     def __str__(self) -> str:
         return " | ".join(part for part in (self.what, self.where, self.fix) if part)
+
+
+class ConfigError(M1Error):
+    """The configuration or the command line cannot be used."""
+
+    exit_code = EXIT_CONFIG
 
 
 class EnvironmentProblem(M1Error):

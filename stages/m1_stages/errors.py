@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from m1_data.errors import EXIT_DATA, EXIT_ENVIRONMENT, DataError, EnvironmentProblem, M1Error
+from m1_data.errors import (
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_ENVIRONMENT,
+    ConfigError,
+    DataError,
+    EnvironmentProblem,
+    M1Error,
+)
 
-EXIT_CONFIG = 2
 EXIT_CHECKPOINT = 5
 EXIT_NUMERIC = 6
 EXIT_LOST = 7
@@ -27,12 +34,6 @@ __all__ = [
     "Preempted",
     "RankLost",
 ]
-
-
-class ConfigError(M1Error):
-    """The configuration or the command line cannot be used."""
-
-    exit_code = EXIT_CONFIG
 
 
 class CheckpointError(M1Error):

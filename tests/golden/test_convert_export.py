@@ -364,3 +364,30 @@ def test_choosing_and_exporting_a_checkpoint(
     job.slopes = slopes
     with pytest.raises(CheckpointError, match="differ from the trained model's"):
         job.compare(tmp_path / "hf")
+
+
+def test_only_an_export_of_ours_is_overwritten(tmp_path: Path, tokenizer_dir: Path) -> None:
+    def listing() -> dict[str, bytes]:
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")  # somebody's download
+    before = listing()
+    for out in (run, tmp_path, tmp_path / "file", tmp_path / "link", tmp_path / "hub", tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError, match="the export folder"):
+            write(out, tokenizer_dir, overwrite=True)
+    assert listing() == before
+    assert (tmp_path / "link").is_symlink()
+    out = tmp_path / "hf"
+    write(out, tokenizer_dir)
+    write(out, tokenizer_dir, overwrite=True)
+    (out / "notes.txt").write_text("mine")
+    before = listing()
+    with pytest.raises(ConfigError, match=r"also has what m1 did not write \(notes.txt\)"):
+        write(out, tokenizer_dir, overwrite=True)
+    assert listing() == before

@@ -35,7 +35,7 @@ from m1_data.prepare.generate import generate_needles
 from m1_data.prepare.reader import read_source
 from m1_data.prepare.shards import ShardTarget, bucket_and_write
 from m1_data.prepare.tally import Progress, Tally
-from m1_data.prepare.work_folder import WorkFolder, find_up_to_date, fingerprint_inputs
+from m1_data.prepare.work_folder import WorkFolder, find_up_to_date, fingerprint_inputs, refuse_foreign_folders
 from m1_data.spec import BUCKET_EDGES_TOKENS, PrepareSpec, StageMix, TokenizerSpec
 from m1_data.storage.manifest import Manifest
 from m1_data.tokenizer import save_tokenizer
@@ -62,6 +62,7 @@ def prepare(
         The manifest, and whether anything had to be done: finished data of the same inputs is left as it is.
 
     Raises:
+        ConfigError: ``spec.out`` holds what m1 did not write, or a source lies inside it.
         DataError: no sources, no usable documents, broken files, too many unusable records, a wrong tokenizer.
         EnvironmentProblem: an engine or library that is not installed.
         OSError: the disk is full or failing.
@@ -76,6 +77,7 @@ def prepare(
     fingerprint = fingerprint_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
     if (up_to_date := find_up_to_date(out, fingerprint)) is not None:
         return up_to_date, False
+    refuse_foreign_folders(out, spec.sources, base_dir)
 
     work = WorkFolder(out, fingerprint)
     tokenizer = load_or_train_tokenizer(

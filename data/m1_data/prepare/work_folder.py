@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from m1_data.errors import ConfigError
 from m1_data.prepare.account import SourceRecord
 from m1_data.prepare.deduplicate import ExactDedup
 from m1_data.prepare.reader import source_files
 from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
 from m1_data.storage.durable import flush, write_atomically
 from m1_data.storage.manifest import MANIFEST, Manifest, load_manifest
+from m1_data.storage.ownership import refuse_to_replace
 
 FORMAT_VERSION = 2
 """Raised whenever the same inputs would give other bytes, so that existing data is prepared again."""
@@ -52,10 +54,57 @@ def find_up_to_date(out: Path, fingerprint: str) -> Manifest | None:
     Raises:
         DataError: the manifest there is damaged or of another version.
     """
-    if not (out / MANIFEST).is_file():
+    if not _is_prepared(out):
         return None
     manifest = load_manifest(out)
     return manifest if manifest.fingerprint == fingerprint else None
+
+
+_OURS = (
+    "manifest.json",
+    "shards",
+    "held_out",
+    "tokenizer",
+    "fingerprint",
+    "trained.json",
+    "*.done",
+    "*.hashes",
+    "*.tmp",
+)
+"""Entries of a prepared folder and of one in work."""
+
+
+def refuse_foreign_folders(out: Path, sources: Sequence[SourceSpec], base_dir: Path) -> None:
+    """Refuse to prepare into folders that hold what is not ours, before anything is written.
+
+    ``out`` is renamed to ``<out>.previous`` when new data is complete, and ``<out>.previous`` and ``<out>.partial`` are removed,
+    so all three must be missing, empty, or written by an earlier preparation; and no source may be read from inside them.
+
+    Raises:
+        ConfigError: one of them holds what m1 did not write, or a source's files.
+    """
+    fix = 'give data.out a folder of its own, for example data.out = "prepared"'
+    folders = [out, out.with_name(f"{out.name}.previous"), out.with_name(f"{out.name}.partial")]
+    for folder in folders:
+        for source in sources:
+            for path in source_files(source, base_dir):
+                if folder in (path.resolve(), *path.resolve().parents):
+                    raise ConfigError(
+                        f"source {source.name!r} is read from inside the folder that m1 prepare-data replaces",
+                        where=f"{path}, key data.out",
+                        fix=fix,
+                    )
+        marked = (folder / "fingerprint").is_file() if folder.suffix == ".partial" else _is_prepared(folder)
+        refuse_to_replace(folder, what=f"{folder.name} (key data.out)", marked=marked, ours=_OURS, fix=fix)
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether ``folder`` has a manifest of ours, whole or damaged: then its reader says what is wrong."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return '"bucket_edges_tokens"' in text and '"fingerprint"' in text
 
 
 class WorkFolder:

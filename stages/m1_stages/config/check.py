@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from m1_data.storage.ownership import why_not_a_name
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.errors import ConfigError
 
@@ -296,4 +297,8 @@ class _Checker:
         names = [source.name for source in self.config.data.sources]
         for i, name in enumerate(names):
             key = f"data.sources.{i}.name"
+            why = why_not_a_name(name)
+            self.require(
+                why is None, key, f"{name[:60]!r} cannot be the name of a source: {why}", "for example web-2024"
+            )
             self.require(name not in names[:i], key, f"two sources are named {name!r}", "rename one")

@@ -153,6 +153,10 @@ def loader_notes(model: ModelConfig, *, released: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
+CARD_MARK = "Checkpoint SHA-256"
+"""A row of every model card; an export is recognised by it before it is overwritten."""
+
+
 def model_card(model: ModelConfig, lineage: Lineage, notes: tuple[str, ...], *, dtype: str, max_positions: int) -> str:
     """Return the text of the export's ``README.md``."""
     versions = ", ".join(f"{name} {number}" for name, number in lineage.versions.items()) or "not recorded"
@@ -168,7 +172,7 @@ def model_card(model: ModelConfig, lineage: Lineage, notes: tuple[str, ...], *, 
         "Optimizer steps": f"{lineage.global_step:,}",
         "Decay policy": lineage.decay_policy,
         "Checkpoint": lineage.checkpoint,
-        "Checkpoint SHA-256": lineage.checkpoint_sha256,
+        CARD_MARK: lineage.checkpoint_sha256,
         "Configuration SHA-256": lineage.config_sha256 or "not recorded",
         "Data fingerprint": lineage.data_fingerprint or "not recorded",
         "Written with": versions,

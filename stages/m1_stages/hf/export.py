@@ -13,15 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m1_data.chat.encoder import default_template
+from m1_data.storage.ownership import refuse_to_replace
 from m1_stages.config import ModelConfig
 from m1_stages.decay import Slopes, is_released
 from m1_stages.errors import ConfigError
 from m1_stages.hf.checkpoint_tensors import TensorSource, get_checked, require_all
-from m1_stages.hf.config_json import DTYPES, Lineage, SpecialTokens, loader_notes, model_card, released_config
+from m1_stages.hf.config_json import (
+    CARD_MARK,
+    DTYPES,
+    Lineage,
+    SpecialTokens,
+    loader_notes,
+    model_card,
+    released_config,
+)
 from m1_stages.hf.safetensors_writer import ShardWriter
 from m1_stages.hf.tensor_names import decay_buffers, our_shapes, to_exported
 
 TRANSFORMERS_NORM_EPS = 1e-6
+_OURS = ("README.md", "*.json", "*.safetensors", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +80,11 @@ def export(
         dtype: ``fp32`` or ``bf16`` for the weights; decay buffers are always fp32.
         shard_bytes: largest weight file; a single larger tensor gets a file of its own.
         chat_template: Jinja source; None takes the tokenizer's own, else the one shipped with m1.
-        overwrite: replace ``out`` when it exists.
+        overwrite: replace ``out`` when it is an export of ours.
 
     Raises:
-        ConfigError: ``out`` exists, or no configuration of transformers describes the model.
+        ConfigError: ``out`` exists (with ``overwrite``: and is no export of ours), or no configuration of transformers
+            describes the model.
         CheckpointError: tensors are missing or have another shape.
         DataError: there is no tokenizer.
     """
@@ -119,10 +130,10 @@ def export(
 
 
 def _refuse_unexportable(model: ModelConfig, out: Path, overwrite: bool) -> None:
+    fix = "choose another --out"
+    refuse_to_replace(out, what="the export folder", marked=_is_export(out), ours=_OURS, fix=fix)
     if out.exists() and not overwrite:
-        raise ConfigError(
-            "the export folder exists already", where=str(out), fix="choose another --out, or --overwrite"
-        )
+        raise ConfigError("the export folder exists already", where=str(out), fix=f"{fix}, or --overwrite")
     if model.lightning_norm_eps != TRANSFORMERS_NORM_EPS:
         raise ConfigError(
             f"transformers computes the lightning output norm with epsilon {TRANSFORMERS_NORM_EPS:g} and reads no "
@@ -130,6 +141,14 @@ def _refuse_unexportable(model: ModelConfig, out: Path, overwrite: bool) -> None
             where="key model.lightning_norm_eps",
             fix=f"train with model.lightning_norm_eps = {TRANSFORMERS_NORM_EPS:g}",
         )
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether ``folder`` has the model card of an export of ours."""
+    try:
+        return CARD_MARK in (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
+        return False
 
 
 def _write_json(path: Path, values: object) -> None:

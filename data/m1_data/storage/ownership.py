@@ -1,0 +1,65 @@
+"""Which folders may be replaced or removed: only those that carry our own mark and hold nothing else.
+
+Ask before the first byte is written. What belongs to somebody else is refused, never moved out of the way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from m1_data.errors import ConfigError
+
+_MOST_CHARACTERS = 100
+
+
+def why_not_a_name(name: str) -> str | None:
+    """Return why ``name`` cannot become the name of a file or folder of ours; None when it can.
+
+    A name is one part of a path: no separator, no control character, not hidden, not ``..``, at most 100 characters.
+    """
+    if not name.strip():
+        return "it is empty"
+    if "/" in name or "\\" in name:
+        return "it has a path separator: a source's name becomes a folder inside data.out"
+    if name.startswith("."):
+        return "it begins with a dot"
+    if re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", name):
+        return "it has characters that no file name should have"
+    return f"it is longer than {_MOST_CHARACTERS} characters" if len(name) > _MOST_CHARACTERS else None
+
+
+def refuse_to_replace(folder: Path, *, what: str, marked: bool, ours: Iterable[str], fix: str) -> None:
+    """Refuse to replace ``folder`` unless it is missing, empty, or marked and made of our own entries alone.
+
+    Args:
+        what: names the folder in the message, as in "data.out".
+        marked: whether the folder carries our mark.
+        ours: glob patterns of the entries that we write into such a folder.
+        fix: one change that works.
+
+    Raises:
+        ConfigError: the folder, a file or a link there belongs to somebody else; nothing was written.
+    """
+    try:
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            kind = "a link" if folder.is_symlink() else "not a folder"
+            raise ConfigError(f"{what} is {kind}, and is not replaced", where=str(folder), fix=fix)
+        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what} cannot be used: {error}", where=repr(str(folder)), fix=fix) from error
+    foreign = [entry.name for entry in entries if not any(entry.match(pattern) for pattern in ours)]
+    if entries and not marked:
+        raise ConfigError(
+            f"{what} has files that m1 did not write ({', '.join((foreign or [e.name for e in entries])[:3])}), and is not "
+            "replaced",
+            where=str(folder),
+            fix=fix,
+        )
+    if foreign:
+        raise ConfigError(
+            f"{what} also has what m1 did not write ({', '.join(foreign[:3])}), and is not replaced",
+            where=str(folder),
+            fix=f"move it elsewhere, or {fix}",
+        )
