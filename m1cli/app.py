@@ -39,6 +39,9 @@ ForceOption = Annotated[
     bool, typer.Option("--force", help="Start a stage although the recall of the stage before is below evaluate.gate.")
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Rename existing checkpoints and start over.")]
+FreshTuningOption = Annotated[
+    bool, typer.Option("--fresh", help="Rename the checkpoints of fine-tuning and start it over; pretraining stays.")
+]
 DEFAULT_CONFIG = Path("m1.toml")
 
 
@@ -164,7 +167,7 @@ def sft(
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
     gpus: GpusOption = None,
-    fresh: FreshOption = False,
+    fresh: FreshTuningOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Fine-tune a stage's final checkpoint on chain-of-thought conversations."""

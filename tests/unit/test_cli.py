@@ -186,3 +186,18 @@ def test_fine_tuning_starts_from_a_stage_and_says_so(prepared: Path, tmp_path: P
     steps = [r for r in records if r["event"] == "StepDone" and r["stage"] == "sft"]
     assert steps
     assert all(0 < r["trained_tokens"] < 1024 for r in steps), "only the assistant's tokens carry loss"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    base = {path.name for path in checkpoints.iterdir() if (path / "MANIFEST.json").is_file() and _stage(path) == "32k"}
+    assert base
+    again = m1("sft", "--fresh", *options, cwd=prepared)
+    assert again.returncode == 0, again.stderr
+    assert "fine-tuning starts from weights and optimizer of the final 32k checkpoint" in again.stdout
+    assert base <= {path.name for path in checkpoints.iterdir()}, "pretraining is not put at risk"
+    assert list(checkpoints.glob("step_*.before-1")), "the first fine-tuning is kept under another name"
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if r["event"] == "StepDone" and r["stage"] == "sft"]
+    assert losses == [r["loss"] for r in steps] * 2, "it was trained again, from the same weights"
+
+
+def _stage(checkpoint: Path) -> str:
+    return str(json.loads((checkpoint / "MANIFEST.json").read_text())["meta"]["stage"])

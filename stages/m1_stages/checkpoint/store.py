@@ -316,10 +316,15 @@ class CheckpointStore:
         newer = [c.path for c in later if c.meta.stage == stage]
         barrier()
         for path in newer if rank() == 0 else ():
-            number = 1
-            while (moved := path.with_name(f"{path.name}.rolled-back-{number}")).exists():
-                number += 1
-            path.rename(moved)
+            path.rename(_free_name(path, "rolled-back"))
+        barrier()
+
+    def rename_stage(self, stage: str) -> None:
+        """Rename the checkpoints of ``stage``, so that it starts again; those of other stages stay. Every rank calls it."""
+        paths = [c.path for c in self.committed() if c.meta.stage == stage]
+        barrier()
+        for path in paths if rank() == 0 else ():
+            path.rename(_free_name(path, "before"))
         barrier()
 
     def _quarantine_broken_manifests(self) -> list[str]:
@@ -336,9 +341,7 @@ class CheckpointStore:
 
     def _quarantine(self, path: Path, reason: str) -> None:
         barrier()
-        number = 1
-        while (moved := path.with_name(f"{path.name}.quarantined-{number}")).exists():
-            number += 1
+        moved = _free_name(path, "quarantined")
         barrier()
         if rank() == 0:
             path.rename(moved)
@@ -349,6 +352,14 @@ class CheckpointStore:
         if not self.root.is_dir():
             return []
         return sorted(path for path in self.root.iterdir() if path.is_dir() and _STEP.match(path.name))
+
+
+def _free_name(path: Path, word: str) -> Path:
+    """Return ``<path>.<word>-<n>`` with the first number that is free."""
+    number = 1
+    while (moved := path.with_name(f"{path.name}.{word}-{number}")).exists():
+        number += 1
+    return moved
 
 
 def _planned(sharded_state_dict: dict[str, Any], directory: Path) -> Snapshot:

@@ -14,12 +14,16 @@ from m1_stages.events import Sink
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
+from m1_stages.training.rollback import forget_rollbacks
 from m1_stages.training.session import open_session, with_vocab
 from m1_stages.training.stage_start import announce_stage, restore_stage
 
 
 def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> None:
     """Fine-tune the final checkpoint of ``sft.base_stage``.
+
+    Args:
+        fresh: rename the checkpoints of fine-tuning and start it over; those of pretraining stay.
 
     Raises:
         M1Error: no conversations, a broken line, no base checkpoint, or what ``pretrain.run`` raises.
@@ -28,7 +32,10 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     resolved = with_vocab(resolved, manifest.vocab_size)
     rows = conversations(resolved)
     plan = plan_sft(resolved, rows.rows_per_epoch)
-    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=fresh) as opened:
+    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
+        if fresh:
+            opened.checkpointer.store.rename_stage(plan.stage)
+            forget_rollbacks(opened.run_dir, plan.stage)
         refuse_uneven_pipeline(resolved, [plan], opened.topology.dp_size)
         state = restore_stage(opened, plan, rows)
         if state.stage_step == plan.num_steps:

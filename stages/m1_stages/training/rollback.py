@@ -129,6 +129,21 @@ def roll_back(run: Run, plan: StagePlan, rows: Rows, state: TrainState, verdict:
     return apply_rollback_exclusions(loaded, [*done, record])
 
 
+def forget_rollbacks(run_dir: Path, stage: str) -> None:
+    """Drop the roll backs of ``stage``, which starts again; every rank calls it.
+
+    Raises:
+        CheckpointError: the file is damaged or cannot be written.
+    """
+
+    def forget() -> None:
+        before = _read(run_dir)
+        if isinstance(before, list) and any(record.stage == stage for record in before):
+            _write(run_dir, [record for record in before if record.stage != stage])
+
+    run_together(lambda: forget() if rank() == 0 else None)
+
+
 def _read(run_dir: Path) -> list[RollbackRecord] | str:
     """The records of all stages, or why they cannot be read."""
     path = run_dir / ROLLBACKS
@@ -147,4 +162,8 @@ def _record(values: dict[str, Any]) -> RollbackRecord:
 def _append(run_dir: Path, record: RollbackRecord) -> None:
     before = _read(run_dir)
     assert not isinstance(before, str)
-    write_atomically(run_dir / ROLLBACKS, json.dumps([asdict(r) for r in (*before, record)], indent=1))
+    _write(run_dir, [*before, record])
+
+
+def _write(run_dir: Path, records: list[RollbackRecord]) -> None:
+    write_atomically(run_dir / ROLLBACKS, json.dumps([asdict(record) for record in records], indent=1))
