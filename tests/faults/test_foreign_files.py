@@ -46,7 +46,7 @@ def home(tmp_path: Path) -> Path:
     (project / "notes" / "plan.md").write_text("mine")
     (project / "notes" / "manifest.json").write_text("{}")
     (project / "a" / "b" / "deep.txt").write_text("mine too")
-    (project / "afile").write_text("hi")
+    (project / "file.txt").write_text("hi")
     (project / "link").symlink_to(tmp_path / "victim")
     return tmp_path
 
@@ -92,7 +92,7 @@ OUTS = [
     "..",
     "notes",
     "a",
-    "afile",
+    "file.txt",
     "link",
     "../victim",
     "{home}",
