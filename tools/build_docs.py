@@ -91,8 +91,9 @@ def resolve_lazy_names(module: ModuleType) -> None:
         vars(module).setdefault(name, getattr(module, name))
 
 
-def main(out: Path = ROOT / "build" / "docs") -> int:
-    """Write the pages and print where they are; 1 if something could not be rendered."""
+def main() -> int:
+    """Write the pages to ``build/docs``, in place of earlier ones, and print where they are; 1 if one could not be rendered."""
+    out = ROOT / "build" / "docs"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same pages on every machine
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -127,4 +128,4 @@ def main(out: Path = ROOT / "build" / "docs") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:])))
+    sys.exit(main())
