@@ -25,6 +25,7 @@ from m1_stages.events import (
     RunStarted,
     RunStopped,
     SaveFailed,
+    SettingsChanged,
     StageEvaluated,
     StageFinished,
     StageStarted,
@@ -69,6 +70,8 @@ class TrainingDisplay:
             _stage_started(event)
         elif isinstance(event, RunStarted):
             _run_started(event)
+        elif isinstance(event, SettingsChanged):
+            _settings_changed(event)
         elif isinstance(event, CheckpointSaved) and not event.stage_final:
             console.print(f"[dim]saved {escape(event.path)} in {event.seconds:.1f} s[/]", soft_wrap=True)
         elif isinstance(event, (GuardNoticed, StepRepeated, RolledBack)):
@@ -151,6 +154,18 @@ class TrainingDisplay:
             title=f"{step.stage}  step {step.step + 1:,} of {self._stage.num_steps:,}",
             title_align="left",
         )
+
+
+def _settings_changed(event: SettingsChanged) -> None:
+    when = f"from stage {event.stage} step {event.step} on"
+    for change in event.changes:
+        console.print(
+            f"[bold yellow]changed:[/] {escape(change['key'])} {escape(str(change['old']))} -> "
+            f"{escape(str(change['new']))}, {when}",
+            soft_wrap=True,
+        )
+    if event.note:
+        console.print(f"[dim]{escape(event.note)}[/]", soft_wrap=True)
 
 
 def _run_started(event: RunStarted) -> None:

@@ -72,6 +72,18 @@ class StageStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SettingsChanged:
+    """A stage goes on from a checkpoint that was made with other values; from ``step`` on the new ones hold."""
+
+    stage: str
+    step: int
+    changes: list[dict[str, Any]]
+    """``{"key", "old", "new"}`` of each."""
+    note: str
+    """Why nothing could be compared, if so."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepDone:
     """One optimizer step."""
 
@@ -299,6 +311,7 @@ class RunStopped:
 Event = (
     RunStarted
     | StageStarted
+    | SettingsChanged
     | StepDone
     | StepRepeated
     | GuardNoticed

@@ -15,7 +15,7 @@ from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
 from m1_stages.training.session import open_session, with_vocab
-from m1_stages.training.stage_start import announce_stage, pass_gate, restore_stage
+from m1_stages.training.stage_start import announce_stage, pass_gate, restore_stage, start_over_from
 
 
 def run(
@@ -24,7 +24,7 @@ def run(
     """Train and evaluate ``stages`` in order; finished ones are skipped, an interrupted one is continued.
 
     Args:
-        fresh: rename existing checkpoints and metrics, and start over.
+        fresh: start over from the first of ``stages``: its checkpoints and those of all that came after it are renamed.
         force: start a stage although the one before it recalls less than ``evaluate.gate``.
 
     Raises:
@@ -36,11 +36,15 @@ def run(
     _refuse_other_scale(resolved, manifest)
     resolved = with_vocab(resolved, manifest.vocab_size)
     plans = [plan_stage(resolved, stage) for stage in stages]
-    with open_session(resolved, sinks, rope_base=plans[0].rope_base, fresh=fresh) as opened:
+    with open_session(
+        resolved, sinks, rope_base=plans[0].rope_base, fresh=fresh and plans[0].starts_from is None
+    ) as opened:
+        if fresh:
+            start_over_from(opened, plans[0].stage)
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
         for plan in plans:
             rows = stage_rows(resolved, plan, manifest)
-            state = restore_stage(opened, plan, rows)
+            state = restore_stage(opened, resolved, plan, rows)
             if state.stage_step == 0:
                 pass_gate(opened, resolved, plan, force=force)
             if state.ramp_from:

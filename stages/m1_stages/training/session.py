@@ -38,7 +38,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
     Args:
         sinks: where rank 0 sends its events, besides ``metrics.jsonl``.
         rope_base: RoPE base of the first stage.
-        fresh: rename existing checkpoints, metrics and roll backs, and start over.
+        fresh: rename all checkpoints, the metrics and the roll backs, and start over.
 
     Raises:
         M1Error: what the body raises; it is reported before it passes through.
