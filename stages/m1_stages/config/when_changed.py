@@ -41,7 +41,7 @@ def rules() -> dict[str, WhenChanged]:
     return dict(_rules(Config, "", None))
 
 
-def _rules(kind: type, prefix: str, inherited: WhenChanged | None) -> Iterator[tuple[str, WhenChanged]]:
+def _rules(kind: Any, prefix: str, inherited: WhenChanged | None) -> Iterator[tuple[str, WhenChanged]]:
     for name, hint in get_type_hints(kind, include_extras=True).items():
         plain, rule = hint, inherited
         if get_origin(hint) is Annotated:

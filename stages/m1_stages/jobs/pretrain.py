@@ -14,6 +14,7 @@ from m1_stages.jobs.evaluate import evaluate_finished
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
+from m1_stages.training.recompute_choice import out_of_memory_explained
 from m1_stages.training.session import open_session, with_vocab
 from m1_stages.training.stage_start import announce_stage, pass_gate, restore_stage, start_over_from
 
@@ -50,8 +51,9 @@ def run(
             if state.ramp_from:
                 plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
-                announce_stage(opened, resolved, plan, rows.mix_plan.as_dict(), state)
-                state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
+                decision = announce_stage(opened, resolved, plan, rows.mix_plan.as_dict(), state)
+                with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
+                    state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
             evaluate_finished(opened, resolved, plan, state.slopes)
 
 

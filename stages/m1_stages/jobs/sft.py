@@ -14,6 +14,7 @@ from m1_stages.events import Sink
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
+from m1_stages.training.recompute_choice import out_of_memory_explained
 from m1_stages.training.session import open_session, with_vocab
 from m1_stages.training.stage_start import announce_stage, restore_stage, start_over_from
 
@@ -40,8 +41,9 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
             return
         if state.ramp_from:
             plan = plan.starting_from(state.ramp_from)
-        announce_stage(opened, resolved, plan, rows.stats_dict(), state)
-        train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
+        decision = announce_stage(opened, resolved, plan, rows.stats_dict(), state)
+        with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
+            train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
 
 
 def conversations(resolved: Resolved) -> SFTDataset:

@@ -16,7 +16,7 @@ import torch
 
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config import Resolved
-from m1_stages.errors import CheckpointError, ConfigError, M1Error, NumericStop
+from m1_stages.errors import CheckpointError, ConfigError, EnvironmentProblem, M1Error, NumericStop
 from m1_stages.events import CheckpointRejected, Event, JsonLines, RunStarted, RunStopped, Sink
 from m1_stages.plan.shapes import count_parameters
 from m1_stages.run_dir import CHECKPOINTS, METRICS, ROLLBACKS
@@ -28,6 +28,7 @@ from m1_stages.runtime.optimizer import Optimizer
 from m1_stages.runtime.signals import StopRequest
 from m1_stages.runtime.watchdog import SLOW_PHASE_FACTOR, dump_stacks, report_progress
 from m1_stages.training.checkpointer import Checkpointer
+from m1_stages.training.recompute_choice import is_out_of_memory
 from m1_stages.training.run import Run
 
 
@@ -67,6 +68,14 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
     except M1Error as error:
         emit(RunStopped(reason=str(error), exit_code=error.exit_code))
         raise
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        raise EnvironmentProblem(
+            f"out of memory outside of a training step: {str(error).splitlines()[0][:200]}",
+            where=f"device {device.name}",
+            fix="m1 plan shows what fits; more processes, or larger parallel.tensor or parallel.pipeline, divide the weights",
+        ) from error
     finally:
         close()
         parallel.stop()

@@ -12,7 +12,7 @@ from m1_stages.errors import CheckpointError, DataError, NumericStop
 from m1_stages.evaluation.results import read_result
 from m1_stages.events import GateForced, StageStarted
 from m1_stages.runtime.collectives import from_rank_0
-from m1_stages.training.recompute_choice import choose_recompute
+from m1_stages.training.recompute_choice import RecomputeDecision, choose_recompute
 from m1_stages.training.rollback import apply_rollback_exclusions, forget_rollbacks, read_rollbacks
 from m1_stages.training.run import Rows, Run
 from m1_stages.training.train_state import TrainState, enter_stage
@@ -54,8 +54,8 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
                 fix="use another run.dir, or start over with --fresh",
             )
         return enter_stage(plan, rows.fingerprint, None)
-    committed, state = found
-    finished = committed.meta.stage == plan.stage and committed.meta.stage_final
+    loaded, state = found
+    finished = loaded.meta.stage == plan.stage and loaded.meta.stage_final
     if state.stage != plan.stage:
         state = enter_stage(plan, rows.fingerprint, state)
     state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint))
@@ -65,10 +65,10 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
         raise DataError(
             f"the {source} changed since {plan.title} was {since}: fingerprint {state.data_fingerprint[:12]} -> "
             f"{rows.fingerprint[:12]}",
-            where=f"{files}; {committed.path}",
+            where=f"{files}; {loaded.path}",
             fix=f"restore the files, or {start_over(plan)}",
         )
-    if not finished and (changed := settings_changed(committed, resolved, plan, state.stage_step)) is not None:
+    if not finished and (changed := settings_changed(loaded, resolved, plan, state.stage_step)) is not None:
         run.emit(changed)
     return state
 
@@ -105,7 +105,9 @@ def pass_gate(run: Run, resolved: Resolved, plan: StagePlan, *, force: bool) -> 
     run.emit(forced)
 
 
-def announce_stage(run: Run, resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState) -> None:
+def announce_stage(
+    run: Run, resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState
+) -> RecomputeDecision:
     """Choose what becomes of the stage's activations, and report what the stage changes and what it starts from."""
     decision = choose_recompute(resolved.config, plan, run.topology, run.device)
     run.model.set_recompute(decision.activations.recompute, offload=decision.activations.offload)
@@ -140,3 +142,4 @@ def announce_stage(run: Run, resolved: Resolved, plan: StagePlan, mix: dict[str,
             activations=str(decision),
         )
     )
+    return decision
