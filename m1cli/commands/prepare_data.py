@@ -40,7 +40,8 @@ def run_prepare(resolved: Resolved) -> Manifest:
     out = resolved.path(config.data.out)
     if not did:
         console.print(f"{escape(shown(out))} is up to date: same sources, same settings", soft_wrap=True)
-    _account(manifest)
+    by_pattern = {source.name for source in config.data.sources if source.format in ("files", "packages")}
+    _account(manifest, by_pattern)
     seconds = time.perf_counter() - began
     console.print(f"[green]{escape(shown(out))}[/]" + (f" in {seconds:.1f} s" if did else ""), soft_wrap=True)
     return manifest
@@ -91,7 +92,8 @@ class _Bars:
         )
 
 
-def _account(manifest: Manifest) -> None:
+def _account(manifest: Manifest, by_pattern: set[str]) -> None:
+    """Print the account. Sources in ``by_pattern`` name the files they want, so that others are left out is no news."""
     table = Table(title="sources", title_justify="left")
     for name in ("source", "domain", "documents", "tokens", "longest", "excluded"):
         table.add_column(name, justify="left" if name in ("source", "domain", "excluded") else "right")
@@ -107,7 +109,7 @@ def _account(manifest: Manifest) -> None:
         )
     console.print(table)
     for source in manifest.sources:
-        _what_is_missing(source)
+        _what_is_missing(source, "dim" if source.name in by_pattern else "bold yellow")
     lengths = ", ".join(f"{name} {count:,}" for name, count in manifest.tokens_by_bucket.items() if count)
     console.print(f"tokens by document length: {lengths}", soft_wrap=True)
     held_out = sum(source.held_out for source in manifest.sources)
@@ -131,7 +133,7 @@ def _account(manifest: Manifest) -> None:
             console.print(f"    [dim]{escape(reason)}[/]", soft_wrap=True)
 
 
-def _what_is_missing(source: SourceEntry) -> None:
+def _what_is_missing(source: SourceEntry, left_out_style: str) -> None:
     """Print a line for each reason why text of a source is not there, with the first place."""
     for reason, place in source.first_places.items():
         count = source.rejected[reason]
@@ -139,7 +141,7 @@ def _what_is_missing(source: SourceEntry) -> None:
         console.print(f"[bold yellow]{escape(text)}[/]", soft_wrap=True)
     if source.left_out:
         text = f"{source.name}: not read from its folders: {describe_left_out(source.left_out)}"
-        console.print(f"[bold yellow]{escape(text)}[/]", soft_wrap=True)
+        console.print(f"[{left_out_style}]{escape(text)}[/]", soft_wrap=True)
     if source.noted:
         noted = ", ".join(f"{count:,} {kind}" for kind, count in source.noted.items())
         console.print(f"[dim]{escape(f'{source.name}: read all the same: {noted}')}[/]", soft_wrap=True)

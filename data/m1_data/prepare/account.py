@@ -80,11 +80,14 @@ def _refuse_useless_source(source: SourceSpec, tally: Tally, documents: int, max
         for reason, count in tally.rejected.most_common()
     )
     if tally.records and (share := tally.bad / tally.records) > max_bad_share:
+        fix = _advice(tally.rejected.most_common(1)[0][0])
+        if share < 1:
+            allowed = math.ceil(share * 1000) / 1000
+            fix += f"; or, if these records may be lost: --set data.max_bad_share={allowed} (now {max_bad_share})"
         raise DataError(
             f"{tally.bad} of {tally.records} records of source {source.name!r} are unusable: {reasons}",
             where=f"source {source.name}, {shown(source.path)}",
-            fix=f"correct text_field or the files; or, if these records may be lost: data.max_bad_share = "
-            f"{min(1.0, math.ceil(share * 1000) / 1000)} (now {max_bad_share})",
+            fix=fix,
         )
     if not documents and not tally.rejected["duplicate"]:
         raise DataError(
@@ -92,6 +95,16 @@ def _refuse_useless_source(source: SourceSpec, tally: Tally, documents: int, max
             where=f"source {source.name}, {shown(source.path)}",
             fix="check the path, the include patterns and text_field, or take the source out",
         )
+
+
+def _advice(reason: str) -> str:
+    if reason == "invalid UTF-8":
+        return "convert the files, for example from the usual encoding of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+    if reason == "malformed JSON":
+        return "mend the files: JSON Lines has one whole JSON object a line"
+    if reason.startswith(("no field", "text is", "null text")):
+        return "set text_field on this source to the field that holds the text"
+    return "correct the files, or the path and format of the source"
 
 
 def build_manifest(

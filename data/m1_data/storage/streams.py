@@ -58,7 +58,7 @@ def open_lines(path: Path) -> Iterator[bytes]:
         kind = compression_of(path)
         with path.open("rb", buffering=_READ) as raw:
             if foreign := foreign_content(_decompressed(raw, kind).read(HEAD_BYTES)):
-                raise DataError(f"the file is {foreign.what}", where=shown(path), fix=foreign.fix)
+                raise DataError(f"the file is {foreign.what}; it is not read", where=shown(path), fix=foreign.fix)
             raw.seek(0)
             stream = _decompressed(raw, kind)
             while stream.peek(1):
