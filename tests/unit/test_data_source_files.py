@@ -28,7 +28,16 @@ def names(found: SourceFiles) -> list[str]:
 
 
 def test_a_folder_is_read_with_its_sub_folders_and_every_ending(tmp_path: Path) -> None:
-    fill(tmp_path / "f", "b.ndjson", "E.JSONL", "c.jsonl.bz2", "a.json.gz", "z/d.jsonl.zst", "lang=de/x.jsonl", "notes.MD")
+    fill(
+        tmp_path / "f",
+        "b.ndjson",
+        "E.JSONL",
+        "c.jsonl.bz2",
+        "a.json.gz",
+        "z/d.jsonl.zst",
+        "lang=de/x.jsonl",
+        "notes.MD",
+    )
     fill(tmp_path / "f", "tool.py", "Makefile", ".hidden.jsonl", ".git/config.json")
     found = find_files(source("f"), tmp_path)
     assert names(found) == [
@@ -141,9 +150,7 @@ def test_links_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["f", "f/**/*.jsonl", "f/*/*.jsonl"])
-def test_what_cannot_be_read_is_refused_by_name(
-    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_is_refused_by_name(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "f", "a.jsonl", "closed/b.jsonl", "open/c.jsonl")
     scandir, access = os.scandir, os.access
 

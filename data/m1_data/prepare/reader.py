@@ -54,8 +54,9 @@ def read_source(source: SourceSpec, base_dir: Path, tally: Tally) -> Iterator[st
 
 
 def _read_jsonl(file: SourceFile, field_name: str, tally: Tally) -> Iterator[str]:
-    name = shown(file.name)
-    for number, line in enumerate(open_lines(file.path), 1):
+    name, number = shown(file.name), 0
+    for line in open_lines(file.path):  # enumerate would keep the line that it gave last
+        number += 1
         tally.begin(f"{name}:{number}")
         if line.startswith(_BOM):
             tally.noted["byte-order mark"] += 1
