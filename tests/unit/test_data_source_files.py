@@ -132,7 +132,7 @@ def test_a_path_without_files_is_one_error(path: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_a_readable_file_names_what_it_has(tmp_path: Path) -> None:
     fill(tmp_path / "f", "a.csv", "b.csv")
-    with pytest.raises(DataError, match="left out there: 2 .csv") as caught:
+    with pytest.raises(DataError, match=r"left out there: 2 \.csv") as caught:
         find_files(source("f"), tmp_path)
     assert ".ndjson" in caught.value.fix
 

@@ -131,7 +131,7 @@ def test_too_many_bad_records_are_refused_with_a_change_that_works(folder: Path)
 def test_one_bad_record_in_a_hundred_passes_and_is_shown(folder: Path) -> None:
     (folder / "f").mkdir()
     (folder / "f" / "a.jsonl").write_text(lines(0, 99) + "{cut\n")
-    (folder / "f" / os.fsdecode(b"caf\xe9.jsonl")).write_text(lines(200, 100))
+    (folder / "f" / os.fsdecode(b"\xe9t\xe9.jsonl")).write_text(lines(200, 100))
     (folder / "f" / "read\x1b[31mme.md").write_text("x")
     (folder / "m1.toml").write_text(
         'preset = "tiny"\n[tokenizer]\npath = "tokenizer"\n[data]\n[[data.sources]]\nname = "s"\n'
@@ -145,7 +145,7 @@ def test_one_bad_record_in_a_hundred_passes_and_is_shown(folder: Path) -> None:
     assert "s: not read from its folders: 1 .md" in shown
     assert "\x1b" not in done.stdout
     source = load_manifest(folder / "data").sources[0]
-    assert source.files == ("f/a.jsonl", "f/caf\\udce9.jsonl")
+    assert source.files == ("f/a.jsonl", "f/\\udce9t\\udce9.jsonl")
     assert source.left_out == {".md": 1}
 
 
