@@ -55,8 +55,8 @@ def read_source(source: SourceSpec, base_dir: Path, tally: Tally) -> Iterator[st
 
 def _read_jsonl(file: SourceFile, field_name: str, tally: Tally) -> Iterator[str]:
     name, number = shown(file.name), 0
-    for line in open_lines(file.path):  # noqa: SIM113 - enumerate would keep the line that it gave last
-        number += 1
+    for line in open_lines(file.path):
+        number += 1  # noqa: SIM113 - enumerate would keep the line that it gave last
         tally.begin(f"{name}:{number}")
         if line.startswith(_BOM):
             tally.noted["byte-order mark"] += 1
