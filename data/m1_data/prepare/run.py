@@ -15,8 +15,9 @@ account                  ``account``         counts and shards, entries of the m
 The steps are generators, so one batch of documents is in memory at a time. A few documents of each source and length
 bucket are held out: written to shards of their own, which training never opens.
 
-Everything is written to ``<out>.partial`` and renamed at the end. A source that is complete there is not read again, so
-an interrupted run continues; the same inputs give the same bytes.
+Everything is written to ``<out>.partial`` and renamed at the end. A source that is complete there, or in ``<out>``, and
+that has not changed is not read again: an interrupted run continues, and another mix encodes nothing. The same inputs give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,14 @@ from m1_data.prepare.generate import generate_needles
 from m1_data.prepare.reader import read_source
 from m1_data.prepare.shards import ShardTarget, bucket_and_write
 from m1_data.prepare.tally import Progress, Tally
-from m1_data.prepare.work_folder import WorkFolder, find_up_to_date, fingerprint_inputs, refuse_foreign_folders
+from m1_data.prepare.work_folder import (
+    Fingerprints,
+    WorkFolder,
+    find_up_to_date,
+    fingerprint_inputs,
+    in_order,
+    refuse_foreign_folders,
+)
 from m1_data.spec import BUCKET_EDGES_TOKENS, PrepareSpec, StageMix, TokenizerSpec
 from m1_data.storage.lock import lock_of, writing
 from m1_data.storage.manifest import Manifest
@@ -76,8 +84,8 @@ def prepare(
             fix="add a [[data.sources]] table to the configuration",
         )
     out = (base_dir / Path(spec.out).expanduser()).resolve()
-    fingerprint = fingerprint_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
-    if (up_to_date := find_up_to_date(out, fingerprint)) is not None:
+    fingerprints = fingerprint_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
+    if (up_to_date := find_up_to_date(out, fingerprints.whole)) is not None:
         return up_to_date, False
     refuse_foreign_folders(out, spec.sources, base_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +95,7 @@ def prepare(
             tokenizer_spec,
             mixes,
             out=out,
-            fingerprint=fingerprint,
+            fingerprints=fingerprints,
             base_dir=base_dir,
             length_scale=length_scale,
             progress=progress,
@@ -100,12 +108,12 @@ def _prepare_anew(
     mixes: Sequence[tuple[StageMix, int]],
     *,
     out: Path,
-    fingerprint: str,
+    fingerprints: Fingerprints,
     base_dir: Path,
     length_scale: float,
     progress: Progress,
 ) -> Manifest:
-    work = WorkFolder(out, fingerprint)
+    work = WorkFolder(out, fingerprints)
     tokenizer = load_or_train_tokenizer(
         tokenizer_spec, spec.sources, base_dir=base_dir, trained=work.trained_tokenizer, progress=progress
     )
@@ -115,8 +123,7 @@ def _prepare_anew(
     encoder: Encoder | None = None
     seen = ExactDedup()
     records: list[SourceRecord] = []
-    # Needle sources come last: their documents are hidden in the text of the others.
-    for source in sorted(spec.sources, key=lambda s: s.format == "needles"):
+    for source in in_order(spec.sources):
         record = work.load_finished(source, seen)
         if record is not None:
             progress("reuse", source.name, record.source.documents, record.source.utf8_bytes)
@@ -137,14 +144,14 @@ def _prepare_anew(
             # Without deduplication nothing is held out: a copy of the document could be trained on.
             most_held_out = spec.held_out if spec.dedup == "exact" else 0
             written = bucket_and_write(batches, source, target, most_held_out=most_held_out, progress=progress)
-            record = account_for_source(source, tally, written, base_dir=base_dir, max_bad_share=spec.max_bad_share)
+            record = account_for_source(source, tally, written, max_bad_share=spec.max_bad_share)
             work.save_finished(record, digests=seen.take_new_digests())
         records.append(record)
 
     manifest = build_manifest(
         records,
         mixes,
-        fingerprint=fingerprint,
+        fingerprint=fingerprints.whole,
         engine=spec.engine,
         tokenizer=tokenizer,
         length_scale=length_scale,

@@ -20,6 +20,8 @@ from m1_data.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES: dict[int, Any] = {4: np.int32, 8: np.uint16}
+_PIECE_IDS = 1 << 20
+"""Ids of a document that are converted at once: a long document is not copied whole."""
 _HEADER = struct.Struct("<9sQBQQ")
 
 
@@ -41,10 +43,14 @@ class IndexedWriter:
 
     def add(self, ids: NDArray[Any]) -> None:
         """Append one document, integer ids ``[tokens]`` that fit the shard's dtype, and an end-of-document token."""
-        data = ids.astype(self.dtype, copy=False).tobytes() + self._eod
+        for start in range(0, len(ids), _PIECE_IDS):
+            self._append(ids[start : start + _PIECE_IDS].astype(self.dtype, copy=False).tobytes())
+        self._append(self._eod)
+        self._lengths.append(len(ids) + 1)
+
+    def _append(self, data: bytes) -> None:
         self._bin.write(data)
         self._sha.update(data)
-        self._lengths.append(len(ids) + 1)
 
     def close(self) -> dict[str, Any]:
         """Write the index and flush both files to disk; return the documents, the tokens and both files' SHA-256."""

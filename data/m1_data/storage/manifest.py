@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ class SourceEntry:
     """Number of ids that were compared with the tokenizers library."""
     held_out: int = 0
     """Number of documents kept out of training."""
+    first_places: dict[str, str] = field(default_factory=dict)
+    """File and line of the first unusable record, for each reason in ``rejected`` that makes a record unusable."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Number of files and folders that the source's folders hold and that are not read, by kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +94,18 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of ``manifest.json``."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def is_prepared(folder: Path) -> bool:
+    """Return whether a preparation wrote ``folder``: it has a manifest of ours, whole or damaged, or is one in work."""
+    if folder.suffix == ".partial" and (folder / "fingerprint").is_file():
+        return True
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError:
+        return False
+    return '"bucket_edges_tokens"' in text and '"fingerprint"' in text
 
 
 def load_manifest(data_dir: Path, *, verify_hashes: bool = False) -> Manifest:
