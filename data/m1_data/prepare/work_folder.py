@@ -17,7 +17,7 @@ from m1_data.storage.durable import flush, write_atomically
 from m1_data.storage.manifest import MANIFEST, Manifest, load_manifest
 from m1_data.storage.ownership import refuse_to_replace
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same inputs would give other bytes, so that existing data is prepared again."""
 
 
