@@ -95,7 +95,6 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     _, start = read_frame(requests)
     _answer(answers, compile_template)
     while True:
-        answers.flush()
         _, batch = read_frame(requests)
         for job in orjson.loads(batch):
             _answer(answers, partial(render, job))
@@ -124,6 +123,7 @@ def _answer(answers: BinaryIO, work: Callable[[], list[str]]) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0)
     for part in contents:
         write_frame(answers, kind, part)
+    answers.flush()  # so that the job that ends the process is the first without an answer
 
 
 def _reason(error: Exception) -> str:
