@@ -144,7 +144,9 @@ class ChatEncoder:
         for placed, truth, *without_tools in self.template.render_all(jobs()):
             conversation, contents = asked.popleft()
             if truth in without_tools:
-                raise self._lost('the chat template does not write the "tools"', conversation)
+                raise self._lost(
+                    'the chat template does not write the "tools"', conversation, "one that does, or take them out"
+                )
             yield conversation, self._cut(placed, truth, contents, conversation)
 
     def _cut(self, placed: str, truth: str, contents: list[tuple[int, str]], conversation: Conversation) -> list[Span]:
@@ -251,10 +253,9 @@ class ChatEncoder:
         if text:
             yield text, mask
 
-    def _lost(self, what: str, conversation: Conversation) -> DataError:
-        return DataError(
-            what, where=f"{conversation.where}, template {self.template.where}", fix="set sft.chat_template"
-        )
+    def _lost(self, what: str, conversation: Conversation, other: str = "another") -> DataError:
+        where = f"{conversation.where}, template {self.template.where}"
+        return DataError(what, where=where, fix=f"set sft.chat_template to {other}")
 
 
 def _find_template(
