@@ -36,6 +36,7 @@ from m1_stages.events import (
 )
 from m1cli.console import console
 from m1cli.evaluation import evaluation_view
+from m1cli.sft_data import sft_data_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -211,6 +212,8 @@ def _stage_started(event: StageStarted) -> None:
             f"mix: short/medium/long {shares}, STEM+code+book+reasoning {core['reached']:.0%} of {core['wanted']:.0%}"
         )
         lines += [f"[yellow]{escape(reason)}[/]" for reason in event.mix.get("reasons", [])]
+    data, lost = sft_data_lines(event.mix)
+    lines += [*map(escape, data), *(f"[bold yellow]{escape(line)}[/]" for line in lost)]
     for line in lines:
         console.print(f"  {line}", soft_wrap=True)
 

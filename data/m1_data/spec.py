@@ -80,7 +80,11 @@ class PrepareSpec:
     held_out: Annotated[
         int, "documents of each source and length bucket kept out of training to measure on; needs dedup = exact"
     ] = 16
-    verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = 16
+    verify_docs: Annotated[
+        int,
+        "first documents of a source whose ids are all compared with the tokenizers library; "
+        "of the others a sample is, at least 1 in 1,000",
+    ] = 128
     max_bad_share: Annotated[float, "stop when more than this share of a source's records is unusable"] = 0.01
 
 

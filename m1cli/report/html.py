@@ -10,6 +10,7 @@ import orjson
 from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.errors import EnvironmentProblem
 from m1cli.report.read import History, Record, read_history
+from m1cli.sft_data import sft_data_lines
 
 _STYLE = """
 :root { color-scheme: light dark; --fg: #1d2126; --soft: #69707a; --bg: #ffffff; --card: #f6f7f9; --line: #e2e5ea; }
@@ -76,6 +77,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         sides[0],
         "<h2>Data</h2>",
         _data(data_manifest),
+        *(_sft_data(stage["mix"]) for stage in history.stages.values()),
         sides[1],
         "<h2>Experts</h2>",
         sides[2],
@@ -194,6 +196,12 @@ def _data(path: Path | None) -> str:
         f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}; STEM, code, book and "
         f"reasoning are {manifest['core_share']:.1%} of all tokens. Excluded: {excluded}.</p>"
     )
+
+
+def _sft_data(mix: Record) -> str:
+    data, lost = sft_data_lines(mix)
+    parts = [*map(escape, data), *(f"<b>{escape(line)}</b>" for line in lost)]
+    return f"<p>Fine-tuning: {'; '.join(parts)}.</p>" if parts else ""
 
 
 def _few(numbers: list[int]) -> str:

@@ -223,7 +223,11 @@ class SftConfig:
     lr_final: Annotated[float, "learning rate at the end (cosine)", WhenChanged.APPLIED] = 1e-6
     lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up", WhenChanged.APPLIED] = 0.03
     chat_template: Annotated[str, "Jinja file; empty: the tokenizer's own, else the one shipped here"] = ""
+    date: Annotated[
+        str, "day that a template's strftime_now writes, such as 2026-01-31; empty refuses such templates"
+    ] = ""
     over_length: Annotated[Literal["error", "drop", "truncate"], "conversations longer than a row"] = "error"
+    max_dropped_share: Annotated[float, "stop when more than this share of the conversations would be dropped"] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -67,4 +67,6 @@ def conversations(resolved: Resolved) -> SFTDataset:
         seed=config.run.seed,
         over_length=config.sft.over_length,
         chat_template=template,
+        max_dropped_share=config.sft.max_dropped_share,
+        date=config.sft.date,
     )
