@@ -69,6 +69,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         "<h2>Data</h2>",
         _data(data_manifest),
         sides[1],
+        _passes(history),
         "<h2>Experts</h2>",
         sides[2],
         "<h2>Speed and schedule</h2>",
@@ -186,6 +187,25 @@ def _data(path: Path | None) -> str:
         f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}; STEM, code, book and "
         f"reasoning are {manifest['core_share']:.1%} of all tokens. Excluded: {excluded}.</p>"
     )
+
+
+def _passes(history: History) -> str:
+    """Return a table of the passes over each cell in each stage; a cell is a source and a length bucket."""
+    mixes = history.mixes()
+    passes: dict[tuple[str, str], dict[str, float]] = {}
+    for stage, mix in mixes.items():
+        for cell in mix["epochs"]:
+            passes.setdefault((cell["source"], cell["bucket"]), {})[stage] = cell["epochs"]
+    if not passes:
+        return ""
+    rows = [
+        f"<tr><td>{escape(source)} {escape(bucket)}</td>"
+        + "".join(f"<td>{of[stage]:.2f}</td>" if stage in of else "<td></td>" for stage in mixes)
+        + "</tr>"
+        for (source, bucket), of in sorted(passes.items())
+    ]
+    head = "".join(f"<th>{escape(stage)}</th>" for stage in mixes)
+    return f"<table><tr><th>passes over</th>{head}</tr>{''.join(rows)}</table>"
 
 
 def _few(numbers: list[int]) -> str:

@@ -17,7 +17,7 @@ from m1_data.storage.durable import flush, write_atomically
 from m1_data.storage.manifest import MANIFEST, Manifest, load_manifest
 from m1_data.storage.ownership import refuse_to_replace
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same inputs would give other bytes, so that existing data is prepared again."""
 
 
@@ -27,6 +27,7 @@ def fingerprint_inputs(
     mixes: Sequence[tuple[StageMix, int]],
     base_dir: Path,
     length_scale: float,
+    seed: int = 0,
 ) -> str:
     """Return the SHA-256 of everything that determines the output: settings, and paths, sizes and times of the files.
 
@@ -45,7 +46,7 @@ def fingerprint_inputs(
         ]
     values = (FORMAT_VERSION, dataclasses.asdict(spec), dataclasses.asdict(tokenizer), length_scale, inputs)
     mix_values = [(dataclasses.asdict(mix), tokens) for mix, tokens in mixes]
-    return hashlib.sha256(repr((values, mix_values)).encode()).hexdigest()
+    return hashlib.sha256(repr((values, mix_values, seed)).encode()).hexdigest()
 
 
 def find_up_to_date(out: Path, fingerprint: str) -> Manifest | None:
