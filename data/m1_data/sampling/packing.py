@@ -24,6 +24,8 @@ from m1_data.storage.cell import Cell
 MAX_WINDOW_ROWS = 1024
 MIN_WINDOW_ROWS = 16
 WINDOWS_PER_STAGE = 20
+SPARE_ROWS = 1
+"""Rows of pieces that a window has more than it needs, so that the fullest ones can be chosen."""
 
 
 def best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
@@ -178,7 +180,7 @@ class RowPlanner:
         path = self._plan.tokens_by(end / self._num_rows)
         total = sum(path.values())
         needed = room + sum(stream.taken for stream in self._streams)
-        parts, more, short = [], 0.0, float(room)
+        parts, more, short = [], float(SPARE_ROWS * self._seq_len), room
         while short > 0:
             scale = (needed + more) / total
             exhausted = True
@@ -192,7 +194,7 @@ class RowPlanner:
             more = max(2 * more, short)  # pieces are indivisible: ask for more until enough have come
         for cell, stream in zip(self._cells, self._streams, strict=True):  # what whole documents left of their quota
             if short > 0 and cell not in self._plan.whole:
-                limit = min(self._plan.limits.get(cell, 0), stream.taken + int(short))
+                limit = min(self._plan.limits.get(cell, 0), stream.taken + short)
                 parts.append(stream.take(limit, limit))
                 short = needed - sum(s.taken for s in self._streams)
         return parts
