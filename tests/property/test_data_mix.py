@@ -1,4 +1,4 @@
-"""Mixing: quotas sum to the stage's tokens, meet both marginals where that is possible, keep max_epochs, and every miss is said."""
+"""Mixing: quotas sum to the tokens of the stage, meet both marginals where that can be, and every miss is said."""
 
 from __future__ import annotations
 
@@ -58,13 +58,14 @@ def test_quotas_sum_to_the_stage_within_epochs_and_misses_are_said(
     mix = stage(*want, domains=domains, max_epochs=max_epochs)
     previous = stage(0.5, 0.5, 0, core_share=0.1) if moving else None
     present = {c.length_class for c, n in cells.items() if n}
-    try:
-        plan = plan_mix(cells, mix, stage_tokens=stage_tokens, previous=previous)
-    except TooLittleData as error:
-        usable = sum(int(n * max_epochs + 1e-6) for c, n in cells.items() if getattr(mix, c.length_class) > 0)
-        assert error.missing_classes or usable < stage_tokens
-        assert not {*error.missing_classes} & present
+    usable = sum(int(n * max_epochs + 1e-6) for c, n in cells.items() if getattr(mix, c.length_class) > 0)
+    missing = {name for name in ("short", "medium", "long") if getattr(mix, name) > 0} - present
+    if missing or usable < stage_tokens:
+        with pytest.raises(TooLittleData) as caught:
+            plan_mix(cells, mix, stage_tokens=stage_tokens, previous=previous)
+        assert {*caught.value.missing_classes} == missing
         return
+    plan = plan_mix(cells, mix, stage_tokens=stage_tokens, previous=previous)
     assert sum(plan.quotas.values()) == stage_tokens
     assert all(0 <= n <= cells[c] * max_epochs + 1e-6 for c, n in plan.quotas.items())
     assert all(cells[c] > 0 and getattr(mix, c.length_class) > 0 for c in plan.quotas)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.quotas import constant
 
 from m1_data.sampling.packing import RowPlanner, best_fit
 from m1_data.sampling.pieces import CellStream, cut
 from m1_data.seeded_random import permutation
 from m1_data.storage.cell import Cell
-from support.quotas import constant
 
 A, B = Cell("a", "code", "lt32k"), Cell("b", "stem", "lt32k")
 LENGTHS = st.lists(st.integers(0, 90), min_size=1, max_size=60).filter(any)

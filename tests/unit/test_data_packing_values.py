@@ -6,12 +6,12 @@ import hashlib
 
 import numpy as np
 import pytest
+from support.quotas import LinearQuotas, constant
 
 from m1_data.sampling.packing import RowPlanner, best_fit
 from m1_data.sampling.pieces import CellStream, Pieces, cut
 from m1_data.seeded_random import derive_seed, permutation, random_uint64
 from m1_data.storage.cell import Cell
-from support.quotas import LinearQuotas, constant
 
 A, B = Cell("a", "code", "lt32k"), Cell("b", "stem", "lt32k")
 
@@ -94,7 +94,7 @@ def test_windows_of_a_stage(num_rows: int, window: int) -> None:
     plan = RowPlanner(
         {A: np.full(50, 4)}, Asked(4 * num_rows, {A: 1.0}, {A: 1.0}), seed=1, seq_len=4, num_rows=num_rows
     )
-    at = [progress for progress in (min(window, num_rows) / num_rows, min(2 * window, num_rows) / num_rows)]
+    at = [min(window, num_rows) / num_rows, min(2 * window, num_rows) / num_rows]
     plan.row(0)
     assert set(asked) - {1.0} == set(at[:1]) - {1.0}
     plan.row(min(window, num_rows) - 1)

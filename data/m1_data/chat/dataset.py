@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,8 @@ class SFTStats:
     truncated: int
     dropped_untrained: int
     """Number of conversations in which no token would be trained."""
+    dropped_held_out: int
+    """Number of conversations with a text that pretraining holds out to measure on."""
 
 
 class SFTDataset:
@@ -61,6 +63,7 @@ class SFTDataset:
         paths: JSON Lines files of OpenAI messages.
         tokenizer_dir: see ``ChatEncoder``; ``chat_template`` too.
         over_length: what to do with conversations of more than ``seq_len`` tokens; ``truncate`` keeps the beginning.
+        held_out: ``text_digest`` of texts that must not be trained; conversations with one of them are dropped.
 
     Raises:
         DataError: an unreadable file or line (file and line named), a conversation that is too long under ``error``,
@@ -76,14 +79,18 @@ class SFTDataset:
         seed: int,
         over_length: OverLength = "error",
         chat_template: Path | None = None,
+        held_out: Collection[bytes] = (),
     ) -> None:
         self._seq_len, self._seed = seq_len, seed
         self._encoder = ChatEncoder(Path(tokenizer_dir), Path(chat_template) if chat_template else None)
         self._conversations: list[Conversation] = []
         self._encoded: list[Encoded] = []
-        counts = {"dropped_over_length": 0, "truncated": 0, "dropped_untrained": 0}
+        counts = {"dropped_over_length": 0, "truncated": 0, "dropped_untrained": 0, "dropped_held_out": 0}
         for path in paths:
             for conversation in read_conversations(Path(path)):
+                if conversation.repeats(held_out):
+                    counts["dropped_held_out"] += 1
+                    continue
                 encoded = self._encoder.encode(conversation)
                 if len(encoded.ids) > seq_len:
                     if over_length == "error":

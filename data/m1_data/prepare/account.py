@@ -72,6 +72,7 @@ def account_for_source(
         noted=dict(sorted(tally.noted.items())),
         verified_ids=written.verified_ids,
         held_out=held_out.documents.total(),
+        held_out_digests=written.held_out_digests,
     )
     return SourceRecord(source=entry, shards=shards.close(), held_out=held_out.close())
 

@@ -24,8 +24,17 @@ from m1_data.storage.store import Store
 ORDER_VERSION = 3
 """Raised whenever the same seed and data would give other rows."""
 
+_FIRST_NAMED_ORDER = 3
+"""Fingerprints of datasets of earlier versions do not say their order."""
+
 Lengths = Mapping[Cell, Ints]
 """Tokens of each document per cell, end-of-document tokens included."""
+
+
+def order_version(fingerprint: str) -> int:
+    """Return the ``ORDER_VERSION`` of the dataset that had this fingerprint; 2 for those of earlier versions."""
+    name, colon, _ = fingerprint.partition(":")
+    return int(name.removeprefix("order-")) if colon else _FIRST_NAMED_ORDER - 1
 
 
 def document_lengths(store: Store) -> dict[Cell, Ints]:
