@@ -194,7 +194,7 @@ def _passes(history: History) -> str:
     mixes = history.mixes()
     passes: dict[tuple[str, str], dict[str, float]] = {}
     for stage, mix in mixes.items():
-        for cell in mix["epochs"]:
+        for cell in mix.get("epochs", []):
             passes.setdefault((cell["source"], cell["bucket"]), {})[stage] = cell["epochs"]
     if not passes:
         return ""

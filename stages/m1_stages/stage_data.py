@@ -52,8 +52,8 @@ def explain(
     names = f"stage {', '.join(refused)}" if len(refused) == 1 else f"stages {', '.join(refused)}"
     changes = working_changes(resolved, stages, lengths)
     if changes:
-        fix = f"this works: m1 prepare-data {' '.join(f'--set {key}={value}' for key, value in changes.items())}"
-        fix += ", and the same --set for m1 pretrain (or write them into the configuration)"
+        sets = " ".join(f"--set {key}={value}" for key, value in changes.items())
+        fix = f"this works, with the same --set for m1 pretrain (or in the configuration): m1 prepare-data {sets}"
     else:
         fix = _needs(resolved, refused, lengths)
         possible = [stage for stage in stages if stage not in refused]
