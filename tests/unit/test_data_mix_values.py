@@ -203,12 +203,13 @@ def test_max_epochs_holds_while_sources_move() -> None:
     assert plan.quotas == {CODE: 300, WEB: 700}
 
 
-def test_room_without_documents_is_named_where_a_share_is_missed() -> None:
+def test_a_share_that_only_the_rows_miss_is_said_to_be_so() -> None:
     plan = plan_mix({CODE: 1000, WEB: 1000}, stage(), stage_tokens=1000)
     report = report_mix(plan, {CODE: 1000, WEB: 1000}, {CODE: 600, WEB: 300}, rows_tokens=1000)
     assert report.padding_share == pytest.approx(0.1)
     assert report.reasons[0] == (
-        "stem, code, book, reasoning together: 66.7% of the tokens instead of 70.0%; documents leave 10.0% of the rows empty"
+        "stem, code, book, reasoning together: 66.7% of the tokens instead of 70.0%; documents stay whole where they fit "
+        "into a row, which leaves 10.0% of the rows empty"
     )
 
 

@@ -80,7 +80,7 @@ def report_mix(plan: MixPlan, cells: Mapping[Cell, int], drawn: Mapping[Cell, in
         d: Share(wanted=plan.wanted_domains.get(d, 0.0), reached=_total(shares, domain=d))
         for d in sorted({*plan.wanted_domains, *plan.mix.domains} - {LONG_QA})
     }
-    core = Share(wanted=plan.mix.core_share, reached=sum(v for c, v in shares.items() if c.domain in CORE_DOMAINS))
+    core = Share(wanted=plan.mix.core_share, reached=_core(shares))
     long_qa = Share(wanted=plan.mix.long_qa_share, reached=_total(shares, domain=LONG_QA) / (1 - LONG_QA_FROM))
     padding = 1 - sum(tokens.values()) / max(1, rows_tokens)
     return MixReport(
@@ -92,31 +92,33 @@ def report_mix(plan: MixPlan, cells: Mapping[Cell, int], drawn: Mapping[Cell, in
         domains=domains,
         core=core,
         padding_share=padding,
-        reasons=tuple(_Reasons(plan, cells, shares, padding).of(classes, domains, core, long_qa)),
+        reasons=tuple(_Reasons(plan, padding).of(classes, domains, core, long_qa)),
     )
 
 
 class _Reasons:
     """Says why each missed target is missed."""
 
-    def __init__(self, plan: MixPlan, cells: Mapping[Cell, int], shares: Mapping[Cell, float], padding: float) -> None:
-        self._plan, self._cells, self._shares, self._mix = plan, cells, shares, plan.mix
+    def __init__(self, plan: MixPlan, padding: float) -> None:
+        self._plan, self._mix = plan, plan.mix
+        self._planned = {c: n / max(1, plan.stage_tokens) for c, n in plan.quotas.items()}
         full = [c for c in plan.first if plan.limits[c] - plan.quotas[c] <= 1]
-        self._limited = (
-            f"; {self._mix.max_epochs:g} passes are reached by {_list(f'{c.source}/{c.bucket}' for c in full)}"
-            if full
-            else ""
-        )
-        self._otherwise = "; the sources move from those of the stage before" if plan.first != plan.last else ""
-        if not self._otherwise and padding > TOLERANCE:
-            self._otherwise = f"; documents leave {padding:.1%} of the rows empty"
+        self._unplanned = "; the length classes leave no room"
+        if plan.first != plan.last:
+            self._unplanned = "; the sources move from those of the stage before"
+        if full:
+            cells = _list(f"{c.source}/{c.bucket}" for c in full)
+            self._unplanned = f"; {plan.mix.max_epochs:g} passes are reached by {cells}"
+        self._in_rows = "; documents stay whole where they fit into a row"
+        if padding > TOLERANCE:
+            self._in_rows += f", which leaves {padding:.1%} of the rows empty"
 
     def of(
         self, classes: Mapping[str, Share], domains: Mapping[str, Share], core: Share, long_qa: Share
     ) -> Iterable[str]:
         for name, share in classes.items():
             if _missed(share):
-                why = self._limited or self._otherwise
+                why = self._why(share, _total(self._planned, length_class=name))
                 if not any(c.length_class == name for c in self._plan.first):
                     why = f"; there are no {name} documents"
                 yield f"{name} documents: {share.reached:.1%} of the tokens instead of {share.wanted:.1%}{why}"
@@ -126,7 +128,7 @@ class _Reasons:
                 yield f"no documents of domain {name} in the length classes this stage uses"
         if _missed(core):
             groups = {d in CORE_DOMAINS for d in present}
-            why = self._empty_pairs(classes) or self._limited or self._otherwise
+            why = self._why(core, _core(self._planned), self._empty_pairs(classes))
             if len(groups) == 1:
                 why = "; there is no other data" if True in groups else "; there is no such data"
             yield (
@@ -134,25 +136,25 @@ class _Reasons:
             )
         for name, share in domains.items():
             if name in present and _missed(share):
-                why = self._empty_pairs(classes, name) or self._limited or self._otherwise
-                why = why or "; the length classes leave no room"
+                why = self._why(share, _total(self._planned, domain=name), self._empty_pairs(classes, name))
                 yield f"domain {name}: {share.reached:.1%} of the tokens instead of {share.wanted:.1%}{why}"
         yield from self._of_long_qa(long_qa)
 
+    def _why(self, share: Share, planned: float, empty_pairs: str = "") -> str:
+        if not _missed(Share(wanted=share.wanted, reached=planned)):
+            return self._in_rows
+        return empty_pairs or self._unplanned
+
     def _of_long_qa(self, share: Share) -> Iterable[str]:
-        too_long = self._plan.too_long
-        if too_long and self._mix.long_qa_share:
+        too_long, wanted = self._plan.too_long, share.wanted
+        if too_long and wanted:
             yield f"long question-answer data in {_list(c.bucket for c in too_long)} does not fit into a row"
-        planned = sum(self._plan.long_qa.values())
-        if _missed(share) and share.reached < share.wanted:
-            why = "there is none"
-            if planned:
-                why = (
-                    f"{self._mix.max_epochs:g} passes hold no more"
-                    if planned < share.wanted - TOLERANCE
-                    else "whole documents give no more"
-                )
-            yield f"long question-answer data: {share.reached:.1%} of the last fifth instead of {share.wanted:.1%}; {why}"
+        if _missed(share) and share.reached < wanted:
+            planned = sum(self._plan.long_qa.values())
+            why = "there is none" if not planned else "documents stay whole"
+            if planned and planned < wanted - TOLERANCE:
+                why = f"{self._mix.max_epochs:g} passes hold no more"
+            yield f"long question-answer data: {share.reached:.1%} of the last fifth instead of {wanted:.1%}; {why}"
 
     def _empty_pairs(self, classes: Mapping[str, Share], domain: str = "") -> str:
         present = {(c.domain, c.length_class) for c in self._plan.first}
@@ -163,6 +165,10 @@ class _Reasons:
             if share.wanted > 0 and (d, name) not in present and domain in ("", d)
         ]
         return f"; {', '.join(missing)}" if missing else ""
+
+
+def _core(shares: Mapping[Cell, float]) -> float:
+    return sum(v for c, v in shares.items() if c.domain in CORE_DOMAINS)
 
 
 def _missed(share: Share) -> bool:

@@ -185,9 +185,10 @@ class RowPlanner:
             scale = (needed + more) / total
             exhausted = True
             for cell, stream in zip(self._cells, self._streams, strict=True):
-                target, quota = scale * path.get(cell, 0.0), self._plan.quotas.get(cell, 0)
-                parts.append(stream.take(target, quota))
-                exhausted = exhausted and (target >= quota or not path.get(cell))
+                quota, share = self._plan.quotas.get(cell, 0), path.get(cell, 0.0)
+                limit = self._plan.limits[cell] if cell in self._plan.whole else quota
+                parts.append(stream.take(min(scale * share, quota), limit))
+                exhausted = exhausted and (scale * share >= quota or not share)
             short = needed - sum(stream.taken for stream in self._streams)
             if exhausted:
                 break
