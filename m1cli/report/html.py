@@ -79,6 +79,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         _data(data_manifest),
         *(_sft_data(stage["mix"]) for stage in history.stages.values()),
         sides[1],
+        _passes(history),
         "<h2>Experts</h2>",
         sides[2],
         "<h2>Speed and schedule</h2>",
@@ -202,6 +203,25 @@ def _sft_data(mix: Record) -> str:
     data, lost = sft_data_lines(mix)
     parts = [*map(escape, data), *(f"<b>{escape(line)}</b>" for line in lost)]
     return f"<p>Fine-tuning: {'; '.join(parts)}.</p>" if parts else ""
+
+
+def _passes(history: History) -> str:
+    """Return a table of the passes over each cell in each stage; a cell is a source and a length bucket."""
+    mixes = history.mixes()
+    passes: dict[tuple[str, str], dict[str, float]] = {}
+    for stage, mix in mixes.items():
+        for cell in mix.get("epochs", []):
+            passes.setdefault((cell["source"], cell["bucket"]), {})[stage] = cell["epochs"]
+    if not passes:
+        return ""
+    rows = [
+        f"<tr><td>{escape(source)} {escape(bucket)}</td>"
+        + "".join(f"<td>{of[stage]:.2f}</td>" if stage in of else "<td></td>" for stage in mixes)
+        + "</tr>"
+        for (source, bucket), of in sorted(passes.items())
+    ]
+    head = "".join(f"<th>{escape(stage)}</th>" for stage in mixes)
+    return f"<table><tr><th>passes over</th>{head}</tr>{''.join(rows)}</table>"
 
 
 def _few(numbers: list[int]) -> str:

@@ -59,6 +59,7 @@ class StageStarted:
     softmax_layers: list[int]
     """Layers whose row of slopes is unused."""
     mix: dict[str, Any]
+    """What all rows of the stage hold, counted before they are trained: token shares, passes over each cell, reasons."""
     starts_from: str
     """In words: a checkpoint and what of it, or random weights."""
     recompute: bool
@@ -241,6 +242,15 @@ class StageFinished:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageDrawn:
+    """What the rows that a finished stage trained held, counted; excluded steps are not in it."""
+
+    stage: str
+    mix: dict[str, Any]
+    """As in ``StageStarted``: token shares, passes over each cell, and why a target was missed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageEvaluated:
     """What a stage's final checkpoint makes of a long context; also ``RUN_DIR/evaluation/STAGE.json``."""
 
@@ -329,6 +339,7 @@ Event = (
     | SaveFailed
     | EventsDelayed
     | StageFinished
+    | StageDrawn
     | StageEvaluated
     | GateForced
     | RunStopped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import orjson
 
 from m1_data.errors import DataError
 from m1_data.storage.streams import open_lines
+from m1_data.storage.text_digest import text_digest
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "train", "weight", "name"}
@@ -52,6 +53,12 @@ class Conversation:
     def wanted(self) -> bool:
         """Whether the line asks that at least one turn is trained."""
         return any(m.role == "assistant" and m.train for m in self.messages)
+
+    def repeats(self, texts: Collection[bytes]) -> bool:
+        """Return whether a turn, or its reasoning, is one of ``texts``, given by their ``text_digest``."""
+        return bool(texts) and any(
+            text_digest(text) in texts for m in self.messages for text in (m.content, m.reasoning) if text
+        )
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,8 @@ class SFTStats:
     """Number of conversations in which no token of a wanted answer is left: truncation cut it off."""
     unused_keys: dict[str, int]
     """Keys of the lines that nothing reads, and in how many conversations."""
+    dropped_held_out: int
+    """Number of conversations with a text that pretraining holds out to measure on."""
 
 
 class SFTDataset:
@@ -70,6 +72,7 @@ class SFTDataset:
         over_length: what to do with conversations of more than ``seq_len`` tokens; ``truncate`` keeps the beginning.
         max_dropped_share: the share of conversations that may be dropped.
         date: see ``ChatEncoder``.
+        held_out: ``text_digest`` of texts that must not be trained; conversations with one of them are dropped.
 
     Raises:
         DataError: an unreadable file or line (file and line named), a conversation that is too long under ``error``,
@@ -87,6 +90,7 @@ class SFTDataset:
         chat_template: Path | None = None,
         max_dropped_share: float = 1.0,
         date: str = "",
+        held_out: Collection[bytes] = (),
     ) -> None:
         self._seq_len, self._seed = seq_len, seed
         self._encoder = ChatEncoder(Path(tokenizer_dir), Path(chat_template) if chat_template else None, date=date)
@@ -101,6 +105,9 @@ class SFTDataset:
             self._unused_keys.update(conversation.unused_keys)
             if not conversation.wanted:
                 counts["unwanted"] += 1
+                continue
+            if conversation.repeats(held_out):
+                counts["dropped_held_out"] += 1
                 continue
             longest = max(longest, len(encoded.ids))
             if len(encoded.ids) > seq_len:
@@ -165,6 +172,7 @@ class SFTDataset:
         reasons = {
             "dropped_over_length": f"longer than a row of {self._seq_len:,} tokens (the longest has {longest:,})",
             "dropped_untrained": f"with no answer in the first {self._seq_len:,} tokens",
+            "dropped_held_out": "with a text that is held out to measure on",
             "unwanted": "that ask for no training (weight 0, train false)",
         }
         raise DataError(
@@ -216,6 +224,13 @@ class SFTDataset:
             unused_keys=dict(self._unused_keys.most_common()),
             **{
                 name: counts[name]
-                for name in ("read", "unwanted", "dropped_over_length", "truncated", "dropped_untrained")
+                for name in (
+                    "read",
+                    "unwanted",
+                    "dropped_over_length",
+                    "truncated",
+                    "dropped_untrained",
+                    "dropped_held_out",
+                )
             },
         )

@@ -57,14 +57,16 @@ def prepare(
     *,
     base_dir: Path,
     length_scale: float,
+    seed: int = 0,
     progress: Progress = lambda phase, source, documents, size: None,
 ) -> tuple[Manifest, bool]:
     """Prepare ``spec.sources`` into ``spec.out``.
 
     Args:
-        mixes: every stage's mix and its tokens, for the report of what the data can and cannot give.
+        mixes: every stage's mix and its tokens, in order, for the report of what the data can and cannot give.
         base_dir: where relative paths start.
         length_scale: multiplies the bucket edges.
+        seed: the run's, for the same report.
         progress: called as the work goes on.
 
     Returns:
@@ -84,7 +86,7 @@ def prepare(
             fix="add a [[data.sources]] table to the configuration",
         )
     out = (base_dir / Path(spec.out).expanduser()).resolve()
-    fingerprints = fingerprint_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
+    fingerprints = fingerprint_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale, seed)
     if (up_to_date := find_up_to_date(out, fingerprints.whole)) is not None:
         return up_to_date, False
     refuse_foreign_folders(out, spec.sources, base_dir)
@@ -98,6 +100,7 @@ def prepare(
             fingerprints=fingerprints,
             base_dir=base_dir,
             length_scale=length_scale,
+            seed=seed,
             progress=progress,
         ), True
 
@@ -111,6 +114,7 @@ def _prepare_anew(
     fingerprints: Fingerprints,
     base_dir: Path,
     length_scale: float,
+    seed: int,
     progress: Progress,
 ) -> Manifest:
     work = WorkFolder(out, fingerprints)
@@ -151,6 +155,8 @@ def _prepare_anew(
     manifest = build_manifest(
         records,
         mixes,
+        folder=work.path,
+        seed=seed,
         fingerprint=fingerprints.whole,
         engine=spec.engine,
         tokenizer=tokenizer,

@@ -47,6 +47,7 @@ def fingerprint_inputs(
     mixes: Sequence[tuple[StageMix, int]],
     base_dir: Path,
     length_scale: float,
+    seed: int = 0,
 ) -> Fingerprints:
     """Return the fingerprints of a preparation.
 
@@ -69,7 +70,7 @@ def fingerprint_inputs(
     for source in in_order(spec.sources):
         generated_for = contexts if source.format == "needles" else ()
         sources[source.name] = chain = _sha256(chain, inputs[source.name], generated_for)
-    whole = _sha256(chain, [(dataclasses.asdict(mix), tokens) for mix, tokens in mixes])
+    whole = _sha256(chain, [(dataclasses.asdict(mix), tokens) for mix, tokens in mixes], seed)
     return Fingerprints(whole, common, sources)
 
 

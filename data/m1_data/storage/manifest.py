@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import DataError
+from m1_data.storage.text_digest import DIGEST_BYTES
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -57,6 +58,8 @@ class SourceEntry:
     """File and line of the first unusable record, for each reason in ``rejected`` that makes a record unusable."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Number of files and folders that the source's folders hold and that are not read, by kind."""
+    held_out_digests: str = ""
+    """``text_digest`` of each of them, as hexadecimal digits, one after the other: fine-tuning leaves them out, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +93,16 @@ class Manifest:
         """A SHA-256 that changes whenever a training token or the tokenizer changes."""
         parts = [self.tokenizer_sha256, *(f"{s.prefix}:{s.bin_sha256}" for s in self.shards)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    @property
+    def held_out_digests(self) -> frozenset[bytes]:
+        """The ``text_digest`` of every held-out text."""
+        size = 2 * DIGEST_BYTES
+        return frozenset(
+            bytes.fromhex(source.held_out_digests[i : i + size])
+            for source in self.sources
+            for i in range(0, len(source.held_out_digests), size)
+        )
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``."""

@@ -205,7 +205,9 @@ class StageConfig:
     domains: Annotated[dict[str, float], "relative token weight of each domain; empty: by tokens at hand"] = field(
         default_factory=dict
     )
-    max_epochs: Annotated[float, "no part of the data is repeated more often than this"] = 4.0
+    max_epochs: Annotated[
+        float, "passes over any part of the data (source, length bucket) within this stage at most"
+    ] = 4.0
     long_qa_share: Annotated[float, "share of long question-answer data in the last fifth"] = 0.10
 
 
