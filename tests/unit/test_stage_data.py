@@ -158,7 +158,7 @@ def test_a_stage_that_began_in_an_other_order_is_refused(tmp_path: Path) -> None
     plan = plan_stage(resolved(tmp_path), "32k")
     state = TrainState(stage="32k", stage_step=3, data_fingerprint="0123abcd")
     with pytest.raises(
-        CheckpointError, match="stage 32k began with .* draws its rows in order 2; .* in order 3"
+        CheckpointError, match=r"stage 32k began with .* draws its rows in order 2; .* in order 3"
     ) as caught:
         refuse_other_order(plan, state, f"order-{ORDER_VERSION}:0123abcd")
     assert "--fresh" in caught.value.fix
