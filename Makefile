@@ -55,8 +55,11 @@ mutate: setup ## change the sources one place at a time; says which changes no t
 	$(MUTATE) m1_stages.decay tests/unit/test_decay_values.py
 	$(MUTATE) m1_stages.guard tests/unit/test_guard_values.py
 	$(MUTATE) m1_stages.config.load tests/unit/test_config_values.py tests/unit/test_config_load.py
+	$(MUTATE) m1_data.sampling.fitting tests/unit/test_data_mix_values.py
 	$(MUTATE) m1_data.sampling.mix tests/unit/test_data_mix_values.py
+	$(MUTATE) m1_data.sampling.mix_report tests/unit/test_data_mix_values.py
 	$(MUTATE) m1_data.sampling.packing tests/unit/test_data_packing_values.py
+	$(MUTATE) m1_data.sampling.pieces tests/unit/test_data_packing_values.py
 	$(MUTATE) m1_data.chat.encoder tests/unit/test_chat_values.py
 	$(MUTATE) m1_data.chat.template tests/unit/test_chat_values.py
 

@@ -138,6 +138,16 @@ def test_few_long_documents_take_their_share_and_no_more() -> None:
         assert each == pytest.approx([draw.mix.long * 245_760 / 72_000] * 6, abs=0.1)
 
 
+def test_long_question_answers_keep_to_their_passes_too() -> None:
+    """Two and a half passes over one document that is never cut are two, although half a document is nearer to three."""
+    questions = Cell("needles", "long_qa", "lt32k")
+    lengths = {Cell("texts", "code", "lt32k"): np.full(1_000, 64), questions: np.array([128])}
+    mix = mix_of(CURRICULUM[0], max_epochs=2.5)
+    draw = StageDraw(mix=mix, previous=None, seq_len=128, num_rows=400, seed=3)
+    assert draw.plan(lengths).quotas[questions] == 320
+    assert count_mix(draw, lengths).epochs[questions] == 2.0
+
+
 def test_draws_of_name_the_stage_before_and_are_told_apart() -> None:
     mixes = [(mix_of(stage), 8 * stage[0]) for stage in CURRICULUM[:2]]
     first, second = draws_of(mixes, seed=1)

@@ -135,6 +135,16 @@ def test_what_whole_documents_leave_of_their_quota_goes_to_others() -> None:
     assert plan.drawn(without=[0]) == {A: 34 - int((plan.row(0).cell == 0).sum()), B: 30 - 30 * (1 in plan.row(0).cell)}
 
 
+def test_whole_documents_give_their_quotas_together() -> None:
+    """Quotas of 100 tokens in documents of 130, 70 and 9: one of each of the long ones, and eleven of the short ones."""
+    long, middle, short = (Cell("qa", "long_qa", bucket) for bucket in ("ge1m", "32k-128k", "lt32k"))
+    shares = {A: 0.7, short: 0.1, long: 0.1, middle: 0.1}
+    quotas = LinearQuotas(1000, shares, shares, frozenset({short, middle, long}))
+    lengths = {A: np.full(2000, 1), short: np.full(40, 9), long: np.full(3, 130), middle: np.full(3, 70)}
+    drawn = RowPlanner(lengths, quotas, seed=1, seq_len=250, num_rows=4).drawn()
+    assert drawn == {A: 701, short: 99, long: 130, middle: 70}
+
+
 def test_what_was_put_off_comes_first_in_the_next_window() -> None:
     """Pieces of 3 in rows of 4 leave a quarter free; a window's rows are full, and what is left is trained in the next."""
     plan = RowPlanner({A: np.full(64, 3)}, constant(192, {A: 1.0}), seed=1, seq_len=4, num_rows=48)

@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from m1_data.sampling.stage_draw import document_lengths
+from m1_data.sampling.stage_draw import ORDER_VERSION, document_lengths
 from m1_data.storage.cell import Cell
 from m1_data.storage.manifest import load_manifest
 from m1_data.storage.store import open_store
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.config.load import load_config
-from m1_stages.errors import DataError
+from m1_stages.curriculum import plan_stage
+from m1_stages.errors import CheckpointError, DataError
 from m1_stages.events import Event
 from m1_stages.jobs import pretrain
 from m1_stages.stage_data import impossible_stages, refuse_impossible_stages, stage_draw, working_changes
+from m1_stages.training.stage_start import refuse_other_order
+from m1_stages.training.train_state import TrainState
 from m1cli.app import app
 
 SHORT, MEDIUM, LONG = (Cell("texts", "code", bucket) for bucket in ("lt32k", "32k-128k", "128k-256k"))
@@ -149,3 +152,16 @@ def test_pretrain_refuses_before_it_begins_what_it_would_refuse_later(prepared: 
         pretrain.run(load_config(config, overrides), list(STAGE_NAMES), [events.append])
     assert not events
     assert not (prepared / "never").exists()
+
+
+def test_a_stage_that_began_in_an_other_order_is_refused(tmp_path: Path) -> None:
+    plan = plan_stage(resolved(tmp_path), "32k")
+    state = TrainState(stage="32k", stage_step=3, data_fingerprint="0123abcd")
+    with pytest.raises(
+        CheckpointError, match=r"stage 32k began with .* draws its rows in order 2; .* in order 3"
+    ) as caught:
+        refuse_other_order(plan, state, f"order-{ORDER_VERSION}:0123abcd")
+    assert "--fresh" in caught.value.fix
+    refuse_other_order(plan, state, "other data in the same order")
+    state.data_fingerprint = f"order-{ORDER_VERSION}:4567"
+    refuse_other_order(plan, state, f"order-{ORDER_VERSION}:0123abcd")

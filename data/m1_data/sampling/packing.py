@@ -19,6 +19,7 @@ import numpy as np
 from m1_data.arrays import Ints
 from m1_data.sampling.pieces import CellStream, Pieces
 from m1_data.seeded_random import derive_seed, permutation
+from m1_data.spec import BUCKET_NAMES
 from m1_data.storage.cell import Cell
 
 MAX_WINDOW_ROWS = 1024
@@ -183,12 +184,12 @@ class RowPlanner:
         parts, more, short = [], float(SPARE_ROWS * self._seq_len), room
         while short > 0:
             scale = (needed + more) / total
-            exhausted = True
+            targets = {c: min(scale * share, self._plan.quotas[c]) for c, share in path.items() if share}
+            parts += self._take_whole({c: n for c, n in targets.items() if c in self._plan.whole})
             for cell, stream in zip(self._cells, self._streams, strict=True):
-                quota, share = self._plan.quotas.get(cell, 0), path.get(cell, 0.0)
-                limit = self._plan.limits[cell] if cell in self._plan.whole else quota
-                parts.append(stream.take(min(scale * share, quota), limit))
-                exhausted = exhausted and (scale * share >= quota or not share)
+                if cell in targets and cell not in self._plan.whole:
+                    parts.append(stream.take(targets[cell], self._plan.quotas[cell]))
+            exhausted = all(n >= self._plan.quotas[c] for c, n in targets.items())
             short = needed - sum(stream.taken for stream in self._streams)
             if exhausted:
                 break
@@ -198,4 +199,21 @@ class RowPlanner:
                 limit = min(self._plan.limits.get(cell, 0), stream.taken + short)
                 parts.append(stream.take(limit, limit))
                 short = needed - sum(s.taken for s in self._streams)
+        return parts
+
+    def _take_whole(self, targets: Mapping[Cell, float]) -> list[Pieces]:
+        """Take whole documents, the longest first: where one is more than its cell's target, the shorter ones give less.
+
+        So a cell whose target is less than a document is drawn nevertheless, and together they miss by half a short document.
+        """
+        streams = {c: s for c, s in zip(self._cells, self._streams, strict=True) if c in targets}
+        parts, owed = [], 0.0
+        for cell in sorted(streams, key=lambda c: BUCKET_NAMES.index(c.bucket), reverse=True):
+            stream, limit = streams[cell], self._plan.limits[cell]
+            owed += targets[cell]
+            parts.append(stream.take(owed, limit))
+            together = sum(targets.values()) - sum(s.taken for s in streams.values())
+            if stream.taken < owed and (tokens := stream.next_tokens()) <= 2 * together:
+                parts.append(stream.take(stream.taken + tokens / 2, limit))
+            owed -= stream.taken
         return parts

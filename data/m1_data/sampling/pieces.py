@@ -80,10 +80,7 @@ class CellStream:
             if self._next == len(self._order):
                 if min(target, limit) <= self.taken:
                     break
-                self._epoch += 1
-                self._order = permutation(len(self._lengths), derive_seed(self._seed, self._epoch))
-                self._ends = np.cumsum(self._lengths[self._order])
-                self._next = self._start = 0
+                self._begin_epoch()
             done = self._epoch * self._tokens
             stop, stop_at = self._stop(min(target, limit) - done, limit - done)
             documents = self._order[self._next : stop + (stop_at > 0)]
@@ -98,6 +95,21 @@ class CellStream:
             if stop < len(self._order):
                 break
         return Pieces.concat(parts)
+
+    def next_tokens(self) -> int:
+        """Return the tokens that are left of the next document; 0 in a cell without tokens."""
+        if not self._tokens:
+            return 0
+        if self._next == len(self._order):
+            self._begin_epoch()
+        lengths = self._lengths[self._order[self._next :]]
+        return int(lengths[np.argmax(lengths > 0)]) - self._start
+
+    def _begin_epoch(self) -> None:
+        self._epoch += 1
+        self._order = permutation(len(self._lengths), derive_seed(self._seed, self._epoch))
+        self._ends = np.cumsum(self._lengths[self._order])
+        self._next = self._start = 0
 
     def _stop(self, target: float, limit: int) -> tuple[int, int]:
         """Return where handing out ends in this epoch: a place in the order, and tokens of its document that are taken.

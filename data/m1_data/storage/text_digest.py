@@ -23,5 +23,5 @@ def text_digest(text: str) -> bytes:
             space = " " if begun and (apart or chunk[0].isspace()) else ""
             digest.update((space + words).encode("utf-8"))
             begun = True
-        apart = not words or chunk[-1].isspace()
+        apart = chunk[-1].isspace()
     return digest.digest()
