@@ -57,6 +57,8 @@ def test_trees_take_their_patterns_and_count_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["f", "f/**", "f/*", "f/**/*", "f/**/*.jsonl", "**/*.jsonl", "f/../f"])
 def test_no_pattern_reads_a_file_twice(pattern: str, tmp_path: Path) -> None:
     fill(tmp_path / "f", "a.jsonl", "sub/b.jsonl", "sub/deep/c.jsonl")
+    if "*.jsonl" in pattern:
+        fill(tmp_path / "f", ".hidden/d.jsonl", "sub/.e.jsonl")
     found = find_files(source(pattern), tmp_path)
     assert sorted(file.path.name for file in found.files) == ["a.jsonl", "b.jsonl", "c.jsonl"]
     assert found.left_out == {}
