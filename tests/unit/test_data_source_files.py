@@ -166,6 +166,10 @@ def test_what_cannot_be_read_is_refused_by_name(pattern: str, tmp_path: Path, mo
         find_files(source(pattern), tmp_path)
     assert caught.value.where == str(tmp_path / "f" / "closed")
     monkeypatch.setattr(os, "scandir", scandir)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", lambda path: refuse(path.parent))
+        with pytest.raises(DataError, match="cannot look into the folder of a path: Permission denied"):
+            find_files(source("f/closed/b.jsonl"), tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "c.jsonl" and access(path, mode))
     with pytest.raises(DataError, match="cannot read a file: no permission") as caught:
         find_files(source(pattern), tmp_path)
