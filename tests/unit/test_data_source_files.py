@@ -64,6 +64,16 @@ def test_no_pattern_reads_a_file_twice(pattern: str, tmp_path: Path) -> None:
     assert found.left_out == {}
 
 
+def test_a_star_takes_what_a_folder_takes_and_a_named_file_is_read_whatever_its_ending(tmp_path: Path) -> None:
+    fill(tmp_path / "f", "a.jsonl", "notes.md", "part-0001")
+    for pattern in ("f/*", "f/**", "f"):
+        found = find_files(source(pattern), tmp_path)
+        assert [file.path.name for file in found.files] == ["a.jsonl"]
+        assert found.left_out == {".md": 1, "without an ending": 1}
+    for pattern in ("f/part-*", "f/part-0001"):
+        assert names(find_files(source(pattern), tmp_path)) == ["part-0001"]
+
+
 def test_linked_files_and_folders_are_followed_and_read_once(tmp_path: Path) -> None:
     fill(tmp_path, "f/real/a.jsonl", "elsewhere/b.jsonl", "blobs/1")
     links = {"f/0": "real", "f/linked": "../elsewhere", "f/again": "../elsewhere", "f/here": ".", "f/real/up": ".."}
