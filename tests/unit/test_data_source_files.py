@@ -57,9 +57,21 @@ def test_trees_take_their_patterns_and_count_the_rest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["f", "f/**", "f/*", "f/**/*", "f/**/*.jsonl", "**/*.jsonl", "f/../f"])
 def test_no_pattern_reads_a_file_twice(pattern: str, tmp_path: Path) -> None:
     fill(tmp_path / "f", "a.jsonl", "sub/b.jsonl", "sub/deep/c.jsonl")
+    if "*.jsonl" in pattern:
+        fill(tmp_path / "f", ".hidden/d.jsonl", "sub/.e.jsonl")
     found = find_files(source(pattern), tmp_path)
     assert sorted(file.path.name for file in found.files) == ["a.jsonl", "b.jsonl", "c.jsonl"]
     assert found.left_out == {}
+
+
+def test_a_star_takes_what_a_folder_takes_and_a_named_file_is_read_whatever_its_ending(tmp_path: Path) -> None:
+    fill(tmp_path / "f", "a.jsonl", "notes.md", "part-0001")
+    for pattern in ("f/*", "f/**", "f"):
+        found = find_files(source(pattern), tmp_path)
+        assert [file.path.name for file in found.files] == ["a.jsonl"]
+        assert found.left_out == {".md": 1, "without an ending": 1}
+    for pattern in ("f/part-*", "f/part-0001"):
+        assert names(find_files(source(pattern), tmp_path)) == ["part-0001"]
 
 
 def test_linked_files_and_folders_are_followed_and_read_once(tmp_path: Path) -> None:
@@ -164,6 +176,10 @@ def test_what_cannot_be_read_is_refused_by_name(pattern: str, tmp_path: Path, mo
         find_files(source(pattern), tmp_path)
     assert caught.value.where == str(tmp_path / "f" / "closed")
     monkeypatch.setattr(os, "scandir", scandir)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", lambda path: refuse(path.parent))
+        with pytest.raises(DataError, match="cannot look into the folder of a path: Permission denied"):
+            find_files(source("f/closed/b.jsonl"), tmp_path)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "c.jsonl" and access(path, mode))
     with pytest.raises(DataError, match="cannot read a file: no permission") as caught:
         find_files(source(pattern), tmp_path)

@@ -81,7 +81,7 @@ def _refuse_whole_json(first_line: bytes, path: Path) -> None:
     raise DataError(
         f"the file is {what}, not JSON Lines (one object a line)",
         where=f"{shown(path)}:1",
-        fix=f"convert it: {command} FILE > NEW.jsonl",
+        fix=f"convert it: {command} FILE > NEW.jsonl; or name the files to read in the source's path, such as *.jsonl",
     )
 
 

@@ -107,7 +107,15 @@ def _roots(source: SourceSpec, base_dir: Path) -> tuple[list[Path], bool]:
             fix="write the whole path",
         ) from error
     whole = base_dir / path
-    if os.path.lexists(whole):
+    try:
+        os.lstat(whole)
+    except PermissionError as error:
+        raise DataError(
+            f"cannot look into the folder of a path: {error.strerror}", where=shown(whole), fix="chmod"
+        ) from error
+    except (OSError, ValueError):
+        pass  # a pattern, or nothing
+    else:
         return [whole], True
     start, parts = (Path(path.anchor), path.parts[1:]) if path.is_absolute() else (base_dir, path.parts)
     return sorted(set(_expand(start, parts))), parts[-1:] not in (("*",), ("**",))
