@@ -192,6 +192,17 @@ def test_added_tokens_of_the_vocabulary_are_found_in_contents(tmp_path: Path) ->
     assert alone.count(262) == 3
 
 
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_control_tokens_that_depend_on_their_neighbours_are_refused(tmp_path: Path, flag: str) -> None:
+    write_tokenizer(tmp_path, chat_template=SOURCE)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token[flag] = token["content"] == "<end_of_sentence>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="writes <end_of_sentence>, which takes white space beside it"):
+        ChatEncoder(tmp_path).encode(parse_conversation(line(), "f:1"))
+
+
 def test_losing_many_conversations_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     long = ANSWER | {"content": "z" * 200}
