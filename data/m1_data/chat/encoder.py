@@ -277,8 +277,17 @@ def _find_template(
                 return ChatTemplate(path.read_text(encoding="utf-8"), names, str(path), date=date)
             except OSError as error:
                 raise DataError(f"cannot read the chat template: {error.strerror}", where=str(path)) from error
-    if isinstance(config.get("chat_template"), str):
-        return ChatTemplate(config["chat_template"], names, str(folder / "tokenizer_config.json"), date=date)
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default", source)
+    if isinstance(source, str):
+        return ChatTemplate(source, names, str(folder / "tokenizer_config.json"), date=date)
+    if source:
+        raise DataError(
+            '"chat_template" is neither a text nor a list with a template named default',
+            where=str(folder / "tokenizer_config.json"),
+            fix="set sft.chat_template to a Jinja file",
+        )
     return ChatTemplate(default_template(), names, "the template shipped with m1", date=date)
 
 
