@@ -66,6 +66,12 @@ def test_tools_and_names_cannot_hold_control_tokens(tmp_path: Path, text: str) -
             spans(chat, more)
 
 
+def test_a_template_cannot_make_up_contents(tmp_path: Path) -> None:
+    """It writes what stands for a tenth content."""
+    with pytest.raises(DataError, match="writes more contents than there are"):
+        spans(encoder(tmp_path, "{{ '\ue0009\ue001' }}" + SOURCE), line())
+
+
 def test_a_system_key_is_the_first_message(tmp_path: Path) -> None:
     chat = encoder(tmp_path)
     system = {"role": "system", "content": "Be brief."}
