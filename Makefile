@@ -50,7 +50,7 @@ test: setup ## all tests that need no GPU
 faults: setup ## fault campaigns: hundreds of flipped bits, fifty kills (about 2 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
-mutate: setup ## change the sources one place at a time; says which changes no test notices (about 10 minutes)
+mutate: setup ## change the sources one place at a time; says which changes no test notices (about 20 minutes)
 	$(MUTATE) m1_stages.curriculum tests/unit/test_schedules.py
 	$(MUTATE) m1_stages.decay tests/unit/test_decay_values.py
 	$(MUTATE) m1_stages.guard tests/unit/test_guard_values.py
@@ -61,7 +61,8 @@ mutate: setup ## change the sources one place at a time; says which changes no t
 	$(MUTATE) m1_data.sampling.packing tests/unit/test_data_packing_values.py
 	$(MUTATE) m1_data.sampling.pieces tests/unit/test_data_packing_values.py
 	$(MUTATE) m1_data.chat.encoder tests/unit/test_chat_values.py
-	$(MUTATE) m1_data.chat.template tests/unit/test_chat_values.py
+	$(MUTATE) m1_data.chat.sandbox tests/unit/test_chat_values.py
+	$(MUTATE) m1_data.chat.template_form tests/unit/test_chat_formats.py
 
 test-gpu: setup ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

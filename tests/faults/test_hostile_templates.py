@@ -190,6 +190,9 @@ def test_a_job_that_fails_names_its_line_and_leaves_the_others_right() -> None:
     ]
     assert next(template.render_all(jobs)) == ["0", "0"], "and leaves the rest unread"
     assert template.render([{"content": "x"}]) == "x"
+    process = template._process
+    assert template.render([{"content": "y"}]) == "y"
+    assert template._process is process, "one process for all"
 
 
 def test_one_that_never_ends_is_named_with_its_line() -> None:

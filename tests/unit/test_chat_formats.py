@@ -66,6 +66,12 @@ def test_tools_and_names_cannot_hold_control_tokens(tmp_path: Path, text: str) -
             spans(chat, more)
 
 
+def test_a_template_cannot_make_up_contents(tmp_path: Path) -> None:
+    """It writes what stands for a tenth content."""
+    with pytest.raises(DataError, match="writes more contents than there are"):
+        spans(encoder(tmp_path, "{{ '\ue0009\ue001' }}" + SOURCE), line())
+
+
 def test_a_system_key_is_the_first_message(tmp_path: Path) -> None:
     chat = encoder(tmp_path)
     system = {"role": "system", "content": "Be brief."}
@@ -190,6 +196,17 @@ def test_added_tokens_of_the_vocabulary_are_found_in_contents(tmp_path: Path) ->
     alone = load_tokenizer(tmp_path, "").reference.encode(text, add_special_tokens=False).ids
     assert ids.ids[ids.trained].tolist() == [*alone, 258]
     assert alone.count(262) == 3
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_control_tokens_that_depend_on_their_neighbours_are_refused(tmp_path: Path, flag: str) -> None:
+    write_tokenizer(tmp_path, chat_template=SOURCE)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token[flag] = token["content"] == "<end_of_sentence>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="writes <end_of_sentence>, which takes white space beside it"):
+        ChatEncoder(tmp_path).encode(parse_conversation(line(), "f:1"))
 
 
 def test_losing_many_conversations_is_refused(tmp_path: Path) -> None:

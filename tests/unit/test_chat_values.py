@@ -67,6 +67,12 @@ def test_the_given_template_comes_before_the_folders_and_the_shipped_one(folder:
     assert ChatEncoder(folder).template.where == "the template shipped with m1"
     write_tokenizer(folder, chat_template=SOURCE + "{# config #}")
     assert ChatEncoder(folder).template.source.endswith("{# config #}")
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SOURCE + "{# default #}"}]
+    write_tokenizer(folder, chat_template=named)
+    assert ChatEncoder(folder).template.source.endswith("{# default #}")
+    write_tokenizer(folder, chat_template=named[:1])
+    with pytest.raises(DataError, match="neither a text nor a list with a template named default"):
+        ChatEncoder(folder)
     (folder / "chat_template.jinja").write_text(SOURCE + "{# file #}")
     assert ChatEncoder(folder).template.source.endswith("{# file #}")
     given = tmp_path / "given.jinja"

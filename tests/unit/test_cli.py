@@ -226,7 +226,7 @@ def test_conversations_that_cannot_be_trained_end_with_exit_code_4(prepared: Pat
     turns = [{"role": "user", "content": "1 + 1 ?"}, {"role": "assistant", "content": "2"}]
     long = [{"role": "user", "content": "1" * 2_000}, turns[1]]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, long, turns)))
-    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d') }}{{ messages[0].content }}{{ messages[1].content }}")
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}")
     (tmp_path / "hostile.jinja").write_text("{{ '%999999999d' % 1 }}")
     data = ["--set", f"run.dir={tmp_path}/run", "--set", f'sft.data=["{tmp_path}/chats.jsonl"]']
     for more, words in (

@@ -73,6 +73,8 @@ class ChatEncoder:
             raise DataError(f"unusable tokenizer: {error}", where=str(tokenizer_dir)) from error
         self._control = added
         self._controls = any_of(added)
+        flags = ("lstrip", "rstrip", "single_word")
+        self._takes_neighbours = {t["content"] for t in tokens if any(t.get(flag) for flag in flags)}
         self._special = any_of([t["content"] for t in tokens if t.get("special")] or added)
         names = {k: _token(v) for k, v in config.items() if k.endswith("_token") and _token(v)}
         self.template = _find_template(tokenizer_dir, config, template, names, date)
@@ -247,6 +249,13 @@ class ChatEncoder:
             for found in () if span.is_content else self._controls.finditer(span.text):
                 if text + span.text[at : found.start()]:
                     yield text + span.text[at : found.start()], mask
+                if found.group() in self._takes_neighbours:
+                    raise DataError(
+                        f"the chat template writes {found.group()}, which takes white space beside it or stands only between "
+                        "words (lstrip, rstrip, single_word): the text would get other ids than when it is generated",
+                        where=self.template.where,
+                        fix="set these three to false for it under added_tokens in tokenizer.json",
+                    )
                 yield self._control[found.group()], mask
                 text, at = "", found.end()
             text += span.text[at:]
@@ -268,8 +277,17 @@ def _find_template(
                 return ChatTemplate(path.read_text(encoding="utf-8"), names, str(path), date=date)
             except OSError as error:
                 raise DataError(f"cannot read the chat template: {error.strerror}", where=str(path)) from error
-    if isinstance(config.get("chat_template"), str):
-        return ChatTemplate(config["chat_template"], names, str(folder / "tokenizer_config.json"), date=date)
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default", source)
+    if isinstance(source, str):
+        return ChatTemplate(source, names, str(folder / "tokenizer_config.json"), date=date)
+    if source:
+        raise DataError(
+            '"chat_template" is neither a text nor a list with a template named default',
+            where=str(folder / "tokenizer_config.json"),
+            fix="set sft.chat_template to a Jinja file",
+        )
     return ChatTemplate(default_template(), names, "the template shipped with m1", date=date)
 
 

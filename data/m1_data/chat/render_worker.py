@@ -103,7 +103,10 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
 def _limit_memory() -> None:
     with open("/proc/self/statm", encoding="ascii") as file:
         base = int(file.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = base + (MAX_MIB << 20)
+    if hard != resource.RLIM_INFINITY:
+        most = min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
         resource.setrlimit(limit, (0, 0))

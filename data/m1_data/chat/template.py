@@ -80,8 +80,8 @@ class ChatTemplate:
                 answers = self._answers(asked)
                 asked = self._ask(batch)
                 yield from answers
-            yield from self._answers(asked)
-            asked = []
+            answers, asked = self._answers(asked), []
+            yield from answers
         finally:
             if asked:  # nobody reads those answers any more
                 self.close()
