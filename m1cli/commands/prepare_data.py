@@ -25,6 +25,7 @@ def prepare_command(path: Path, overrides: list[str]) -> None:
 def run_prepare(resolved: Resolved) -> Manifest:
     """Prepare the sources, print progress and the closing account, and return the manifest."""
     config = resolved.config
+    out = resolved.path(config.data.out)
     began = time.perf_counter()
     with _Bars(len(config.data.sources)) as bars:
         manifest, did = prepare(
@@ -35,7 +36,6 @@ def run_prepare(resolved: Resolved) -> Manifest:
             length_scale=config.curriculum.length_scale,
             progress=bars.update,
         )
-    out = resolved.path(config.data.out)
     if not did:
         console.print(f"{escape(str(out))} is up to date: same sources, same settings", soft_wrap=True)
     _account(manifest)
