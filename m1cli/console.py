@@ -71,8 +71,9 @@ class Stream:
 
     @property
     def _stream(self) -> IO[str]:
-        stream: IO[str] = getattr(sys, self._name)
-        return stream
+        stream = getattr(sys, self._name)
+        found: IO[str] = getattr(stream, "rich_proxied_file", stream)  # a live panel puts itself in front of it
+        return found
 
     def _try(self, action: Any) -> None:
         if self.failure is not None:

@@ -15,6 +15,7 @@ from m1_data.storage.ownership import write_whole
 from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError, DataError
 from m1_stages.run_dir import refuse_foreign_run_dir
+from m1cli import demo_corpus
 from m1cli.commands import demo
 from m1cli.commands.config import init_command
 from m1cli.commands.launch import slurm_command
@@ -61,9 +62,10 @@ def _report(path: str) -> None:
 
 
 def _demo(path: str) -> None:
-    demo._refuse_foreign(Path(path))
-    Path(path).mkdir(parents=True, exist_ok=True)
-    write_whole(Path(path) / "m1.toml", "demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_run", lambda folder, arguments: None)
+        patch.setattr(demo_corpus, "write_demo", lambda folder: write_whole(folder / "m1.toml", "demo"))
+        demo.demo_command(Path(path))
 
 
 def _data_out(path: str) -> None:
@@ -122,6 +124,9 @@ def _refusal(command: Callable[[str], None], path: str) -> ConfigError | None:
 def test_what_we_wrote_is_written_again(home: Path) -> None:
     _launch("m1.sbatch")
     _launch("m1.sbatch")
+    Path("linked.sbatch").symlink_to("m1.sbatch")
+    with pytest.raises(ConfigError, match="is a link"):
+        _launch("linked.sbatch")
     for _ in range(2):
         _run_dir("run")
     with pytest.raises(ConfigError, match="another file of this name"):
