@@ -94,13 +94,23 @@ def _refused(project: Project, name: str, holder: int) -> None:
 
 
 def test_a_second_command_beside_training_is_refused_or_only_reads(tmp_path: Path) -> None:
+    _beside_training(tmp_path, ["two ranks", "prepare-data"], ["stages", "up to date"])
+
+
+@pytest.mark.faults
+def test_every_second_command_beside_training(tmp_path: Path) -> None:
+    _beside_training(tmp_path, list(WRITERS), list(READERS))
+
+
+def _beside_training(tmp_path: Path, writers: list[str], readers: list[str]) -> None:
     project = Project(tmp_path / "project", steps=4000)
     process = project.start()
     project.wait_for_step(3, process)
     data = tree(project.folder / "data")
-    for name in WRITERS:
+    for name in writers:
         _refused(project, name, process.pid)
-    for name, (arguments, code) in READERS.items():
+    for name in readers:
+        arguments, code = READERS[name]
         done = project.m1(*arguments)
         assert done.returncode == code, f"{name}: {done.stdout}{done.stderr}"
     assert process.poll() is None, "all of this happened beside the training"
@@ -117,7 +127,7 @@ def test_a_second_command_beside_training_is_refused_or_only_reads(tmp_path: Pat
 
 def test_a_preparation_is_alone_with_its_data_and_is_stopped_in_one_line(project: Project) -> None:
     with writing(lock_of(project.folder / "data"), "the data"):
-        for name in ("prepare-data", "pretrain", "evaluate"):
+        for name in ("prepare-data", "pretrain"):
             done = project.m1(*WRITERS[name])
             assert done.returncode == 8, done.stdout + done.stderr
             assert f"process {os.getpid()} on " in done.stderr
