@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from m1cli.console import open_closed_streams, visible
+from m1cli.console import visible
 from m1cli.errors import EXIT_CODES, reported
 
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -305,5 +305,4 @@ def demo(
 
 def main() -> None:
     """Run the ``m1`` command."""
-    open_closed_streams()
     app()

@@ -71,8 +71,9 @@ class Stream:
 
     @property
     def _stream(self) -> IO[str]:
-        stream: IO[str] = getattr(sys, self._name)
-        return stream
+        stream = getattr(sys, self._name)
+        found: IO[str] = getattr(stream, "rich_proxied_file", stream)  # a live panel puts itself in front of it
+        return found
 
     def _try(self, action: Any) -> None:
         if self.failure is not None:
@@ -110,11 +111,7 @@ class _SafeConsole(Console):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
-console = _SafeConsole(Stream("stdout"), quiet=not is_rank_0)
-errors = _SafeConsole(Stream("stderr"), soft_wrap=True)
-
-
-def open_closed_streams() -> None:
+def _open_closed_streams() -> None:
     """Open the standard streams that the caller closed onto nothing, so that no file of ours gets their descriptors."""
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -123,3 +120,8 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - lives as long as the process
+
+
+_open_closed_streams()
+console = _SafeConsole(Stream("stdout"), quiet=not is_rank_0)
+errors = _SafeConsole(Stream("stderr"), soft_wrap=True)

@@ -30,6 +30,7 @@ def prepare_command(path: Path, overrides: list[str]) -> None:
 def run_prepare(resolved: Resolved) -> Manifest:
     """Prepare the sources, print progress and the closing account, and return the manifest."""
     config = resolved.config
+    out = resolved.path(config.data.out)
     began = time.perf_counter()
     with _Bars(len(config.data.sources)) as bars:
         manifest, did = prepare(
@@ -41,7 +42,6 @@ def run_prepare(resolved: Resolved) -> Manifest:
             seed=config.run.seed,
             progress=bars.update,
         )
-    out = resolved.path(config.data.out)
     if not did:
         console.print(f"{escape(shown(out))} is up to date: same sources, same settings", soft_wrap=True)
     by_pattern = {source.name for source in config.data.sources if source.format in ("files", "packages")}

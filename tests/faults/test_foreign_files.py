@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.trees import tree
 
 from m1_data.prepare.work_folder import refuse_foreign_folders
 from m1_data.spec import SourceSpec
@@ -18,18 +17,6 @@ from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError
 
 SOURCE = '[[data.sources]]\nname = {name}\ndomain = "code"\nformat = "jsonl"\npath = {path}\n'
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """Everything below ``folder``: content of files, targets of links."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = f"link to {os.readlink(path)}"
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-    return found
 
 
 @pytest.fixture

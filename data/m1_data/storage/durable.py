@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import time
 from pathlib import Path
+
+FULL_DISK_S = 60.0
+"""Seconds that a run waits for room before a file that it cannot do without counts as not written."""
+_RETRY_S = 1.0
+
+
+def write_when_there_is_room(path: Path, data: bytes | str, *, patience_s: float = FULL_DISK_S) -> None:
+    """Write as ``write_atomically``; while the disk is full, try again for ``patience_s`` seconds.
+
+    Raises:
+        OSError: the disk stayed full, or is failing.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return write_atomically(path, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > deadline:
+                raise
+        time.sleep(_RETRY_S)
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:

@@ -84,6 +84,9 @@ def refuse_unusable(path: Path, *, what: str, fix: str) -> None:
         pass
     except OSError as error:  # NotADirectoryError: a file on the way; a name that is too long
         raise ConfigError(f"{what} cannot be used: {error.strerror}", where=str(path), fix=fix) from error
+    there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not there.is_dir():
+        raise ConfigError(f"{what} leads through {there}, which is no folder", where=str(path), fix=fix)
 
 
 def refuse_to_overwrite(path: Path, *, what: str, is_ours: Callable[[str], bool], fix: str) -> None:

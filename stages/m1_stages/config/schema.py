@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from m1_data.errors import ConfigError
 from m1_data.spec import PrepareSpec, StageMix, TokenizerSpec
 
 PRESETS = ("tiny", "700m", "7b-a1b", "m1-456b")
@@ -367,8 +368,18 @@ class Resolved:
     """Hash of the resolved values, which every checkpoint records."""
 
     def path(self, value: str) -> Path:
-        """Resolve a configured path against the configuration file's folder."""
-        return (self.base_dir / Path(value).expanduser()).resolve()
+        """Resolve a configured path against the configuration file's folder.
+
+        Raises:
+            ConfigError: no file can have that name.
+        """
+        try:
+            return (self.base_dir / Path(value).expanduser()).resolve()
+        except (ValueError, RuntimeError, OSError) as error:  # a NUL, the home of nobody, a circle of links
+            keys = [key for key, configured in (("run.dir", self.config.run.dir), ("data.out", self.config.data.out))
+                    if configured == value]  # fmt: skip
+            where = f"key {keys[0]}" if keys else "the configuration"
+            raise ConfigError(f"{value!r} cannot be a path: {error}", where=where, fix="correct it") from error
 
     @property
     def run_dir(self) -> Path:

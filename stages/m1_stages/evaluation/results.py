@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from m1_data.sampling.needles import SHORTEST_TOKENS
-from m1_data.storage.durable import write_atomically
+from m1_data.storage.durable import write_when_there_is_room
 from m1_stages.config import Config
 from m1_stages.errors import DataError
 from m1_stages.events import StageEvaluated
@@ -39,7 +39,7 @@ def write_result(run_dir: Path, result: StageEvaluated) -> None:
     """Write ``result``, replacing an earlier one."""
     path = result_path(run_dir, result.stage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, orjson.dumps(dataclasses.asdict(result), option=orjson.OPT_INDENT_2) + b"\n")
+    write_when_there_is_room(path, orjson.dumps(dataclasses.asdict(result), option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def read_result(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | None:

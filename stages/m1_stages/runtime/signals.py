@@ -45,6 +45,8 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._before.items():
+            if self.received and handler is signal.SIG_DFL:
+                continue  # the process is about to leave: the request's twin must not end it with another exit code
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from m1_data.storage.durable import FULL_DISK_S
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
 from m1_stages.config import Resolved, WhenChanged
 from m1_stages.config.when_changed import changed_keys, recorded_values
@@ -29,7 +30,7 @@ from m1_stages.training.train_state import TrainState
 if TYPE_CHECKING:
     from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
 
-SAVE_PATIENCE_S = 60.0
+SAVE_PATIENCE_S = FULL_DISK_S
 _RETRY_S = 5.0
 """Seconds after which a checkpoint that must be written is tried again."""
 _SHARDING = {

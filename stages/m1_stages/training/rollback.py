@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m1_data.storage.durable import write_atomically
+from m1_data.storage.durable import write_when_there_is_room
 from m1_stages.curriculum import StagePlan
 from m1_stages.errors import CheckpointError, NumericStop
 from m1_stages.events import RolledBack
@@ -166,4 +166,4 @@ def _append(run_dir: Path, record: RollbackRecord) -> None:
 
 
 def _write(run_dir: Path, records: list[RollbackRecord]) -> None:
-    write_atomically(run_dir / ROLLBACKS, json.dumps([asdict(record) for record in records], indent=1))
+    write_when_there_is_room(run_dir / ROLLBACKS, json.dumps([asdict(record) for record in records], indent=1))

@@ -1,0 +1,235 @@
+"""A second command in a live directory is refused at once or only reads; signals and terminals that are gone lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.pretraining import events_of
+from support.tiny_checkpoint import tensors_of
+from support.tiny_run import make_run
+from support.trees import tree
+
+from m1_data.storage.lock import lock_of, writing
+
+M1 = [sys.executable, "-m", "m1cli"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+WRITERS = {
+    "pretrain": ["pretrain", "--stage", "32k"],
+    "two ranks": ["pretrain", "--stage", "32k", "--gpus", "2"],
+    "sft": ["sft"],
+    "evaluate": ["evaluate", "--stage", "32k"],
+    "prepare-data": ["prepare-data", "--set", "data.verify_docs=5"],
+}
+READERS = {
+    "stages": (["stages"], 0),
+    "up to date": (["prepare-data"], 0),
+    "report": (["report", "--out", "page.html"], 0),
+    "export": (["export", "--out", "model"], 5),
+}
+"""Commands that only read, and their exit code while a first stage trains."""
+
+
+class Project:
+    """A configuration with prepared data and, while it trains, a process."""
+
+    def __init__(self, folder: Path, *, steps: int = 64) -> None:
+        folder.mkdir()
+        self.folder, self.run_dir = folder, folder / "run"
+        make_run(folder)
+        text = (folder / "m1.toml").read_text().replace("save_every_steps = 100", "save_every_steps = 2")
+        text = text.replace("[stages.32k]\ntokens = 6144", f"[stages.32k]\nmax_epochs = 1000\ntokens = {1024 * steps}")
+        (folder / "m1.toml").write_text(text)
+        assert self.m1("prepare-data").returncode == 0
+
+    def m1(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*M1, *arguments], cwd=self.folder, env=ENV, capture_output=True, text=True, timeout=120)
+
+    def start(self, *arguments: str, redirect: str = "") -> subprocess.Popen[str]:
+        line = f"exec {' '.join([*M1, *(arguments or WRITERS['pretrain'])])} {redirect}"
+        return subprocess.Popen(
+            ["bash", "-c", line], cwd=self.folder, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def steps(self) -> list[int]:
+        return [event["global_step"] for event in self.events("StepDone")]
+
+    def events(self, *names: str) -> list[dict[str, object]]:
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        return [event for event in found if not names or event["event"] in names]
+
+    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while len(self.steps()) < step:
+            assert time.monotonic() < deadline, f"step {step} was not made"
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+
+    def final(self) -> dict[str, torch.Tensor]:
+        return tensors_of(self.run_dir / "checkpoints" / "step_00000064")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path / "project")
+
+
+def _refused(project: Project, name: str, holder: int) -> None:
+    began = time.monotonic()
+    done = project.m1(*WRITERS[name])
+    assert done.returncode == 8, f"{name}: {done.stdout}{done.stderr}"
+    assert time.monotonic() - began < 10
+    assert "in use by another command: m1 pretrain --stage 32k" in done.stderr
+    assert f"process {holder} on " in done.stderr
+
+
+def test_a_second_command_beside_training_is_refused_or_only_reads(tmp_path: Path) -> None:
+    _beside_training(tmp_path, ["two ranks", "prepare-data"], ["stages", "up to date"])
+
+
+@pytest.mark.faults
+def test_every_second_command_beside_training(tmp_path: Path) -> None:
+    _beside_training(tmp_path, list(WRITERS), list(READERS))
+
+
+def _beside_training(tmp_path: Path, writers: list[str], readers: list[str]) -> None:
+    project = Project(tmp_path / "project", steps=4000)
+    process = project.start()
+    project.wait_for_step(3, process)
+    data = tree(project.folder / "data")
+    for name in writers:
+        _refused(project, name, process.pid)
+    for name in readers:
+        arguments, code = READERS[name]
+        done = project.m1(*arguments)
+        assert done.returncode == code, f"{name}: {done.stdout}{done.stderr}"
+    assert process.poll() is None, "all of this happened beside the training"
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopped on SIGHUP after saving stage 32k" in err
+    assert tree(project.folder / "data") == data
+    assert project.steps() == list(range(len(project.steps()))), "every step was made once"
+    assert project.events("SaveFailed", "CheckpointRejected") == []
+    assert len(project.events("RunStarted")) == 1, "a refused or reading command reports nothing there"
+    assert not list(project.folder.rglob("*.lock*")), "the locks are given back"
+
+
+def test_a_preparation_is_alone_with_its_data_and_is_stopped_in_one_line(project: Project) -> None:
+    with writing(lock_of(project.folder / "data"), "the data"):
+        for name in ("prepare-data", "pretrain"):
+            done = project.m1(*WRITERS[name])
+            assert done.returncode == 8, done.stdout + done.stderr
+            assert f"process {os.getpid()} on " in done.stderr
+    texts = "".join(json.dumps({"text": f"document {n} " + "word " * 400}) + "\n" for n in range(20_000))
+    (project.folder / "words.jsonl").write_text(texts)
+    process = project.start("prepare-data")
+    deadline = time.monotonic() + 60
+    while not (project.folder / "data.partial").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert err.splitlines() == [
+        "stopped: stopped on SIGTERM; nothing unfinished was published", "  to do: run the same command again to continue",
+    ]  # fmt: skip
+    assert (project.folder / "data.partial").is_dir()
+    assert not list(project.folder.glob("data.lock*"))
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    project = Project(tmp_path_factory.mktemp("uncut") / "project")
+    assert project.m1(*WRITERS["pretrain"]).returncode == 0
+    return project.final()
+
+
+def _equals(project: Project, uncut: dict[str, torch.Tensor]) -> None:
+    final = project.final()
+    assert final.keys() == uncut.keys()
+    assert [name for name in final if not torch.equal(final[name], uncut[name])] == []
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+def test_second_commands_at_twenty_moments(project: Project, uncut: dict[str, torch.Tensor]) -> None:
+    rng, process = random.Random(3), project.start()
+    tried = 0
+    while process.poll() is None and tried < 20:
+        project.wait_for_step(1, process)
+        time.sleep(rng.uniform(0.0, 0.3))
+        if rng.random() < 0.5:
+            done = project.m1(*WRITERS[rng.choice(list(WRITERS))])
+            assert done.returncode == 8 or process.poll() is not None, done.stdout + done.stderr
+        else:
+            arguments, code = READERS[rng.choice(list(READERS))]
+            done = project.m1(*arguments)
+            assert done.returncode == code or process.poll() is not None, done.stdout + done.stderr
+        tried += 1
+        if (
+            process.poll() is None and tried % 5 == 0
+        ):  # the run is short: stop and continue it, so that it is still there
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+            process = project.start()
+    process.communicate(timeout=120)
+    assert project.m1(*WRITERS["pretrain"]).returncode == 0
+    assert project.events("SaveFailed", "CheckpointRejected") == []
+    _equals(project, uncut)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("how", ["SIGHUP", "closed stdout", "full stdout"])
+def test_a_terminal_that_is_gone_at_five_moments(project: Project, uncut: dict[str, torch.Tensor], how: str) -> None:
+    rng = random.Random(how)
+    for moment in range(5):
+        process = project.start(redirect="> /dev/full" if how == "full stdout" else "")
+        if how == "full stdout":
+            assert process.wait(120) == 0
+            break  # it is full from the first moment to the last
+        project.wait_for_step(rng.randrange(12 * moment, 12 * moment + 12), process)
+        if how == "SIGHUP":
+            process.send_signal(signal.SIGHUP)
+            assert process.wait(60) == 75
+        else:
+            assert process.stdout is not None
+            process.stdout.close()
+            assert process.wait(120) == 0, "it goes on without its reader"
+            break
+    assert project.m1(*WRITERS["pretrain"]).returncode == 0
+    _equals(project, uncut)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_fifty_kills_of_the_command(project: Project, uncut: dict[str, torch.Tensor]) -> None:
+    """At random moments from the start of the process on: imports, the lock, steps, saves, the last evaluation."""
+    rng, kills = random.Random(11), 0
+    while kills < 50:
+        process, began = project.start(), time.monotonic()
+        lasts = rng.uniform(0.2, 14.0)
+        while process.poll() is None and time.monotonic() - began < lasts:
+            time.sleep(0.01)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        else:
+            assert process.returncode == 0, process.communicate()
+            break
+        process.communicate()
+    assert project.m1(*WRITERS["pretrain"]).returncode == 0
+    assert events_of(project.run_dir / "metrics.jsonl", "SaveFailed", "CheckpointRejected") == []
+    _equals(project, uncut)
