@@ -38,7 +38,9 @@ def run_prepare(resolved: Resolved) -> Manifest:
         )
     out = resolved.path(config.data.out)
     if not did:
-        console.print(f"{escape(str(out))} is up to date: same sources, same settings", soft_wrap=True)
+        console.print(
+            f"{escape(str(out))} is up to date: same sources, same settings, every byte as written", soft_wrap=True
+        )
     _account(manifest)
     seconds = time.perf_counter() - began
     console.print(f"[green]{escape(str(out))}[/]" + (f" in {seconds:.1f} s" if did else ""), soft_wrap=True)

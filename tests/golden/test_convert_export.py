@@ -20,7 +20,7 @@ from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import ModelConfig
 from m1_stages.config.load import load_config
 from m1_stages.decay import Slopes, released_slopes
-from m1_stages.errors import CheckpointError, ConfigError, DataError
+from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource, MemorySource
 from m1_stages.hf.config_json import Lineage
 from m1_stages.hf.export import ExportReport, export
@@ -343,7 +343,7 @@ def test_choosing_and_exporting_a_checkpoint(
     config = tmp_path / "m1.toml"
     config.write_text(f'preset = "tiny"\n[run]\ndir = "{committed[0].path.parent.parent}"\n[export]\ndtype = "bf16"\n')
     resolved = load_config(config)
-    tokenizer = prepared_tokenizer(tokenizer_dir, resolved.path(resolved.config.data.out))
+    prepared_tokenizer(tokenizer_dir, resolved.path(resolved.config.data.out))
     for stage in (None, "128k"):
         assert choose_checkpoint(resolved, stage=stage, checkpoint=None).path == committed[0].path
     with pytest.raises(CheckpointError, match=r"stage 1m \(finished stages: 128k\)"):
@@ -355,11 +355,6 @@ def test_choosing_and_exporting_a_checkpoint(
     other = dataclasses.replace(chosen.meta, extra={**chosen.meta.extra, "tokenizer_sha256": "5" * 64})
     with pytest.raises(ConfigError, match="trained with another tokenizer"):
         Export(resolved, dataclasses.replace(chosen, meta=other))
-    whole = (tokenizer / "tokenizer_config.json").read_bytes()
-    (tokenizer / "tokenizer_config.json").write_bytes(whole[:-1] + b" ")
-    with pytest.raises(DataError, match="damaged"):
-        Export(resolved, chosen)
-    (tokenizer / "tokenizer_config.json").write_bytes(whole)
     job = Export(resolved, chosen)
     assert job.configuration_changed
     assert job.lineage.stages == ("32k", "128k")

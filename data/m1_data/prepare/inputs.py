@@ -1,7 +1,8 @@
 """What prepared data is made from, by key: the manifest records it, and ``m1 prepare-data`` and ``m1 pretrain`` compare it.
 
-Both ask ``differences``. Any difference makes ``m1 prepare-data`` prepare again. Those of ``TOKENS_STAY`` change no token, only
-what is proved or reported: training goes on with them.
+Both ask ``differences``. Any difference makes ``m1 prepare-data`` prepare again. Training refuses other keys, which a person can
+set back. It says when the raw text is not what it was, and goes on: a corpus may grow while a run lasts. Those of ``TOKENS_STAY``
+change no token, only what is proved or reported.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from m1_data.storage.plain_values import shown
 from m1_data.storage.store import open_prepared
 from m1_data.tokenizer import COMPANION_FILES
 
-_MODIFIED = "modification times of the files"
+_FILES, _MODIFIED = "files", "modification times of the files"
 _COMPANIONS = "tokenizer.path, files beside tokenizer.json"
 _FORMAT = "version of the preparation"
 _MIXES = "mixes of the stages"
@@ -132,14 +133,14 @@ def find_up_to_date(out: Path, inputs: Mapping[str, Any], notice: Callable[[str]
 def refuse_changed_inputs(
     manifest: Manifest, present: Mapping[str, Any], origins: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Refuse to train on data that was made from other inputs, and return what is worth saying although no token depends on it.
+    """Refuse to train on data that was made with other keys, and return what else a person should know.
 
     Args:
         present: of ``describe_inputs``.
         origins: where each key of the configuration comes from, for the message.
 
     Raises:
-        DataError: an input that determines the tokens is not what it was; key, old and new value are named.
+        DataError: a key that determines the tokens is not what it was; it, its old and its new value are named.
     """
     if not manifest.inputs:
         recorded: dict[str, Any] = {
@@ -149,15 +150,16 @@ def refuse_changed_inputs(
     else:
         recorded = manifest.inputs
     changed = differences(recorded, present)
-    times = [d for d in changed if d.key.endswith(_MODIFIED)]
-    fatal = [d for d in changed if d not in times and d.key not in TOKENS_STAY]
+    text = [d for d in changed if d.key.endswith((f", {_FILES}", f", {_MODIFIED}"))]
+    fatal = [d for d in changed if d not in text and d.key not in TOKENS_STAY]
     if fatal:
         raise DataError(
-            f"the data was prepared from something else: {_listed(fatal)}",
+            f"the data was prepared with another configuration: {_listed(fatal)}",
             where=f"{(origins or {}).get(fatal[0].key, '')}, key {fatal[0].key}".removeprefix(", "),
             fix="run m1 prepare-data (another data.out keeps the data that is there), or set the key back",
         )
-    return [f"{d.key} changed, names and sizes did not: m1 prepare-data reads them again" for d in times]
+    by_source = {d.key.partition(",")[0]: d for d in reversed(text)}  # number and bytes say more than times
+    return [f"{by_source[name]}: trained is what was prepared; m1 prepare-data reads them again" for name in by_source]
 
 
 def _listed(changed: Sequence[Difference]) -> str:
@@ -180,7 +182,7 @@ def _sha256(path: Path) -> str | None:
 
 def _files(source: SourceSpec, base_dir: Path, missing: bool) -> dict[str, Any]:
     """Number, bytes, and hashes of names and sizes and of times of the files that a source reads."""
-    names, times = f"data.sources.{source.name}, files", f"data.sources.{source.name}, {_MODIFIED}"
+    names, times = f"data.sources.{source.name}, {_FILES}", f"data.sources.{source.name}, {_MODIFIED}"
     try:
         roots = source_files(source, base_dir)
     except DataError:

@@ -87,10 +87,7 @@ def open_prepared(data_dir: Path, *, whole_bytes: int = WHOLE_BYTES) -> Prepared
     whole = num_bytes <= whole_bytes or not manifest.has_hashes
     training, held_out = (_open(data_dir, manifest, part, whole) for part in (manifest.shards, manifest.held_out))
     if not manifest.has_hashes:
-        verified = (
-            "compared whole with the SHA-256 of an older version, which did not record the keys and files that the data was "
-            "made from: they are not compared; m1 prepare-data writes the present format"
-        )
+        verified = "compared whole with the SHA-256 of an older version"
     else:
         verified = "verified whole" if whole else "each block is verified when it is first read"
     return PreparedData(

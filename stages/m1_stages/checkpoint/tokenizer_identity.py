@@ -25,5 +25,6 @@ def refuse_other_tokenizer(committed: Committed, sha256: str, data_dir: Path) ->
             f"the checkpoint was trained with another tokenizer (SHA-256 {trained[:16]}…) than that of the prepared data "
             f"(SHA-256 {sha256[:16]}…): its ids mean other text",
             where=f"{committed.path} and {data_dir / 'tokenizer' / 'tokenizer.json'}",
-            fix="set tokenizer.path to the tokenizer it was trained with and run m1 prepare-data, or use another run.dir",
+            fix="set tokenizer.path (of a trained tokenizer: its keys and sources) back and run m1 prepare-data, or use another "
+            "run.dir",
         )

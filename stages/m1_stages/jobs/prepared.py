@@ -1,4 +1,4 @@
-"""Opens the prepared data for a job: verified, and made from what the configuration says."""
+"""Opens the prepared data for a job: verified, and made with what the configuration says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def open_for_training(resolved: Resolved) -> tuple[PreparedData, list[str]]:
     """Open the configured data, and return it with what is worth saying about it.
 
     Raises:
-        DataError: no prepared data, damaged data, or data that was made from other keys, files or another tokenizer.
+        DataError: no prepared data, damaged data, or data that was made with other keys or another tokenizer.
     """
     data_dir, config = resolved.path(resolved.config.data.out), resolved.config
     manifest = load_manifest(data_dir)
@@ -48,6 +48,12 @@ def open_tokenizer(resolved: Resolved) -> Manifest:
 
 def data_verified(data: PreparedData, notes: list[str]) -> DataVerified:
     """Return the event that says what was verified."""
+    if not data.manifest.has_hashes:
+        notes = [
+            *notes,
+            "an older version prepared this data and did not record the keys, files and version it was made from: only "
+            "curriculum.length_scale is compared; m1 prepare-data writes the present format",
+        ]
     return DataVerified(
         folder=str(data.folder), bytes=data.num_bytes, how=data.verified, seconds=data.seconds, notes=notes
     )
