@@ -22,6 +22,7 @@ from support.tiny_run import make_run
 
 from m1_data.prepare.run import prepare
 from m1_data.storage.blocks import BlockHasher
+from m1_data.storage.indexed import IndexedReader, IndexedWriter
 from m1_data.storage.manifest import load_manifest
 from m1_data.storage.store import open_prepared, open_shard
 from m1_stages.config.load import load_config
@@ -135,6 +136,18 @@ def test_of_large_data_each_block_is_verified_when_it_is_first_read(original: Pa
         with pytest.raises(DataError, match="damaged"):
             lazy.training.readers[cell].get(0, 0, 5)
         reader.get(0, 0, 5)
+
+
+def test_an_index_with_a_flipped_bit_is_never_read_from(tmp_path: Path) -> None:
+    """Without any hash: lengths, pointers and sizes say the same thing, so none of them can be another."""
+    writer = IndexedWriter(tmp_path / "s", 400, 0)
+    for length in (3, 1, 70, 5):
+        writer.add(np.arange(length))
+    writer.close()
+    assert [IndexedReader(tmp_path / "s").get(n).tolist() for n in (0, 3)] == [[0, 1, 2, 0], [0, 1, 2, 3, 4, 0]]
+    for bit in range(8 * (tmp_path / "s.idx").stat().st_size):
+        with flipped(tmp_path / "s.idx", bit), pytest.raises(DataError, match=r"index"):
+            IndexedReader(tmp_path / "s")
 
 
 @pytest.mark.parametrize(
