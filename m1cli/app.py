@@ -38,7 +38,9 @@ GpusOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", help="Start a stage although the recall of the stage before is below evaluate.gate.")
 ]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Rename existing checkpoints and start over.")]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Rename the checkpoints of the stage and of later ones, and start over.")
+]
 FreshTuningOption = Annotated[
     bool, typer.Option("--fresh", help="Rename the checkpoints of fine-tuning and start it over; pretraining stays.")
 ]

@@ -18,7 +18,6 @@ from m1_stages.decay import half_life_tokens
 from m1_stages.events import (
     CheckpointRejected,
     CheckpointSaved,
-    DataVerified,
     Event,
     GateForced,
     GuardNoticed,
@@ -26,6 +25,7 @@ from m1_stages.events import (
     RunStarted,
     RunStopped,
     SaveFailed,
+    SettingsChanged,
     StageEvaluated,
     StageFinished,
     StageStarted,
@@ -70,12 +70,8 @@ class TrainingDisplay:
             _stage_started(event)
         elif isinstance(event, RunStarted):
             _run_started(event)
-        elif isinstance(event, DataVerified):
-            console.print(
-                f"[dim]data: {event.bytes / 1e9:,.2f} GB, {event.how} ({event.seconds:.1f} s)[/]", soft_wrap=True
-            )
-            for note in event.notes:
-                console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+        elif isinstance(event, SettingsChanged):
+            _settings_changed(event)
         elif isinstance(event, CheckpointSaved) and not event.stage_final:
             console.print(f"[dim]saved {escape(event.path)} in {event.seconds:.1f} s[/]", soft_wrap=True)
         elif isinstance(event, (GuardNoticed, StepRepeated, RolledBack)):
@@ -160,12 +156,26 @@ class TrainingDisplay:
         )
 
 
+def _settings_changed(event: SettingsChanged) -> None:
+    when = f"from stage {event.stage} step {event.step} on"
+    for change in event.changes:
+        console.print(
+            f"[bold yellow]changed:[/] {escape(change['key'])} {escape(str(change['old']))} -> "
+            f"{escape(str(change['new']))}, {when}",
+            soft_wrap=True,
+        )
+    if event.note:
+        console.print(f"[dim]{escape(event.note)}[/]", soft_wrap=True)
+
+
 def _run_started(event: RunStarted) -> None:
     axes = " ".join(f"{name.upper()}{size}" for name, size in event.topology.items() if size > 1 and name != "world")
     console.print(
         f"[bold]{event.preset}[/]: {event.parameters / 1e6:,.1f}M parameters, {event.active_parameters / 1e6:,.1f}M active; "
         f"{event.world_size} x {event.device} {event.precision} {axes}".rstrip()
     )
+    for number, line in enumerate(event.data):
+        console.print(f"[{'yellow' if number else 'dim'}]{escape(line)}[/]", soft_wrap=True)
     for operator, choice in event.backends.items():
         console.print(f"  [dim]{escape(operator)}: {escape(choice)}[/]", soft_wrap=True)
     if event.resumed_from:

@@ -36,20 +36,8 @@ class RunStarted:
     backends: dict[str, str]
     """Backend of each operator and why it was chosen, in words."""
     resumed_from: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataVerified:
-    """The prepared data was opened and compared with what was written."""
-
-    folder: str
-    bytes: int
-    """Of all token files."""
-    how: str
-    """When and how they are verified, in words."""
-    seconds: float
-    notes: list[str]
-    """What a person should know besides."""
+    data: list[str]
+    """What was verified of the prepared data, in words, and what else a person should know of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +71,18 @@ class StageStarted:
     """The inputs of recomputed layers wait in host memory."""
     activations: str
     """What becomes of the activations, in words, with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SettingsChanged:
+    """A stage goes on from a checkpoint that was made with other values; from ``step`` on the new ones hold."""
+
+    stage: str
+    step: int
+    changes: list[dict[str, Any]]
+    """``{"key", "old", "new"}`` of each."""
+    note: str
+    """Why nothing could be compared, if so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,8 +312,8 @@ class RunStopped:
 
 Event = (
     RunStarted
-    | DataVerified
     | StageStarted
+    | SettingsChanged
     | StepDone
     | StepRepeated
     | GuardNoticed

@@ -189,6 +189,22 @@ def test_fine_tuning_starts_from_a_stage_and_says_so(prepared: Path, tmp_path: P
     checkpoints = tmp_path / "run" / "checkpoints"
     base = {path.name for path in checkpoints.iterdir() if (path / "MANIFEST.json").is_file() and _stage(path) == "32k"}
     assert base
+    (tmp_path / "others.jsonl").write_text((tmp_path / "chats.jsonl").read_text().replace("+ 1 ?", "plus 1?"))
+    saved = sorted(path.name for path in checkpoints.iterdir())
+    for other, code, what in (
+        (f'sft.data=["{tmp_path}/others.jsonl"]', 2, "sft.data"),
+        ("sft.lr_peak=0.5", 2, "sft.lr_peak 0.001 -> 0.5: too late: fine-tuning is finished"),
+    ):
+        refused = m1("sft", *options, "--set", other, cwd=prepared)
+        assert (refused.returncode, what in refused.stderr, "m1 sft --fresh" in refused.stderr) == (code, True, True), (
+            refused.stderr
+        )
+    (tmp_path / "chats.jsonl").write_text((tmp_path / "others.jsonl").read_text())
+    refused = m1("sft", *options, cwd=prepared)
+    assert refused.returncode == 4
+    assert "the conversations changed since fine-tuning was finished" in refused.stderr
+    assert saved == sorted(path.name for path in checkpoints.iterdir())
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
     again = m1("sft", "--fresh", *options, cwd=prepared)
     assert again.returncode == 0, again.stderr
     assert "fine-tuning starts from weights and optimizer of the final 32k checkpoint" in again.stdout

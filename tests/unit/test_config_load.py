@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from m1_stages.config import PRESETS, STAGE_NAMES
 from m1_stages.config.load import RENAMED, load_config
+from m1_stages.config.when_changed import recorded_values
 from m1_stages.errors import ConfigError
 from m1cli.app import app
 
@@ -82,7 +83,7 @@ def test_origins_name_file_line_preset_flag_and_default(tmp_path: Path) -> None:
         ('preset = "tiny"\n[[data.sources]]\nname = "a"\ndomain = "code"\nformat = "jsonl"\npth = "x"', "pth", 6, "path"),
         ('preset = "tiny"\n[[data.sources]]\nname = "a"\ndomain = "code"\nformat = "jsonl"', "has no path", 2, "path = ..."),
         ('preset = "tiny"\n[[data.sources]]\nname = "a"\ndomain = "code"\nformat = "needles"', "says how many", 2, "max_docs"),
-        ('preset = "tiny"\n[data]\nheld_out = -1', "held_out is negative", 3, "0 holds"),
+        ('preset = "tiny"\n[data]\nheld_out = -1', "held_out is -1", 3, "give 0 or more"),
         ('preset = "tiny"\n[evaluate]\ndepths = [0.0, 1.5]', "evaluate.depths is 1.5", 3, "give 0 to 1"),
         ('preset = "tiny"\n[evaluate]\nlengths = []', "evaluate.lengths is empty", 3, "evaluate.enabled = false"),
         ('preset = "tiny"\n[evaluate]\nenabled = false\ngate = 0.5', "nothing is measured", 4, "gate = 0"),
@@ -149,3 +150,21 @@ def test_hash_follows_values_not_their_spelling(tmp_path: Path) -> None:
     path.write_text('preset = "tiny"')
     assert load_config(path).sha256 == same
     assert load_config(path, ["run.seed=2"]).sha256 != same
+
+
+def test_no_number_may_be_negative(tmp_path: Path) -> None:
+    path = write(tmp_path, 'preset = "tiny"\n')
+    values = recorded_values(load_config(path))
+    numbers = {key: -1 for key, value in values.items() if type(value) in (int, float)}
+    lists = {key: [-1] for key, value in values.items() if isinstance(value, list) and value}
+    assert len(numbers) > 100
+    assert "guard.warn_factor" in numbers
+    passed = []
+    for key, value in (numbers | lists).items():
+        try:
+            load_config(path, [f"{key}={value}"])
+            passed.append(key)
+        except ConfigError as error:
+            if f"key {key}" not in error.where:
+                passed.append(f"{key}: {error}")
+    assert passed == []

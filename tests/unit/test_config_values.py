@@ -84,7 +84,7 @@ def test_the_preset_may_be_overridden(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("run.seed=7", 7), ("run.seed = 7", 7), ("run.seed=7.0", 7), ("run.seed=-1e2", -100), ("run.dir=a b", "a b"),
+    [("run.seed=7", 7), ("run.seed = 7", 7), ("run.seed=7.0", 7), ("run.seed=1e2", 100), ("run.dir=a b", "a b"),
      ("run.dir='7'", "7"), ("run.dir=a=b", "a=b"), ("run.tensorboard=false", False), ("optim.eps=1", 1.0),
      ("evaluate.depths=[0, 0.5]", (0.0, 0.5)), ("run . seed=3", 3), ("run.dir= a ", "a")],
 )  # fmt: skip

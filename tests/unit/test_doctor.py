@@ -109,7 +109,21 @@ def test_a_path_with_the_installed_packages_hides_nothing(tmp_path: Path, monkey
     monkeypatch.setenv("PYTHONPATH", str(importlib.metadata.distribution("torch").locate_file("")))
     assert doctor._check_shadowed_imports(tmp_path).ok
     (tmp_path / "numpy.py").write_text("")
-    assert str(tmp_path / "numpy.py") in doctor._check_shadowed_imports(tmp_path).detail
+    found = doctor._check_shadowed_imports(tmp_path)
+    assert (str(tmp_path / "numpy.py") in found.detail, found.fix.split()[0]) == (True, "mv")
+
+
+def test_another_installation_is_not_to_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, work = tmp_path / "site", tmp_path / "work"
+    (site / "torch").mkdir(parents=True)
+    (site / "megatron").mkdir()
+    work.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    stray = doctor._check_shadowed_imports(work)
+    assert (stray.ok, stray.fix) == (False, f"take {site} out of PYTHONPATH")
+    (site / "torch-2.13.0.dist-info").mkdir()
+    (site / "megatron_core-0.16.1.dist-info").mkdir()
+    assert doctor._check_shadowed_imports(work).ok
 
 
 def test_low_limits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,3 +88,22 @@ def test_its_own_sums_are_logged_per_trained_token() -> None:
     assert result.metrics["squared"] == pytest.approx(float(losses.square().mean()), rel=1e-6)
     assert result.metrics["tokens_again"] == 1.0
     assert step(NextTokenCrossEntropy()).loss == pytest.approx(float(losses.mean()), rel=1e-6)
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    """Megatron leaves the weight decay of each group to a scheduler that we do not use: every group would get the same."""
+    where = device.use("auto")
+    model = build_model(SHAPE, parallel=ParallelConfig(), rope_base=1e4, device=where.name, seed=7)
+    trainable = TrainableModel(model, ParallelConfig())
+    optimizer = Optimizer(trainable, OptimConfig(weight_decay=0.5), bf16=False, distributed=False)
+    before = {name: weight.detach().clone() for name, weight in trainable[0].named_parameters()}
+    optimizer.begin_step()
+    optimizer.prepare_gradients()
+    optimizer.set_learning_rate(0.1)
+    optimizer.apply_gradients(scale=1.0)
+    vectors = 0
+    for name, weight in trainable[0].named_parameters():
+        factor = 1.0 if weight.dim() == 1 else 1 - 0.1 * 0.5
+        torch.testing.assert_close(weight.detach(), factor * before[name], msg=name)
+        vectors += weight.dim() == 1
+    assert 0 < vectors < len(before)

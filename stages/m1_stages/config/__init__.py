@@ -16,6 +16,7 @@ from m1_stages.config.schema import (
     RunSection,
     SftConfig,
     StageConfig,
+    WhenChanged,
 )
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "RunSection",
     "SftConfig",
     "StageConfig",
+    "WhenChanged",
 ]

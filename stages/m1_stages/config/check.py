@@ -29,6 +29,11 @@ class _Checker:
             value = getattr(target, key)
             self.require(value > 0, f"{section}.{key}", f"{section}.{key} is {value}", "give a value above 0")
 
+    def not_negative(self, section: str, *keys: str) -> None:
+        for key in keys:
+            value = getattr(getattr(self.config, section), key)
+            self.require(value >= 0, f"{section}.{key}", f"{section}.{key} is {value}", "give 0 or more")
+
     def run(self) -> None:
         self.model()
         self.parallel()
@@ -45,8 +50,9 @@ class _Checker:
         m = self.config.model
         self.positive(
             "model", "hidden_size", "num_layers", "num_heads", "head_dim", "num_kv_heads", "num_experts",
-            "expert_hidden_size", "experts_per_token", "softmax_every", "norm_eps", "lightning_norm_eps", "init_std",
+            "expert_hidden_size", "experts_per_token", "softmax_every", "norm_eps", "lightning_norm_eps", "init_std", "beta",
         )  # fmt: skip
+        self.not_negative("model", "alpha", "aux_loss_coef")
         self.require(
             m.num_heads & (m.num_heads - 1) == 0,
             "model.num_heads",
@@ -139,6 +145,13 @@ class _Checker:
     def curriculum(self) -> None:
         c, m = self.config.curriculum, self.config.model
         self.positive("curriculum", "length_scale")
+        self.not_negative("curriculum", "relax_exponent")
+        self.require(
+            min(c.stretch_exponent, default=0.0) >= 0,
+            "curriculum.stretch_exponent",
+            f"stretch_exponent has {min(c.stretch_exponent, default=0.0)}",
+            "give 0 or more",
+        )
         self.require(
             len(c.stretch_exponent) in (1, m.num_layers),
             "curriculum.stretch_exponent",
@@ -263,20 +276,27 @@ class _Checker:
             "optim.offload moves the optimizer's state off a GPU, and run.device is cpu",
             "leave the key out on a CPU",
         )
+        self.not_negative("optim", "weight_decay", "grad_clip")
+        self.not_negative("run", "seed")
+        self.positive("parallel", "timeout_s")
+        self.positive("export", "shard_gib")
+        self.positive("tokenizer", "vocab_size", "train_bytes")
+        self.not_negative("data", "verify_docs", "held_out")
+        self.share("data.max_bad_share", self.config.data.max_bad_share)
         self.positive("optim", "eps")
-        self.require(o.grad_clip >= 0, "optim.grad_clip", "grad_clip is negative", "0 switches clipping off")
         for key in ("beta1", "beta2"):
             self.require(0 <= getattr(o, key) < 1, f"optim.{key}", f"{key} is outside [0, 1)", "for example 0.9")
         self.positive("sft", "context_tokens", "epochs", "global_batch_tokens", "micro_batch_rows", "lr_peak")
+        self.require(
+            0 < x.lr_final <= x.lr_peak, "sft.lr_final", f"lr_final {x.lr_final} is not in (0, lr_peak]", "lower it"
+        )
+        self.share("sft.lr_warmup_share", x.lr_warmup_share)
         self.cut(self.config.sft_seq_len, "sft")
         self.require(
             x.base_stage in STAGE_NAMES,
             "sft.base_stage",
             f"base_stage {x.base_stage!r} is not a stage",
             f"one of {', '.join(STAGE_NAMES)}",
-        )
-        self.require(
-            self.config.data.held_out >= 0, "data.held_out", "data.held_out is negative", "0 holds nothing out"
         )
         for i, source in enumerate(self.config.data.sources):
             key, generated = f"data.sources.{i}", source.format == "needles"

@@ -1,6 +1,7 @@
 """The configuration of a run: strict frozen dataclasses, standard library only.
 
-``Annotated`` texts document the keys; ``m1 init`` writes them as comments and ``m1 config show`` prints them. Decoding,
+``Annotated`` texts document the keys; ``m1 init`` writes them as comments and ``m1 config show`` prints them. A
+``WhenChanged`` beside a key, or beside its section in ``Config``, says what becomes of a change while a run exists. Decoding,
 layering and the origin of each value are in ``config.load``; what must fit together is in ``config.check``.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +19,20 @@ PRESETS = ("tiny", "700m", "7b-a1b", "m1-456b")
 STAGE_NAMES = ("32k", "128k", "256k", "512k", "1m")
 VOCAB_MULTIPLE = 128
 """Vocabulary rows are padded to this multiple whatever the tensor-parallel size, so that checkpoints reshard."""
+
+
+class WhenChanged(Enum):
+    """The answer to a key that is not what the checkpoint that a run continues was made with."""
+
+    FIXED_FOR_RUN = "fixed for the run"
+    """Refused: the weights, or the form of what is saved, depend on it."""
+    FIXED_IN_STAGE = "fixed within a stage"
+    """Refused while the stage is in progress or finished; said and logged when a stage begins with it."""
+    APPLIED = "applied from now on"
+    """Said and logged."""
+    BY_PREPARED_DATA = "fixed by m1 prepare-data"
+    """Compared with what the prepared data records (``m1_data.storage``)."""
+    NO_EFFECT = "does not change what is trained"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +54,9 @@ class ModelConfig:
     lightning_norm_eps: Annotated[float, "epsilon of the lightning output norm (transformers hard-codes 1e-6)"] = 1e-6
     alpha: Annotated[float, "residual weight; 0 means (2 * num_layers) ** 0.25"] = 0.0
     beta: Annotated[float, "weight of each sublayer's output"] = 1.0
-    aux_loss_coef: Annotated[float, "load-balancing loss, transformers' scale: coef * E * sum(f_i * P_i)"] = 0.001
+    aux_loss_coef: Annotated[
+        float, "load-balancing loss, transformers' scale: coef * E * sum(f_i * P_i)", WhenChanged.APPLIED
+    ] = 0.001
     init_std: Annotated[float, "standard deviation of random initial weights"] = 0.02
 
     @property
@@ -112,7 +130,9 @@ class OptimConfig:
     weight_decay: Annotated[float, "decoupled weight decay of matrices; vectors have none"] = 0.1
     grad_clip: Annotated[float, "global gradient norm is clipped to this; 0 switches clipping off"] = 1.0
     offload: Annotated[
-        bool, "fp32 master weights and moments wait in host memory during forward and backward; needs a GPU"
+        bool,
+        "fp32 master weights and moments wait in host memory during forward and backward; needs a GPU",
+        WhenChanged.NO_EFFECT,
     ] = False
 
 
@@ -171,14 +191,16 @@ class StageConfig:
     rope_base: Annotated[float, "RoPE base of the softmax layers"]
     tokens: Annotated[int, "tokens trained in this stage"]
     global_batch_tokens: Annotated[int, "tokens per optimizer step"]
-    lr_peak: Annotated[float, "learning rate after warm-up"]
-    lr_final: Annotated[float, "learning rate at the end of the stage"]
+    lr_peak: Annotated[float, "learning rate after warm-up", WhenChanged.APPLIED]
+    lr_final: Annotated[float, "learning rate at the end of the stage", WhenChanged.APPLIED]
     short: Annotated[float, "token share of documents under 32K tokens (scaled by length_scale)"]
     medium: Annotated[float, "token share of documents of 32K to 128K tokens"]
     long: Annotated[float, "token share of documents over 128K tokens"]
-    lr_constant_share: Annotated[float, "share of the stage at lr_peak before the exponential decay"] = 0.0
-    lr_warmup_share: Annotated[float, "share of the stage spent on linear warm-up"] = 0.0
-    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank"] = 1
+    lr_constant_share: Annotated[
+        float, "share of the stage at lr_peak before the exponential decay", WhenChanged.APPLIED
+    ] = 0.0
+    lr_warmup_share: Annotated[float, "share of the stage spent on linear warm-up", WhenChanged.APPLIED] = 0.0
+    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank", WhenChanged.NO_EFFECT] = 1
     core_share: Annotated[float, "target share of STEM, code, book and reasoning tokens"] = 0.70
     domains: Annotated[dict[str, float], "relative token weight of each domain; empty: by tokens at hand"] = field(
         default_factory=dict
@@ -196,10 +218,10 @@ class SftConfig:
     context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
     epochs: Annotated[float, "passes over the conversations"] = 2.0
     global_batch_tokens: Annotated[int, "tokens per optimizer step"] = 1_048_576
-    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank"] = 1
-    lr_peak: Annotated[float, "learning rate after warm-up"] = 1e-5
-    lr_final: Annotated[float, "learning rate at the end (cosine)"] = 1e-6
-    lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up"] = 0.03
+    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank", WhenChanged.NO_EFFECT] = 1
+    lr_peak: Annotated[float, "learning rate after warm-up", WhenChanged.APPLIED] = 1e-5
+    lr_final: Annotated[float, "learning rate at the end (cosine)", WhenChanged.APPLIED] = 1e-6
+    lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up", WhenChanged.APPLIED] = 0.03
     chat_template: Annotated[str, "Jinja file; empty: the tokenizer's own, else the one shipped here"] = ""
     over_length: Annotated[Literal["error", "drop", "truncate"], "conversations longer than a row"] = "error"
 
@@ -241,10 +263,12 @@ class RunSection:
     """The place, the device, the precision and the checkpoints of a run."""
 
     dir: Annotated[str, "run directory: checkpoints, metrics.jsonl, reports"] = "run"
-    seed: Annotated[int, "seed of initial weights and data order"] = 1234
+    seed: Annotated[int, "seed of initial weights and data order", WhenChanged.FIXED_IN_STAGE] = 1234
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes CUDA where there is one"] = "auto"
     precision: Annotated[
-        Literal["fp32", "bf16"], "bf16 keeps master weights, attention state, decay rates and logits in fp32"
+        Literal["fp32", "bf16"],
+        "bf16 keeps master weights, attention state, decay rates and logits in fp32",
+        WhenChanged.FIXED_FOR_RUN,
     ] = "fp32"
     threads: Annotated[int, "CPU threads per process; 0: cores / processes"] = 0
     save_every_steps: Annotated[int, "steps between checkpoints; stage ends are always saved"] = 100
@@ -275,19 +299,21 @@ class RunSection:
 class Config:
     """The values of all sections of a configuration."""
 
-    preset: Annotated[str, "model size: tiny, 700m, 7b-a1b or m1-456b; any key below overrides it"]
-    model: ModelConfig
-    stages: dict[str, StageConfig]
-    run: RunSection = field(default_factory=RunSection)
-    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
-    data: PrepareSpec = field(default_factory=PrepareSpec)
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    sft: SftConfig = field(default_factory=SftConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    preset: Annotated[
+        str, "model size: tiny, 700m, 7b-a1b or m1-456b; any key below overrides it", WhenChanged.NO_EFFECT
+    ]
+    model: Annotated[ModelConfig, WhenChanged.FIXED_FOR_RUN]
+    stages: Annotated[dict[str, StageConfig], WhenChanged.FIXED_IN_STAGE]
+    run: Annotated[RunSection, WhenChanged.NO_EFFECT] = field(default_factory=RunSection)
+    tokenizer: Annotated[TokenizerSpec, WhenChanged.BY_PREPARED_DATA] = field(default_factory=TokenizerSpec)
+    data: Annotated[PrepareSpec, WhenChanged.BY_PREPARED_DATA] = field(default_factory=PrepareSpec)
+    curriculum: Annotated[CurriculumConfig, WhenChanged.FIXED_IN_STAGE] = field(default_factory=CurriculumConfig)
+    optim: Annotated[OptimConfig, WhenChanged.APPLIED] = field(default_factory=OptimConfig)
+    guard: Annotated[GuardConfig, WhenChanged.APPLIED] = field(default_factory=GuardConfig)
+    parallel: Annotated[ParallelConfig, WhenChanged.NO_EFFECT] = field(default_factory=ParallelConfig)
+    sft: Annotated[SftConfig, WhenChanged.FIXED_IN_STAGE] = field(default_factory=SftConfig)
+    evaluate: Annotated[EvaluateConfig, WhenChanged.APPLIED] = field(default_factory=EvaluateConfig)
+    export: Annotated[ExportConfig, WhenChanged.NO_EFFECT] = field(default_factory=ExportConfig)
 
     def seq_len(self, stage: str) -> int:
         """Return the tokens per row of ``stage`` after ``length_scale``."""

@@ -129,20 +129,27 @@ def _check_shadowed_imports(folder: Path) -> Finding:
     """Check that no file hides a package: ``python -m`` and torchrun search the working directory before installed packages."""
     names = ["torch", "megatron", "triton", "transformers", "numpy", "psutil", "rich", "typer", "tokenizers", "pyarrow",
              "datasets", "m1cli"]  # fmt: skip
-    paths = [folder, *(Path(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part)]
+    listed = [Path(part) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     shadowing = [
         path / found
-        for path in paths
+        for path in (folder, *listed)
         for name in names
         for found in (name, f"{name}.py")
-        if (path / found).exists() and path.resolve() != _package_location(name)
+        if (path / found).exists() and path.resolve() != _package_location(name) and not _is_installed(path, name)
     ]
     if not shadowing:
         return Finding(name="imports", ok=True, detail="no file here hides an installed package")
     detail = f"{', '.join(map(str, shadowing))} would be imported instead of the installed package"
-    return Finding(
-        name="imports", ok=False, detail=detail, fix=f"mv {shadowing[0]} {shadowing[0]}.away   (or work elsewhere)"
-    )
+    first = shadowing[0]
+    leave_out = f"take {first.parent} out of PYTHONPATH"
+    fix = f"mv {first} {first}.away   (or work elsewhere)" if first.parent == folder else leave_out
+    return Finding(name="imports", ok=False, detail=detail, fix=fix)
+
+
+def _is_installed(path: Path, package: str) -> bool:
+    """Whether an installer put ``package`` into ``path``: another installation, whose version is checked, is no stray file."""
+    name = {"megatron": "megatron_core"}.get(package, package)
+    return any(path.glob(f"{name}-*.dist-info")) or any(path.glob(f"{name}-*.egg-info"))
 
 
 def _package_location(package: str) -> Path | None:

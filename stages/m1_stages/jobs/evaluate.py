@@ -13,7 +13,7 @@ from m1_stages.evaluation.long_context import Subject
 from m1_stages.evaluation.results import read_result
 from m1_stages.evaluation.stage_evaluation import evaluate_stage
 from m1_stages.events import Sink
-from m1_stages.jobs.prepared import data_verified
+from m1_stages.jobs.prepared import described
 from m1_stages.runtime.collectives import agree_max, from_rank_0
 from m1_stages.runtime.watchdog import heartbeat
 from m1_stages.training.run import Run
@@ -29,9 +29,8 @@ def run(resolved: Resolved, stage: str, sinks: Sequence[Sink]) -> None:
     data = open_prepared(resolved.path(resolved.config.data.out))
     resolved = with_vocab(resolved, data.manifest.vocab_size)
     plan = plan_stage(resolved, stage)
-    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
+    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False, data=described(data)) as opened:
         opened.checkpointer.tokenizer_sha256 = data.manifest.tokenizer_sha256
-        opened.emit(data_verified(data, []))
         found = opened.checkpointer.restore(opened.checkpointer.finals(stage))
         if found is None:
             raise CheckpointError(

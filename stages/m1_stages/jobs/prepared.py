@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from m1_data.prepare.inputs import describe_inputs, refuse_changed_inputs
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.storage.store import PreparedData, open_prepared, verify_tokenizer
 from m1_stages.config import Resolved
 from m1_stages.curriculum import stage_mixes
-from m1_stages.events import DataVerified
 
 
 def open_for_training(resolved: Resolved) -> tuple[PreparedData, list[str]]:
@@ -46,14 +46,11 @@ def open_tokenizer(resolved: Resolved) -> Manifest:
     return manifest
 
 
-def data_verified(data: PreparedData, notes: list[str]) -> DataVerified:
-    """Return the event that says what was verified."""
-    if not data.manifest.has_hashes:
-        notes = [
-            *notes,
-            "an older version prepared this data and did not record the keys, files and version it was made from: only "
-            "curriculum.length_scale is compared; m1 prepare-data writes the present format",
-        ]
-    return DataVerified(
-        folder=str(data.folder), bytes=data.num_bytes, how=data.verified, seconds=data.seconds, notes=notes
+def described(data: PreparedData, notes: Sequence[str] = ()) -> list[str]:
+    """Return what to report of the data: when and how it is verified, then what else a person should know."""
+    first = f"data: {data.num_bytes / 1e9:,.2f} GB, {data.verified} ({data.seconds:.1f} s)"
+    older = (
+        "an older version prepared this data and did not record what it was made from: only curriculum.length_scale is "
+        "compared; m1 prepare-data writes the present format"
     )
+    return [first, *notes, *([] if data.manifest.has_hashes else [older])]

@@ -10,12 +10,13 @@ from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.events import Sink
 from m1_stages.jobs.evaluate import evaluate_finished
-from m1_stages.jobs.prepared import data_verified, open_for_training
+from m1_stages.jobs.prepared import described, open_for_training
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
+from m1_stages.training.recompute_choice import out_of_memory_explained
 from m1_stages.training.session import open_session, with_vocab
-from m1_stages.training.stage_start import announce_stage, pass_gate, restore_stage
+from m1_stages.training.stage_start import announce_stage, pass_gate, restore_stage, start_over_from
 
 
 def run(
@@ -24,7 +25,7 @@ def run(
     """Train and evaluate ``stages`` in order; finished ones are skipped, an interrupted one is continued.
 
     Args:
-        fresh: rename existing checkpoints and metrics, and start over.
+        fresh: start over from the first of ``stages``: its checkpoints and those of all that came after it are renamed.
         force: start a stage although the one before it recalls less than ``evaluate.gate``.
 
     Raises:
@@ -35,20 +36,28 @@ def run(
     data, notes = open_for_training(resolved)
     resolved = with_vocab(resolved, data.manifest.vocab_size)
     plans = [plan_stage(resolved, stage) for stage in stages]
-    with open_session(resolved, sinks, rope_base=plans[0].rope_base, fresh=fresh) as opened:
+    with open_session(
+        resolved,
+        sinks,
+        rope_base=plans[0].rope_base,
+        fresh=fresh and plans[0].starts_from is None,
+        data=described(data, notes),
+    ) as opened:
         opened.checkpointer.tokenizer_sha256 = data.manifest.tokenizer_sha256
-        opened.emit(data_verified(data, notes))
+        if fresh:
+            start_over_from(opened, plans[0].stage)
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
         for plan in plans:
             rows = stage_rows(resolved, plan, data)
-            state = restore_stage(opened, plan, rows)
+            state = restore_stage(opened, resolved, plan, rows)
             if state.stage_step == 0:
                 pass_gate(opened, resolved, plan, force=force)
             if state.ramp_from:
                 plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
-                announce_stage(opened, resolved, plan, rows.mix_plan.as_dict(), state)
-                state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
+                decision = announce_stage(opened, resolved, plan, rows.mix_plan.as_dict(), state)
+                with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
+                    state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
             evaluate_finished(opened, resolved, plan, state.slopes, data)
 
 

@@ -14,9 +14,9 @@ from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
-from m1_stages.training.rollback import forget_rollbacks
+from m1_stages.training.recompute_choice import out_of_memory_explained
 from m1_stages.training.session import open_session, with_vocab
-from m1_stages.training.stage_start import announce_stage, restore_stage
+from m1_stages.training.stage_start import announce_stage, restore_stage, start_over_from
 
 
 def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> None:
@@ -35,16 +35,16 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
         opened.checkpointer.tokenizer_sha256 = manifest.tokenizer_sha256
         if fresh:
-            opened.checkpointer.store.rename_stage(plan.stage)
-            forget_rollbacks(opened.run_dir, plan.stage)
+            start_over_from(opened, plan.stage)
         refuse_uneven_pipeline(resolved, [plan], opened.topology.dp_size)
-        state = restore_stage(opened, plan, rows)
+        state = restore_stage(opened, resolved, plan, rows)
         if state.stage_step == plan.num_steps:
             return
         if state.ramp_from:
             plan = plan.starting_from(state.ramp_from)
-        announce_stage(opened, resolved, plan, rows.stats_dict(), state)
-        train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
+        decision = announce_stage(opened, resolved, plan, rows.stats_dict(), state)
+        with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
+            train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
 
 
 def conversations(resolved: Resolved) -> SFTDataset:

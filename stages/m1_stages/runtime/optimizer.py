@@ -50,6 +50,8 @@ class Optimizer:
             use_distributed_optimizer=distributed,
         )
         self.megatron: Any = get_megatron_optimizer(config, model.chunks, use_gloo_process_groups=False)
+        self._optim = optim
+        self._configure_groups()
         self._fuse()
         self.host_state = HostState(self.parts, model) if optim.offload else None
 
@@ -92,8 +94,12 @@ class Optimizer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what ``sharded_state_dict`` of the same layout gave, filled; inside ``loading``."""
+        """Load what ``sharded_state_dict`` of the same layout gave, filled; inside ``loading``.
+
+        The configured betas, eps and weight decay stay in force, whatever the state was saved with.
+        """
         self.megatron.load_state_dict(state)
+        self._configure_groups()
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -120,6 +126,13 @@ class Optimizer:
             for state in part.optimizer.state.values():
                 state["step"] = state["step"].clone()
         self._fuse()
+
+    def _configure_groups(self) -> None:
+        """Set what Megatron leaves to its scheduler, which we do not use: vectors have a ``wd_mult`` of 0."""
+        for group in self.megatron.param_groups:
+            group["betas"] = (self._optim.beta1, self._optim.beta2)
+            group["eps"] = self._optim.eps
+            group["weight_decay"] = self._optim.weight_decay * group["wd_mult"]
 
     def _fuse(self) -> None:
         """Let torch's AdamW update all parameters in one kernel on a GPU; Megatron does not ask for it.

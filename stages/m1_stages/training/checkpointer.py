@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
-from m1_stages.config import Resolved
+from m1_stages.config import Resolved, WhenChanged
+from m1_stages.config.when_changed import changed_keys, recorded_values
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
 from m1_stages.runtime.ddp import TrainableModel
@@ -220,23 +221,24 @@ class Checkpointer:
             decay={"policy": self._resolved.config.curriculum.decay, "slopes": state.slopes},
             extra={
                 "tokens_seen": state.tokens_seen,
-                "model": self._model_shape(),
+                "config": recorded_values(self._resolved),
+                "model": self._model_section(),
                 "rope_base": self._model.rope_base,
                 "forced_gates": self.forced_gates,
                 "tokenizer_sha256": self.tokenizer_sha256,
             },
         )
 
-    def _model_shape(self) -> dict[str, Any]:
-        """The resolved model section: a checkpoint of another shape is refused by name, not by a shape error."""
+    def _model_section(self) -> dict[str, Any]:
         return dict(self._resolved.as_dict()["model"])
 
     def _refuse_other_shape(self, committed: Committed) -> None:
-        saved, now = committed.meta.extra.get("model", {}), self._model_shape()
-        for key in sorted(saved.keys() | now.keys()):
-            if saved.get(key) != now.get(key):
+        """Refuse a checkpoint of another model by the key, not by a shape error."""
+        saved = {f"model.{key}": value for key, value in committed.meta.extra.get("model", {}).items()}
+        for change in changed_keys(saved, self._resolved):
+            if change.rule is WhenChanged.FIXED_FOR_RUN:
                 raise CheckpointError(
-                    f"the checkpoint has model.{key} = {saved.get(key)}, the configuration says {now.get(key)}",
+                    f"the checkpoint has {change.key} = {change.old}, the configuration says {change.new}",
                     where=str(committed.path),
-                    fix=f"set model.{key} back, use another run.dir, or start over with --fresh",
+                    fix=f"set {change.key} back, use another run.dir, or start over with --fresh",
                 )

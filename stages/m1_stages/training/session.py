@@ -16,7 +16,7 @@ import torch
 
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config import Resolved
-from m1_stages.errors import CheckpointError, ConfigError, M1Error, NumericStop
+from m1_stages.errors import CheckpointError, ConfigError, EnvironmentProblem, M1Error, NumericStop
 from m1_stages.events import CheckpointRejected, Event, JsonLines, RunStarted, RunStopped, Sink
 from m1_stages.plan.shapes import count_parameters
 from m1_stages.run_dir import CHECKPOINTS, METRICS, ROLLBACKS
@@ -28,17 +28,21 @@ from m1_stages.runtime.optimizer import Optimizer
 from m1_stages.runtime.signals import StopRequest
 from m1_stages.runtime.watchdog import SLOW_PHASE_FACTOR, dump_stacks, report_progress
 from m1_stages.training.checkpointer import Checkpointer
+from m1_stages.training.recompute_choice import is_out_of_memory
 from m1_stages.training.run import Run
 
 
 @contextmanager
-def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float, fresh: bool) -> Iterator[Run]:
+def open_session(
+    resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float, fresh: bool, data: Sequence[str] = ()
+) -> Iterator[Run]:
     """Start the process group, build model, optimizer and checkpointer, catch signals; report how the run ended.
 
     Args:
         sinks: where rank 0 sends its events, besides ``metrics.jsonl``.
         rope_base: RoPE base of the first stage.
-        fresh: rename existing checkpoints, metrics and roll backs, and start over.
+        fresh: rename all checkpoints, the metrics and the roll backs, and start over.
+        data: what to report of the prepared data.
 
     Raises:
         M1Error: what the body raises; it is reported before it passes through.
@@ -56,7 +60,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
         with stop:
             run = _build(resolved, device, topology, emit, stop, rope_base=rope_base)
             run.checkpointer.store.sweep()
-            emit(_run_started(resolved, run))
+            emit(_run_started(resolved, run, data))
             try:
                 yield run
             except NumericStop:  # on all ranks at the same step; what is being written is from before it
@@ -67,6 +71,14 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
     except M1Error as error:
         emit(RunStopped(reason=str(error), exit_code=error.exit_code))
         raise
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
+        raise EnvironmentProblem(
+            f"out of memory outside of a training step: {str(error).splitlines()[0][:200]}",
+            where=f"device {device.name}",
+            fix="m1 plan shows what fits; more processes, or larger parallel.tensor or parallel.pipeline, divide the weights",
+        ) from error
     finally:
         close()
         parallel.stop()
@@ -162,7 +174,7 @@ def _emitter(run_dir: Path, sinks: Sequence[Sink], *, rank: int) -> tuple[Sink, 
     return emit, lines.close
 
 
-def _run_started(resolved: Resolved, run: Run) -> RunStarted:
+def _run_started(resolved: Resolved, run: Run, data: Sequence[str]) -> RunStarted:
     from m1_stages.model import backend_choices
 
     config = resolved.config
@@ -183,6 +195,7 @@ def _run_started(resolved: Resolved, run: Run) -> RunStarted:
         versions={name: version(name) for name in ("m1cli", "torch", "megatron-core")},
         backends=backends,
         resumed_from=str(latest.path) if latest else "",
+        data=list(data),
     )
 
 

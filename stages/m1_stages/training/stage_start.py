@@ -5,23 +5,34 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from m1_stages.checkpoint.changed_settings import refuse_changes, settings_changed, start_over
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.curriculum import StagePlan
-from m1_stages.errors import CheckpointError, NumericStop
+from m1_stages.curriculum import SFT, StagePlan
+from m1_stages.errors import CheckpointError, DataError, NumericStop
 from m1_stages.evaluation.results import read_result
 from m1_stages.events import GateForced, StageStarted
 from m1_stages.runtime.collectives import from_rank_0
-from m1_stages.training.recompute_choice import choose_recompute
-from m1_stages.training.rollback import apply_rollback_exclusions, read_rollbacks
+from m1_stages.training.recompute_choice import RecomputeDecision, choose_recompute
+from m1_stages.training.rollback import apply_rollback_exclusions, forget_rollbacks, read_rollbacks
 from m1_stages.training.run import Rows, Run
 from m1_stages.training.train_state import TrainState, enter_stage
 
 
-def restore_stage(run: Run, plan: StagePlan, rows: Rows) -> TrainState:
+def start_over_from(run: Run, stage: str) -> None:
+    """Rename the checkpoints of ``stage`` and of all that is trained after it, and drop their roll backs; every rank calls it."""
+    later = (*STAGE_NAMES, SFT)
+    for name in later[later.index(stage) :]:
+        run.checkpointer.store.rename_stage(name)
+        forget_rollbacks(run.run_dir, name)
+
+
+def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> TrainState:
     """Find where ``plan`` stands and load it: its own newest checkpoint, else the final one of the stage before, else nothing.
 
     Raises:
-        CheckpointError: the stage before has no final checkpoint, or the data changed since the checkpoint.
+        CheckpointError: the stage before has no final checkpoint.
+        DataError: the data changed since the checkpoint.
+        ConfigError: a key changed that cannot change any more.
     """
     store = run.checkpointer.store
     committed = store.committed()
@@ -33,6 +44,7 @@ def restore_stage(run: Run, plan: StagePlan, rows: Rows) -> TrainState:
             where=str(store.root),
             fix=f"run first: m1 pretrain --stage {plan.starts_from}   (or --stage all)",
         )
+    refuse_changes([*own[:1], *before[:1]], resolved, plan)
     found = run.checkpointer.restore([*own, *before])
     if found is None:
         if any(c.meta.stage in STAGE_NAMES for c in committed):
@@ -42,16 +54,22 @@ def restore_stage(run: Run, plan: StagePlan, rows: Rows) -> TrainState:
                 fix="use another run.dir, or start over with --fresh",
             )
         return enter_stage(plan, rows.fingerprint, None)
-    _, state = found
+    loaded, state = found
+    finished = loaded.meta.stage == plan.stage and loaded.meta.stage_final
     if state.stage != plan.stage:
         state = enter_stage(plan, rows.fingerprint, state)
     state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint))
-    if state.stage_step < plan.num_steps and state.data_fingerprint != rows.fingerprint:
-        raise CheckpointError(
-            "the prepared data, the mix or the seed changed since this stage was interrupted: its order is another one",
-            where=f"stage {plan.stage}, step {state.stage_step}",
-            fix="restore the data and configuration, or start over with --fresh",
+    if state.data_fingerprint != rows.fingerprint and (not finished or plan.stage == SFT):
+        source, files = ("conversations", "key sft.data") if plan.stage == SFT else ("prepared data", "key data.out")
+        since = "finished" if finished else f"interrupted at step {state.stage_step}"
+        raise DataError(
+            f"the {source} changed since {plan.title} was {since}: fingerprint {state.data_fingerprint[:12]} -> "
+            f"{rows.fingerprint[:12]}",
+            where=f"{files}; {loaded.path}",
+            fix=f"restore the files, or {start_over(plan)}",
         )
+    if not finished and (changed := settings_changed(loaded, resolved, plan, state.stage_step)) is not None:
+        run.emit(changed)
     return state
 
 
@@ -87,7 +105,9 @@ def pass_gate(run: Run, resolved: Resolved, plan: StagePlan, *, force: bool) -> 
     run.emit(forced)
 
 
-def announce_stage(run: Run, resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState) -> None:
+def announce_stage(
+    run: Run, resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState
+) -> RecomputeDecision:
     """Choose what becomes of the stage's activations, and report what the stage changes and what it starts from."""
     decision = choose_recompute(resolved.config, plan, run.topology, run.device)
     run.model.set_recompute(decision.activations.recompute, offload=decision.activations.offload)
@@ -122,3 +142,4 @@ def announce_stage(run: Run, resolved: Resolved, plan: StagePlan, mix: dict[str,
             activations=str(decision),
         )
     )
+    return decision
