@@ -5,6 +5,8 @@ Libraries raise and only ``m1cli`` prints. The other kinds, and all exit codes, 
 
 from __future__ import annotations
 
+import os
+
 EXIT_CONFIG = 2
 EXIT_ENVIRONMENT = 3
 EXIT_DATA = 4
@@ -45,3 +47,8 @@ class DataError(M1Error):
     """Data is unreadable, broken or missing."""
 
     exit_code = EXIT_DATA
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path as text that can be printed and stored: bytes that are not UTF-8, and control characters, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(path))

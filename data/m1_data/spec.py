@@ -33,14 +33,16 @@ class SourceSpec:
     domain: Annotated[str, "stem, code, book, reasoning, general, long_qa or a name of your own"]
     format: Annotated[
         Literal["jsonl", "parquet", "files", "packages", "datasets", "needles"],
-        "jsonl (plain, .gz, .zst), parquet, files (one document a file), "
+        "jsonl (plain, .gz, .zst, .bz2), parquet, files (one document a file), "
         "packages (one document a package), datasets (local or hub, needs the 'hub' extra), "
         "needles (max_docs generated documents that hide keys and ask for them; text comes from the other sources)",
     ]
     path: Annotated[
-        str, "file, folder or glob; for 'datasets' the name or path given to load_dataset; none for 'needles'"
+        str,
+        "file, folder (with its sub-folders) or glob; for 'datasets' a path or the name of a data set of the Hub; "
+        "none for 'needles'",
     ] = ""
-    text_field: Annotated[str, "key or column that holds the text"] = "text"
+    text_field: Annotated[str, "key or column that holds the text; meta.text is text inside meta"] = "text"
     include: Annotated[tuple[str, ...], "file patterns for 'files' and 'packages'"] = (
         "*.py",
         "*.md",
@@ -79,7 +81,7 @@ class PrepareSpec:
         int, "documents of each source and length bucket kept out of training to measure on; needs dedup = exact"
     ] = 16
     verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = 16
-    max_bad_share: Annotated[float, "stop when more than this share of a source's records is unusable"] = 0.5
+    max_bad_share: Annotated[float, "stop when more than this share of a source's records is unusable"] = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,8 +9,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from m1_data.errors import shown
 from m1_data.prepare.run import prepare
-from m1_data.storage.manifest import Manifest
+from m1_data.storage.manifest import Manifest, SourceEntry
+from m1_data.storage.source_files import describe_left_out
 from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stage_mixes
@@ -39,11 +41,12 @@ def run_prepare(resolved: Resolved) -> Manifest:
     out = resolved.path(config.data.out)
     if not did:
         console.print(
-            f"{escape(str(out))} is up to date: same sources, same settings, every byte as written", soft_wrap=True
+            f"{escape(shown(out))} is up to date: same sources, same settings, every byte as written", soft_wrap=True
         )
-    _account(manifest)
+    by_pattern = {source.name for source in config.data.sources if source.format in ("files", "packages")}
+    _account(manifest, by_pattern)
     seconds = time.perf_counter() - began
-    console.print(f"[green]{escape(str(out))}[/]" + (f" in {seconds:.1f} s" if did else ""), soft_wrap=True)
+    console.print(f"[green]{escape(shown(out))}[/]" + (f" in {seconds:.1f} s" if did else ""), soft_wrap=True)
     return manifest
 
 
@@ -92,7 +95,8 @@ class _Bars:
         )
 
 
-def _account(manifest: Manifest) -> None:
+def _account(manifest: Manifest, by_pattern: set[str]) -> None:
+    """Print the account. Sources in ``by_pattern`` name the files they want, so that others are left out is no news."""
     table = Table(title="sources", title_justify="left")
     for name in ("source", "domain", "documents", "tokens", "longest", "excluded"):
         table.add_column(name, justify="left" if name in ("source", "domain", "excluded") else "right")
@@ -104,9 +108,11 @@ def _account(manifest: Manifest) -> None:
             f"{source.documents:,}",
             f"{source.tokens:,}",
             f"{source.longest_tokens:,}",
-            rejected,
+            escape(rejected),
         )
     console.print(table)
+    for source in manifest.sources:
+        _what_is_missing(source, "dim" if source.name in by_pattern else "bold yellow")
     lengths = ", ".join(f"{name} {count:,}" for name, count in manifest.tokens_by_bucket.items() if count)
     console.print(f"tokens by document length: {lengths}", soft_wrap=True)
     held_out = sum(source.held_out for source in manifest.sources)
@@ -128,3 +134,17 @@ def _account(manifest: Manifest) -> None:
         console.print(f"  stage {stage}: [{colour}]{reached:.1%}[/] of the wanted {wanted:.0%}", soft_wrap=True)
         for reason in mix["reasons"]:
             console.print(f"    [dim]{escape(reason)}[/]", soft_wrap=True)
+
+
+def _what_is_missing(source: SourceEntry, left_out_style: str) -> None:
+    """Print a line for each reason why text of a source is not there, with the first place."""
+    for reason, place in source.first_places.items():
+        count = source.rejected[reason]
+        text = f"{source.name}: {count:,} of {source.records:,} records are lost: {reason}, first at {place}"
+        console.print(f"[bold yellow]{escape(text)}[/]", soft_wrap=True)
+    if source.left_out:
+        text = f"{source.name}: not read from its folders: {describe_left_out(source.left_out)}"
+        console.print(f"[{left_out_style}]{escape(text)}[/]", soft_wrap=True)
+    if source.noted:
+        noted = ", ".join(f"{count:,} {kind}" for kind, count in source.noted.items())
+        console.print(f"[dim]{escape(f'{source.name}: read all the same: {noted}')}[/]", soft_wrap=True)

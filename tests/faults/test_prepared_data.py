@@ -48,14 +48,14 @@ def project(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "project"))
 
 
-def prepare_again(folder: Path) -> tuple[bool, list[str]]:
+def prepare_again(folder: Path, *stages: str) -> tuple[bool, list[str]]:
     """Whether ``m1 prepare-data`` had to do anything, and what it said."""
     said: list[str] = []
     resolved = load_config(folder / "m1.toml")
     _, did = prepare(
         resolved.config.data,
         resolved.config.tokenizer,
-        [],
+        [(resolved.config.mix(stage), 1000) for stage in stages],
         base_dir=folder,
         length_scale=resolved.config.curriculum.length_scale,
         notice=said.append,
@@ -77,7 +77,10 @@ def flipped(path: Path, bit: int) -> Iterator[None]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "data").rglob("*") if path.is_file())
+    """What is trained on, measured on, tokenized with or exported, and what describes it; not what a preparation keeps."""
+    data = folder / "data"
+    kept = [path for part in ("shards", "held_out", "tokenizer") for path in (data / part).rglob("*") if path.is_file()]
+    return sorted([data / "manifest.json", *kept])
 
 
 def test_two_hundred_flipped_bits_are_found_before_the_first_step(original: Path) -> None:
@@ -164,6 +167,15 @@ def test_prepare_data_finds_damage_and_makes_the_same_data_again(name: str, proj
     assert name in said
     assert {p.relative_to(project): p.read_bytes() for p in files_of(project)} == before
     assert prepare_again(project) == (False, [])
+
+
+@pytest.mark.parametrize("name", ["sums.done", "sums.hashes", "trained.json", "trained.json.sha256"])
+def test_what_a_preparation_keeps_for_the_next_one_is_compared_too(name: str, project: Path) -> None:
+    before = {p: p.read_bytes() for p in files_of(project) if p.name != "manifest.json"}
+    path = project / "data" / name
+    with flipped(path, 8 * (path.stat().st_size // 2)):
+        assert prepare_again(project, "32k") == (True, ["the data is prepared again: mixes of the stages changed"])
+    assert {p: p.read_bytes() for p in before} == before
 
 
 def test_a_source_that_was_damaged_after_an_interruption_is_read_again(project: Path) -> None:

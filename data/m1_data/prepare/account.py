@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from m1_data.errors import DataError
-from m1_data.prepare.reader import source_files
+from m1_data.errors import DataError, shown
 from m1_data.prepare.shards import WrittenDocuments
 from m1_data.prepare.tally import Tally
 from m1_data.sampling.mix import plan_mix
@@ -46,7 +45,7 @@ class SourceRecord:
 
 
 def account_for_source(
-    source: SourceSpec, tally: Tally, written: WrittenDocuments, *, base_dir: Path, max_bad_share: float
+    source: SourceSpec, tally: Tally, written: WrittenDocuments, *, max_bad_share: float
 ) -> SourceRecord:
     """Complete the shards of a source and return its record.
 
@@ -59,7 +58,7 @@ def account_for_source(
     entry = SourceEntry(
         name=source.name,
         domain=source.domain,
-        files=tuple(path.name for path in source_files(source, base_dir)),
+        files=tally.files,
         records=tally.records,
         documents=shards.documents.total(),
         utf8_bytes=written.utf8_bytes,
@@ -69,24 +68,43 @@ def account_for_source(
         noted=dict(sorted(tally.noted.items())),
         verified_ids=written.verified_ids,
         held_out=held_out.documents.total(),
+        first_places=dict(sorted(tally.first_places.items())),
+        left_out=tally.left_out,
     )
     return SourceRecord(source=entry, shards=shards.close(), held_out=held_out.close())
 
 
 def _refuse_useless_source(source: SourceSpec, tally: Tally, documents: int, max_bad_share: float) -> None:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in tally.rejected.most_common())
-    if tally.records and tally.bad / tally.records > max_bad_share:
+    reasons = "; ".join(
+        f"{count} {reason}" + (f", first at {place}" if (place := tally.first_places.get(reason)) else "")
+        for reason, count in tally.rejected.most_common()
+    )
+    if tally.records and (share := tally.bad / tally.records) > max_bad_share:
+        fix = _advice(tally.rejected.most_common(1)[0][0])
+        if share < 1:
+            allowed = math.ceil(share * 1000) / 1000
+            fix += f"; or, if these records may be lost: --set data.max_bad_share={allowed} (now {max_bad_share})"
         raise DataError(
             f"{tally.bad} of {tally.records} records of source {source.name!r} are unusable: {reasons}",
-            where=f"source {source.name}, {source.path}",
-            fix="correct text_field or the file, or raise data.max_bad_share if this is expected",
+            where=f"source {source.name}, {shown(source.path)}",
+            fix=fix,
         )
     if not documents and not tally.rejected["duplicate"]:
         raise DataError(
             f"source {source.name!r} gave no document" + (f": {reasons}" if reasons else ""),
-            where=f"source {source.name}, {source.path}",
+            where=f"source {source.name}, {shown(source.path)}",
             fix="check the path, the include patterns and text_field, or take the source out",
         )
+
+
+def _advice(reason: str) -> str:
+    if reason == "invalid UTF-8":
+        return "convert the files, for example from the usual encoding of Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
+    if reason == "malformed JSON":
+        return "mend the files: JSON Lines has one whole JSON object a line"
+    if reason.startswith(("no field", "text is", "null text")):
+        return "set text_field on this source to the field that holds the text"
+    return "correct the files, or the path and format of the source"
 
 
 def build_manifest(

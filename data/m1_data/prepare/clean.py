@@ -39,6 +39,6 @@ def clean(text: str, tally: Tally) -> str | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        tally.rejected["lone surrogate"] += 1
+        tally.reject("lone surrogate")
         return None
     return text

@@ -59,6 +59,9 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, chars = [], 0
         batch.append(text)
         chars += len(text)
+        if chars > BATCH_CHARS:  # a long document does not wait until the next one, perhaps as long, has been read
+            yield batch
+            batch, chars = [], 0
     if batch:
         yield batch
 
@@ -144,4 +147,6 @@ class Encoder:
 def _joined(parts: Sequence[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     offsets = np.zeros(len(parts) + 1, dtype=np.int64)
     np.cumsum([len(ids) for ids in parts], out=offsets[1:])
-    return np.concatenate([np.asarray(ids, dtype=np.uint32) for ids in parts]), offsets
+    arrays = [np.asarray(ids, dtype=np.uint32) for ids in parts]
+    # One long document is a batch of its own: its ids may need gigabytes, and are not copied.
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), offsets

@@ -15,7 +15,7 @@ closing account. To add one, write it here and name it in ``FILTERS``::
 Three rules follow from the rest of the pipeline:
 
 * The result depends on the text alone: the same inputs must give the same bytes, also after an interruption.
-* A reason counts against ``data.max_bad_share`` unless it is in ``tally.HARMLESS_REASONS``.
+* A rejection is a choice: it does not count against ``data.max_bad_share``, as an unusable record does (``Tally.reject``).
 * The up-to-date check does not see a change of ``FILTERS``: raise ``work_folder.FORMAT_VERSION`` with it, so that existing
   data is prepared again. A filter with a setting gets a key in ``spec.PrepareSpec``, which that check does see, and is called
   in ``run.prepare`` beside ``filter_texts``.

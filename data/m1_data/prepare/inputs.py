@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import DataError
-from m1_data.prepare.reader import source_files, tree_files
-from m1_data.prepare.work_folder import FORMAT_VERSION, is_prepared
+from m1_data.prepare.work_folder import FORMAT_VERSION, Fingerprints, in_order
 from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
-from m1_data.storage.manifest import Manifest, load_manifest
-from m1_data.storage.plain_values import shown
+from m1_data.storage.manifest import Manifest, is_prepared, load_manifest
+from m1_data.storage.plain_values import shown_value
+from m1_data.storage.source_files import find_files
 from m1_data.storage.store import open_prepared
 from m1_data.tokenizer import COMPANION_FILES
 
 _FILES, _MODIFIED = "files", "modification times of the files"
 _COMPANIONS = "tokenizer.path, files beside tokenizer.json"
 _FORMAT = "version of the preparation"
-_MIXES = "mixes of the stages"
+_MIXES, _CONTEXTS = "mixes of the stages", "context_tokens of the stages"
 TOKENS_STAY = (_FORMAT, _MIXES, _COMPANIONS, "data.engine", "data.verify_docs", "data.max_bad_share")
 """Keys, besides modification times, of which no token depends."""
 
@@ -47,7 +47,7 @@ class Difference:
             return f"{self.key}: {old} then, {new} now" + (" under other names or sizes" if old == new else "")
         if self.key in (_MIXES, _COMPANIONS) or self.key.endswith(_MODIFIED):
             return f"{self.key} changed"
-        return f"{self.key} was {shown(self.old)}, and is {shown(self.new)} now"
+        return f"{self.key} was {shown_value(self.old)}, and is {shown_value(self.new)} now"
 
 
 def describe_inputs(
@@ -88,15 +88,27 @@ def describe_inputs(
         }
         inputs |= _files(source, base_dir, missing_files)
     if any(source.format == "needles" for source in spec.sources):
-        inputs["context_tokens of the stages"] = [mix.seq_len_tokens for mix, _ in mixes]
+        inputs[_CONTEXTS] = [mix.seq_len_tokens for mix, _ in mixes]
     inputs[_MIXES] = [[dataclasses.asdict(mix), tokens] for mix, tokens in mixes]
     plain: dict[str, Any] = json.loads(json.dumps(inputs))
     return plain
 
 
-def fingerprint_of(inputs: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the inputs."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+def fingerprints_of(inputs: Mapping[str, Any], sources: Sequence[SourceSpec]) -> Fingerprints:
+    """Return the SHA-256 of the inputs, and of the part that each source depends on."""
+    of_sources = {key: value for key, value in inputs.items() if key.startswith("data.sources")}
+    mixes = (_MIXES, _CONTEXTS)
+    common = {key: value for key, value in inputs.items() if key not in of_sources and key not in mixes}
+    if "tokenizer.train_bytes" in inputs:  # trained on all sources
+        common |= of_sources
+    chain = hash_of(common)
+    fingerprints = Fingerprints(whole=hash_of(inputs), common=chain, sources={})
+    for source in in_order(sources):
+        prefixes = tuple(f"data.sources.{source.name}{end}" for end in (".", ","))
+        own = {key: value for key, value in of_sources.items() if key.startswith(prefixes)}
+        chain = hash_of([chain, own, inputs[_CONTEXTS] if source.format == "needles" else None])
+        fingerprints.sources[source.name] = chain
+    return fingerprints
 
 
 def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[Difference]:
@@ -184,20 +196,18 @@ def _files(source: SourceSpec, base_dir: Path, missing: bool) -> dict[str, Any]:
     """Number, bytes, and hashes of names and sizes and of times of the files that a source reads."""
     names, times = f"data.sources.{source.name}, {_FILES}", f"data.sources.{source.name}, {_MODIFIED}"
     try:
-        roots = source_files(source, base_dir)
+        files = find_files(source, base_dir).files
     except DataError:
         if not missing:
             raise
         return {names: None, times: None}
-    is_tree = source.format in ("files", "packages")
-    found = [(root, file) for root in roots for file in (tree_files(root, source) if is_tree else [root])]
-    stats = [(file.relative_to(root.parent).as_posix(), file.stat()) for root, file in found]
-    sizes = [(name, stat.st_size) for name, stat in stats]
+    sizes = [(file.name, file.size) for file in files]
     return {
-        names: {"files": len(sizes), "bytes": sum(size for _, size in sizes), "sha256": _hash(sizes)},
-        times: _hash([stat.st_mtime_ns for _, stat in stats]),
+        names: {"files": len(sizes), "bytes": sum(size for _, size in sizes), "sha256": hash_of(sizes)},
+        times: hash_of([file.mtime_ns for file in files]),
     }
 
 
-def _hash(values: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+def hash_of(value: Any) -> str:
+    """Return the SHA-256 of a plain value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -15,8 +15,9 @@ account                  ``account``         counts and shards, entries of the m
 The steps are generators, so one batch of documents is in memory at a time. A few documents of each source and length
 bucket are held out: written to shards of their own, which training never opens.
 
-Everything is written to ``<out>.partial`` and renamed at the end. A source that is complete there is not read again, so
-an interrupted run continues; the same inputs give the same bytes.
+Everything is written to ``<out>.partial`` and renamed at the end. A source that is complete there, or in ``<out>``, and
+that has not changed is not read again: an interrupted run continues, and another mix encodes nothing. The same inputs give
+the same bytes.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from m1_data.prepare.deduplicate import ExactDedup, deduplicate
 from m1_data.prepare.encode import Encoder, tokenize_and_verify
 from m1_data.prepare.filters import filter_texts
 from m1_data.prepare.generate import generate_needles
-from m1_data.prepare.inputs import describe_inputs, find_up_to_date, fingerprint_of
+from m1_data.prepare.inputs import describe_inputs, find_up_to_date, fingerprints_of
 from m1_data.prepare.reader import read_source
 from m1_data.prepare.shards import ShardTarget, bucket_and_write
 from m1_data.prepare.tally import Progress, Tally
-from m1_data.prepare.work_folder import WorkFolder, refuse_foreign_folders
+from m1_data.prepare.work_folder import WorkFolder, in_order, refuse_foreign_folders
 from m1_data.spec import BUCKET_EDGES_TOKENS, PrepareSpec, StageMix, TokenizerSpec
 from m1_data.storage.manifest import Manifest
 from m1_data.tokenizer import save_tokenizer
@@ -78,12 +79,12 @@ def prepare(
         )
     out = (base_dir / Path(spec.out).expanduser()).resolve()
     inputs = describe_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
-    fingerprint = fingerprint_of(inputs)
+    fingerprints = fingerprints_of(inputs, spec.sources)
     if (up_to_date := find_up_to_date(out, inputs, notice)) is not None:
         return up_to_date, False
     refuse_foreign_folders(out, spec.sources, base_dir)
 
-    work = WorkFolder(out, fingerprint)
+    work = WorkFolder(out, fingerprints)
     tokenizer = load_or_train_tokenizer(
         tokenizer_spec, spec.sources, base_dir=base_dir, trained=work.trained_tokenizer, progress=progress
     )
@@ -93,8 +94,7 @@ def prepare(
     encoder: Encoder | None = None
     seen = ExactDedup()
     records: list[SourceRecord] = []
-    # Needle sources come last: their documents are hidden in the text of the others.
-    for source in sorted(spec.sources, key=lambda s: s.format == "needles"):
+    for source in in_order(spec.sources):
         record = work.load_finished(source, seen)
         if record is not None:
             progress("reuse", source.name, record.source.documents, record.source.utf8_bytes)
@@ -115,7 +115,7 @@ def prepare(
             # Without deduplication nothing is held out: a copy of the document could be trained on.
             most_held_out = spec.held_out if spec.dedup == "exact" else 0
             written = bucket_and_write(batches, source, target, most_held_out=most_held_out, progress=progress)
-            record = account_for_source(source, tally, written, base_dir=base_dir, max_bad_share=spec.max_bad_share)
+            record = account_for_source(source, tally, written, max_bad_share=spec.max_bad_share)
             work.save_finished(record, digests=seen.take_new_digests())
         records.append(record)
 
@@ -123,7 +123,7 @@ def prepare(
         records,
         mixes,
         inputs=inputs,
-        fingerprint=fingerprint,
+        fingerprint=fingerprints.whole,
         engine=spec.engine,
         tokenizer=tokenizer,
         tokenizer_files=tokenizer_files,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from m1_data.errors import DataError
+from m1_data.errors import DataError, shown
 
 BLOCK_BYTES = 256 * 1024
 """A block costs 0.1 ms to verify; 100 GB of tokens have 6 MB of block hashes."""
@@ -70,7 +70,7 @@ class VerifiedBlocks:
         if magic != _MAGIC or len(hashes) != _HEADER.size + _HASH_BYTES * count or size != self._bytes:
             raise DataError(
                 f"the token file has {size} bytes, its block hashes are those of {self._bytes} bytes",
-                where=str(path),
+                where=shown(path),
                 fix=RESTORE,
             )
         self._hashes = hashes
@@ -95,7 +95,7 @@ class VerifiedBlocks:
                     file.seek(block * self._block_bytes)
                     self._verify_block(block, file.read(self._block_bytes))
         except OSError as error:
-            raise DataError(f"cannot read a shard: {error}", where=str(self._path), fix=RESTORE) from error
+            raise DataError(f"cannot read a shard: {error}", where=shown(self._path), fix=RESTORE) from error
 
     def verify_all(self) -> None:
         """Verify the whole file.
@@ -112,7 +112,7 @@ class VerifiedBlocks:
             raise DataError(
                 f"the token file is damaged: bytes {begin:,} to {min(begin + self._block_bytes, self._bytes):,} "
                 f"(block {block}) are not what was written",
-                where=str(self._path),
+                where=shown(self._path),
                 fix=RESTORE,
             )
         self._is_verified[block] = True

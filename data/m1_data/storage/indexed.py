@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from m1_data.errors import DataError
+from m1_data.errors import DataError, shown
 from m1_data.storage.blocks import RESTORE, BlockHasher, VerifiedBlocks
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _CODES: dict[int, Any] = {4: np.int32, 8: np.uint16}
+_PIECE_IDS = 1 << 20
+"""Ids of a document that are converted at once: a long document is not copied whole."""
 _HEADER = struct.Struct("<9sQBQQ")
 
 
@@ -42,11 +44,15 @@ class IndexedWriter:
 
     def add(self, ids: NDArray[Any]) -> None:
         """Append one document, integer ids ``[tokens]`` that fit the shard's dtype, and an end-of-document token."""
-        data = ids.astype(self.dtype, copy=False).tobytes() + self._eod
+        for start in range(0, len(ids), _PIECE_IDS):
+            self._append(ids[start : start + _PIECE_IDS].astype(self.dtype, copy=False).tobytes())
+        self._append(self._eod)
+        self._lengths.append(len(ids) + 1)
+
+    def _append(self, data: bytes) -> None:
         self._bin.write(data)
         self._sha.update(data)
         self._blocks.update(data)
-        self._lengths.append(len(ids) + 1)
 
     def close(self) -> dict[str, Any]:
         """Write the index and the block hashes, and flush all files; return documents, tokens and each file's SHA-256."""
@@ -138,11 +144,11 @@ class IndexedReader:
         return self._ids[first + start : first + end].astype(np.int64)
 
     def _broken(self, what: str) -> DataError:
-        return DataError(what, where=str(self.prefix), fix=RESTORE)
+        return DataError(what, where=shown(self.prefix), fix=RESTORE)
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read a shard: {error}", where=str(path), fix=RESTORE) from error
+        raise DataError(f"cannot read a shard: {error}", where=shown(path), fix=RESTORE) from error

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from m1_data.errors import DataError
+from m1_data.errors import DataError, shown
 from m1_data.spec import BUCKET_NAMES
 from m1_data.storage.blocks import RESTORE
 from m1_data.storage.ownership import why_not_a_name
-from m1_data.storage.plain_values import from_plain, shown
+from m1_data.storage.plain_values import from_plain, shown_value
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
@@ -62,6 +62,10 @@ class SourceEntry:
     """Number of ids that were compared with the tokenizers library."""
     held_out: int = 0
     """Number of documents kept out of training."""
+    first_places: dict[str, str] = field(default_factory=dict)
+    """File and line of the first unusable record, for each reason in ``rejected`` that makes a record unusable."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Number of files and folders that the source's folders hold and that are not read, by kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +115,18 @@ class Manifest:
         return _text(values) if self.has_hashes else _json(values)
 
 
+def is_prepared(folder: Path) -> bool:
+    """Return whether a preparation wrote ``folder``: it has a manifest of ours, whole or damaged, or is one in work."""
+    if folder.suffix == ".partial" and (folder / "fingerprint").is_file():
+        return True
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError:
+        return False
+    return any(f'"{key}"' in text for key in ("bucket_edges_tokens", "tokens_by_bucket", "documents_by_bucket"))
+
+
 def load_manifest(data_dir: Path) -> Manifest:
     """Read and return the manifest of ``data_dir``; every byte of it counts.
 
@@ -119,7 +135,7 @@ def load_manifest(data_dir: Path) -> Manifest:
     """
     path = data_dir / MANIFEST
     if not path.exists():
-        raise DataError(f"there is no prepared data in {data_dir}", where=str(path), fix="run: m1 prepare-data")
+        raise DataError(f"there is no prepared data in {data_dir}", where=shown(path), fix="run: m1 prepare-data")
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text)
@@ -134,18 +150,18 @@ def load_manifest(data_dir: Path) -> Manifest:
             raise ValueError("its own hash is missing")
         if values.get("schema") not in (WITHOUT_HASHES, SCHEMA):
             raise DataError(
-                f"the manifest has schema {shown(values.get('schema'))}, this version reads {WITHOUT_HASHES} and {SCHEMA}",
-                where=str(path),
+                f"the manifest has schema {shown_value(values.get('schema'))}, this version reads {WITHOUT_HASHES} and {SCHEMA}",
+                where=shown(path),
                 fix="run m1 prepare-data again",
             )
         manifest: Manifest = from_plain(Manifest, values)
         _check(manifest)
         return manifest
     except OSError as error:
-        raise DataError(f"cannot read the manifest: {error}", where=str(path), fix=RESTORE) from error
+        raise DataError(f"cannot read the manifest: {error}", where=shown(path), fix=RESTORE) from error
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DataError(f"the manifest is damaged: {why}", where=str(path), fix=RESTORE) from error
+        raise DataError(f"the manifest is damaged: {why}", where=shown(path), fix=RESTORE) from error
 
 
 def _check(manifest: Manifest) -> None:
@@ -159,12 +175,12 @@ def _check(manifest: Manifest) -> None:
     for shard in (*manifest.shards, *manifest.held_out):
         parts = shard.prefix.split("/")
         if any(map(why_not_a_name, (*parts, shard.source))) or shard.bucket not in BUCKET_NAMES:
-            raise ValueError(f"{shown(shard.prefix)} is not the name of a shard in this folder")
+            raise ValueError(f"{shown_value(shard.prefix)} is not the name of a shard in this folder")
         if sources and sources.get(shard.source) != shard.domain:
-            raise ValueError(f"the source of {shown(shard.prefix)} is not among the sources")
+            raise ValueError(f"the source of {shown_value(shard.prefix)} is not among the sources")
         hashes = (shard.bin_sha256, shard.idx_sha256, *([shard.blocks_sha256] if manifest.has_hashes else []))
         if not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes):
-            raise ValueError(f"the hashes of {shown(shard.prefix)} are not SHA-256")
+            raise ValueError(f"the hashes of {shown_value(shard.prefix)} are not SHA-256")
     for shard in manifest.shards:
         buckets[shard.bucket] += shard.tokens
         domains[shard.domain] = domains.get(shard.domain, 0) + shard.tokens

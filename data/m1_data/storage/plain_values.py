@@ -18,7 +18,7 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
         where: names the value in messages, as in "shards[2].tokens".
 
     Raises:
-        ValueError: a value of another type or out of range, or a missing or unknown key; it is named and shown, escaped.
+        ValueError: a value of another type or out of range, or a missing or unknown key; it is named and shown_value, escaped.
     """
     if kind is Any:
         return value
@@ -35,10 +35,10 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
         return value
     if kind is float and type(value) in (int, float) and abs(value) < 2**63 and math.isfinite(value):
         return float(value)
-    raise ValueError(f"{where or 'the file'} is {shown(value)}, which is not {_name(kind)}")
+    raise ValueError(f"{where or 'the file'} is {shown_value(value)}, which is not {_name(kind)}")
 
 
-def shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """Return a value for a message: on one line, control characters escaped, and short."""
     text = repr(value)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
@@ -46,10 +46,10 @@ def shown(value: Any) -> str:
 
 def _dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{where or 'the file'} is {shown(value)}, which is not an object")
+        raise ValueError(f"{where or 'the file'} is {shown_value(value)}, which is not an object")
     hints, fields = get_type_hints(kind), dataclasses.fields(kind)
     if unknown := sorted(value.keys() - {field.name for field in fields}):
-        raise ValueError(f"unknown key {shown(_join(where, unknown[0]))}")
+        raise ValueError(f"unknown key {shown_value(_join(where, unknown[0]))}")
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in value]:
         raise ValueError(f"{_join(where, missing[0])} is missing")
@@ -57,7 +57,7 @@ def _dataclass(kind: type, value: Any, where: str) -> Any:
 
 
 def _join(where: str, key: str) -> str:
-    key = key if key.isidentifier() else shown(key)
+    key = key if key.isidentifier() else shown_value(key)
     return f"{where}.{key}" if where else key
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from m1_data.errors import DataError
+from m1_data.errors import DataError, shown
 from m1_data.storage.blocks import RESTORE, VerifiedBlocks
 from m1_data.storage.cell import Cell
 from m1_data.storage.indexed import IndexedReader
@@ -125,7 +125,7 @@ def verify_tokenizer(data_dir: Path, manifest: Manifest) -> None:
         if more := sorted({p.name for p in folder.iterdir() if not p.name.startswith(".")} - expected.keys()):
             raise DataError(
                 "m1 prepare-data did not write this file, which would change the tokenizer",
-                where=str(folder / more[0]),
+                where=shown(folder / more[0]),
                 fix="move it elsewhere",
             )
         return
@@ -134,7 +134,7 @@ def verify_tokenizer(data_dir: Path, manifest: Manifest) -> None:
         if getattr(tokenizer, name) != getattr(manifest, name):
             raise DataError(
                 f"the manifest is damaged: {name} is {getattr(manifest, name)}, the tokenizer has {getattr(tokenizer, name)}",
-                where=str(data_dir / MANIFEST),
+                where=shown(data_dir / MANIFEST),
                 fix=RESTORE,
             )
 
@@ -164,7 +164,7 @@ def open_shard(data_dir: Path, shard: ShardEntry, *, whole: bool) -> IndexedRead
         raise DataError(
             f"the shard has {len(reader)} documents and {tokens} tokens, the manifest tells "
             f"{shard.documents} and {shard.tokens}",
-            where=str(prefix),
+            where=shown(prefix),
             fix=RESTORE,
         )
     return reader
@@ -194,7 +194,7 @@ def _verified_bytes(path: Path, sha256: str) -> bytes:
     except OSError as error:
         raise _unreadable(path, error) from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError("the file is damaged: it is not what was written", where=str(path), fix=RESTORE)
+        raise DataError("the file is damaged: it is not what was written", where=shown(path), fix=RESTORE)
     return content
 
 
@@ -205,8 +205,8 @@ def _verify_whole(path: Path, sha256: str) -> None:
     except OSError as error:
         raise _unreadable(path, error) from error
     if digest != sha256:
-        raise DataError("the token file is damaged: it is not what was written", where=str(path), fix=RESTORE)
+        raise DataError("the token file is damaged: it is not what was written", where=shown(path), fix=RESTORE)
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read a file of the prepared data: {error.strerror}", where=str(path), fix=RESTORE)
+    return DataError(f"cannot read a file of the prepared data: {error.strerror}", where=shown(path), fix=RESTORE)

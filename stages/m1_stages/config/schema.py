@@ -213,7 +213,7 @@ class StageConfig:
 class SftConfig:
     """Supervised fine-tuning on chain-of-thought conversations."""
 
-    data: Annotated[tuple[str, ...], "OpenAI-messages JSON Lines files (plain, .gz, .zst)"] = ()
+    data: Annotated[tuple[str, ...], "OpenAI-messages JSON Lines files (plain, .gz, .zst, .bz2)"] = ()
     base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
     context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
     epochs: Annotated[float, "passes over the conversations"] = 2.0
