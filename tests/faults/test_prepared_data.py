@@ -48,8 +48,8 @@ def project(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "project"))
 
 
-def prepare_again(folder: Path, *stages: str) -> tuple[bool, list[str]]:
-    """Whether ``m1 prepare-data`` had to do anything, and what it said."""
+def prepare_again(folder: Path, *stages: str, phases: list[str] | None = None) -> tuple[bool, list[str]]:
+    """Whether ``m1 prepare-data`` had to do anything, and what it said; ``phases`` gets what it did."""
     said: list[str] = []
     resolved = load_config(folder / "m1.toml")
     _, did = prepare(
@@ -59,6 +59,7 @@ def prepare_again(folder: Path, *stages: str) -> tuple[bool, list[str]]:
         base_dir=folder,
         length_scale=resolved.config.curriculum.length_scale,
         notice=said.append,
+        progress=lambda phase, source, *_: phases.append(f"{phase} {source}") if phases is not None else None,
     )
     return did, said
 
@@ -174,7 +175,11 @@ def test_what_a_preparation_keeps_for_the_next_one_is_compared_too(name: str, pr
     before = {p: p.read_bytes() for p in files_of(project) if p.name != "manifest.json"}
     path = project / "data" / name
     with flipped(path, 8 * (path.stat().st_size // 2)):
-        assert prepare_again(project, "32k") == (True, ["the data is prepared again: mixes of the stages changed"])
+        phases: list[str] = []
+        expected = (True, ["the data is prepared again: mixes of the stages changed"])
+        assert prepare_again(project, "32k", phases=phases) == expected
+    assert ("reuse sums" in phases) == name.startswith("trained")
+    assert "reuse words" in phases
     assert {p: p.read_bytes() for p in before} == before
 
 
