@@ -265,6 +265,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a domain of no source": _set("shards", 0, "domain", to="law"),
     "an unknown bucket": _set("shards", 0, "bucket", to="huge"),
     "documents are text": _set("shards", 0, "documents", to="\x1b[31m12"),
+    "half a character": _set("eod_token", to="\ud800"),
     "documents are true": _set("shards", 0, "documents", to=True),
     "negative tokens": _set("shards", 0, "tokens", to=-1),
     "more tokens": _set("shards", 0, "tokens", to=5),

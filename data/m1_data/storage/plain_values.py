@@ -28,8 +28,10 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
     if get_origin(kind) is tuple and isinstance(value, list):
         return tuple(from_plain(items[0], item, f"{where}[{n}]") for n, item in enumerate(value))
     if get_origin(kind) is dict and isinstance(value, dict):
+        "".join(value).encode()  # a lone surrogate could be written nowhere
         return {key: from_plain(items[1], item, _join(where, key)) for key, item in value.items()}
     if kind is str and isinstance(value, str):
+        value.encode()
         return value
     if kind is int and type(value) is int and 0 <= value < 2**63:
         return value
