@@ -19,6 +19,7 @@ from m1_stages.events import (
     CheckpointRejected,
     CheckpointSaved,
     Event,
+    EventsDelayed,
     GateForced,
     GuardNoticed,
     RolledBack,
@@ -35,6 +36,7 @@ from m1_stages.events import (
 )
 from m1cli.console import console
 from m1cli.evaluation import evaluation_view
+from m1cli.sft_data import sft_data_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -107,7 +109,15 @@ class TrainingDisplay:
             console.print(f"[bold red]checkpoint {escape(event.path)} is not usable:[/] {escape(event.reason)}")
             console.print(f"  quarantined as {escape(event.quarantined_as)}; trying the one before it")
         elif isinstance(event, SaveFailed):
-            console.print(f"[bold red]checkpoint not written:[/] {escape(event.reason)}; the previous one stands")
+            console.print(
+                f"[bold red]checkpoint not written:[/] {escape(event.reason)}; the previous one stands", soft_wrap=True
+            )
+        elif isinstance(event, EventsDelayed):
+            console.print(
+                f"[bold red]events cannot be written now:[/] {escape(event.reason)} ({escape(event.path)}); the run goes on, "
+                "and they are written when there is room again",
+                soft_wrap=True,
+            )
         elif isinstance(event, RunStopped) and event.exit_code == 0:
             console.print("[green]done[/]")
 
@@ -204,6 +214,8 @@ def _stage_started(event: StageStarted) -> None:
             f"mix: short/medium/long {shares}, STEM+code+book+reasoning {core['reached']:.0%} of {core['wanted']:.0%}"
         )
         lines += [f"[yellow]{escape(reason)}[/]" for reason in event.mix.get("reasons", [])]
+    data, lost = sft_data_lines(event.mix)
+    lines += [*map(escape, data), *(f"[bold yellow]{escape(line)}[/]" for line in lost)]
     for line in lines:
         console.print(f"  {line}", soft_wrap=True)
 

@@ -10,6 +10,7 @@ import os
 EXIT_CONFIG = 2
 EXIT_ENVIRONMENT = 3
 EXIT_DATA = 4
+EXIT_IN_USE = 8
 
 
 class M1Error(Exception):
@@ -47,6 +48,12 @@ class DataError(M1Error):
     """Data is unreadable, broken or missing."""
 
     exit_code = EXIT_DATA
+
+
+class InUse(M1Error):
+    """Another command is at work in the same folder."""
+
+    exit_code = EXIT_IN_USE
 
 
 def shown(path: str | os.PathLike[str]) -> str:

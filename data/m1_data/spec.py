@@ -72,7 +72,9 @@ class PrepareSpec:
 
     out: Annotated[str, "folder of the prepared data, relative to the configuration file"] = "data"
     sources: Annotated[tuple[SourceSpec, ...], "where the text comes from: [[data.sources]] tables"] = ()
-    dedup: Annotated[Literal["exact", "none"], "exact: drop documents equal after cleaning, keep the first"] = "exact"
+    dedup: Annotated[Literal["exact", "none"], "exact: drop documents equal but for white space, keep the first"] = (
+        "exact"
+    )
     engine: Annotated[
         Literal["gigatoken", "fastokens", "tokenizers"],
         "encoder; its ids are proved on a sample of every run",
@@ -80,7 +82,11 @@ class PrepareSpec:
     held_out: Annotated[
         int, "documents of each source and length bucket kept out of training to measure on; needs dedup = exact"
     ] = 16
-    verify_docs: Annotated[int, "documents per source whose ids are compared with the tokenizers library"] = 16
+    verify_docs: Annotated[
+        int,
+        "first documents of a source whose ids are all compared with the tokenizers library; "
+        "of the others a sample is, at least 1 in 1,000",
+    ] = 128
     max_bad_share: Annotated[float, "stop when more than this share of a source's records is unusable"] = 0.01
 
 
@@ -97,5 +103,5 @@ class StageMix:
     domains: Annotated[dict[str, float], "relative weight of each domain; empty: by tokens at hand"] = field(
         default_factory=dict
     )
-    max_epochs: Annotated[float, "a cell (source, bucket) is repeated at most this often"] = 4.0
+    max_epochs: Annotated[float, "passes over a cell (source, bucket) in the stage at most"] = 4.0
     long_qa_share: Annotated[float, "share of long question-answer data in the last fifth of the stage"] = 0.10

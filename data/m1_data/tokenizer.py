@@ -47,18 +47,56 @@ def load_tokenizer(path: Path, eod_token: str) -> LoadedTokenizer:
         return _loaded(file.read_bytes(), eod_token, where, file.parent)
     except OSError as error:
         raise DataError(f"cannot read the tokenizer: {error}", where=where, fix=fix) from error
-    except DataError:
+    except DataError as error:
+        error.where = error.where or where
         raise
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"not a tokenizer the tokenizers library can load: {error}", where=where, fix=fix) from error
 
 
-def _loaded(data: bytes, eod_token: str, where: str, folder: Path | None) -> LoadedTokenizer:
+def text_tokenizer_json(data: bytes) -> dict[str, Any]:
+    """Return the contents of a ``tokenizer.json`` without what its last user left in it.
+
+    Truncation, padding and a post-processor say how one program fills its batches. Documents and conversations are encoded
+    whole, with nothing added.
+
+    Raises:
+        DataError: the model drops merges at random, so that the same text has other ids each time.
+    """
+    raw: dict[str, Any] = json.loads(data)
+    if dropout := (raw.get("model") or {}).get("dropout"):
+        raise DataError(
+            f"the tokenizer's model has dropout = {dropout}, so the same text gets other ids each time",
+            fix='set "dropout": null under "model" in tokenizer.json',
+        )
+    return {**raw, "truncation": None, "padding": None, "post_processor": None}
+
+
+def text_tokenizer(data: bytes) -> Any:
+    """Return the tokenizers library's object for texts: every text is encoded whole, and control tokens in it stay text.
+
+    Added tokens that are not special are part of the vocabulary and are found in texts.
+
+    Raises:
+        DataError: see ``text_tokenizer_json``.
+        Exception: not a tokenizer; tokenizers raises no other class.
+    """
     from tokenizers import Tokenizer
 
-    reference = Tokenizer.from_buffer(data)
-    reference.encode_special_tokens = True
+    tokenizer = Tokenizer.from_str(json.dumps(text_tokenizer_json(data)))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _loaded(data: bytes, eod_token: str, where: str, folder: Path | None) -> LoadedTokenizer:
+    reference = text_tokenizer(data)
     name, eod_id = _find_eod(reference, eod_token, where)
+    if eod_id in reference.encode(name, add_special_tokens=False).ids:
+        raise DataError(
+            f"the text {name!r} inside a document would become the end-of-document token {eod_id}",
+            where=where,
+            fix="mark it as special in the tokenizer's added_tokens, or set tokenizer.eod_token to another token",
+        )
     size = max(
         reference.get_vocab_size(with_added_tokens=False), 1 + max(reference.get_added_tokens_decoder(), default=0)
     )

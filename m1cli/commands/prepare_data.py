@@ -11,11 +11,14 @@ from rich.table import Table
 
 from m1_data.errors import shown
 from m1_data.prepare.run import prepare
+from m1_data.sampling.mix_report import TOLERANCE
+from m1_data.sampling.stage_draw import document_lengths
 from m1_data.storage.manifest import Manifest, SourceEntry
 from m1_data.storage.source_files import describe_left_out
-from m1_stages.config import Resolved
+from m1_data.storage.store import open_store
+from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.config.load import load_config
-from m1_stages.curriculum import stage_mixes
+from m1_stages.stage_data import explain, impossible_stages, stage_mixes
 from m1cli.console import console
 
 
@@ -35,6 +38,7 @@ def run_prepare(resolved: Resolved) -> Manifest:
             stage_mixes(resolved),
             base_dir=resolved.base_dir,
             length_scale=config.curriculum.length_scale,
+            seed=config.run.seed,
             progress=bars.update,
             notice=lambda sentence: console.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True),
         )
@@ -47,6 +51,7 @@ def run_prepare(resolved: Resolved) -> Manifest:
     _account(manifest, by_pattern)
     seconds = time.perf_counter() - began
     console.print(f"[green]{escape(shown(out))}[/]" + (f" in {seconds:.1f} s" if did else ""), soft_wrap=True)
+    _stages(resolved, manifest)
     return manifest
 
 
@@ -123,17 +128,31 @@ def _account(manifest: Manifest, by_pattern: set[str]) -> None:
         + (f" ({verified:,} ids proved equal to tokenizers)" if verified else "")
     )
     console.print(f"STEM, code, book and reasoning: {manifest.core_share:.1%} of all tokens at hand")
-    for stage, mix in manifest.mixes.items():
-        if not mix["possible"]:
-            console.print(
-                f"[yellow]stage {stage} cannot run on this data:[/] {escape(mix['reasons'][0])}", soft_wrap=True
-            )
+
+
+def _stages(resolved: Resolved, manifest: Manifest) -> None:
+    """Show what each stage draws; the last line names the stages that this data cannot feed, and what to do."""
+    lengths = document_lengths(open_store(resolved.path(resolved.config.data.out)))
+    refused = impossible_stages(resolved, STAGE_NAMES, lengths)
+    for stage in STAGE_NAMES:
+        if stage in refused:
+            console.print(f"  [bold red]cannot run:[/] {escape(refused[stage].what)}", soft_wrap=True)
             continue
+        mix = manifest.mixes[stage]
         reached, wanted = mix["core"]["reached"], mix["core"]["wanted"]
-        colour = "green" if reached >= wanted - 0.005 else "yellow"
-        console.print(f"  stage {stage}: [{colour}]{reached:.1%}[/] of the wanted {wanted:.0%}", soft_wrap=True)
+        colour = "green" if abs(reached - wanted) <= TOLERANCE else "yellow"
+        most = max((cell["epochs"] for cell in mix["epochs"]), default=0.0)
+        console.print(
+            f"  stage {stage}: STEM, code, book and reasoning [{colour}]{reached:.1%}[/] of the wanted {wanted:.0%}, "
+            f"at most {most:.1f} passes over a part",
+            soft_wrap=True,
+        )
         for reason in mix["reasons"]:
             console.print(f"    [dim]{escape(reason)}[/]", soft_wrap=True)
+    if refused:
+        error = explain(resolved, STAGE_NAMES, lengths, refused)
+        console.print(f"[bold red]m1 pretrain will refuse:[/] {escape(error.what)}", soft_wrap=True)
+        console.print(f"  {escape(error.where)}\n  {escape(error.fix)}", soft_wrap=True)
 
 
 def _what_is_missing(source: SourceEntry, left_out_style: str) -> None:

@@ -117,7 +117,7 @@ def expert_load(history: History) -> go.Figure:
 
 def data_mix(history: History) -> go.Figure:
     """Draw the domain shares of each stage and the target share of STEM, code, books and reasoning."""
-    stages = {name: s["mix"] for name, s in history.stages.items() if "domains" in s["mix"]}
+    stages = history.mixes()
     domains = sorted({d for mix in stages.values() for d in mix["domains"]}, key=lambda d: (d == "general", d))
     figure = go.Figure()
     for index, domain in enumerate(domains):
@@ -144,7 +144,7 @@ def data_mix(history: History) -> go.Figure:
 
 def length_mix(history: History) -> go.Figure:
     """Draw the token shares of short, medium and long documents in each stage."""
-    stages = {name: s["mix"] for name, s in history.stages.items() if "length_classes" in s["mix"]}
+    stages = history.mixes()
     figure = go.Figure()
     for index, name in enumerate(("short", "medium", "long")):
         figure.add_bar(

@@ -6,8 +6,10 @@ from html import escape
 from pathlib import Path
 
 from m1_data.storage.manifest import load_manifest
+from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.errors import DataError, EnvironmentProblem
 from m1cli.report.read import History, Record, read_history
+from m1cli.sft_data import sft_data_lines
 
 _STYLE = """
 :root { color-scheme: light dark; --fg: #1d2126; --soft: #69707a; --bg: #ffffff; --card: #f6f7f9; --line: #e2e5ea; }
@@ -25,15 +27,22 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 500; } code { font-size: .85em; }
 """
+_BEGINNING = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<title>m1 run "
+)
+"""How every report of ours begins: a file that does not is not overwritten."""
 
 
 def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
     """Write the page about ``run_dir`` to ``out``. The page needs no network and no other file.
 
     Raises:
+        ConfigError: ``out`` is there, and is no report of ours.
         DataError: the run has no events.
         EnvironmentProblem: plotly is not installed.
     """
+    refuse_to_overwrite(out, what="the report (--out)", is_ours=_is_report, fix="give another --out")
     history = read_history(run_dir)
     try:
         from m1cli.report import figures
@@ -67,7 +76,9 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         sides[0],
         "<h2>Data</h2>",
         _data(data_manifest),
+        *(_sft_data(stage["mix"]) for stage in history.stages.values()),
         sides[1],
+        _passes(history),
         "<h2>Experts</h2>",
         sides[2],
         "<h2>Speed and schedule</h2>",
@@ -75,14 +86,14 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         _events(history),
     ]
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>m1 run {escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
+        f"{_BEGINNING}{escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(out)
+    write_whole(out, page)
     return out
+
+
+def _is_report(text: str) -> bool:
+    return text.startswith(_BEGINNING)
 
 
 def _long_range(history: History) -> list[str]:
@@ -188,6 +199,31 @@ def _data(path: Path | None) -> str:
         f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}; STEM, code, book and "
         f"reasoning are {manifest.core_share:.1%} of all tokens. Excluded: {excluded}.</p>"
     )
+
+
+def _sft_data(mix: Record) -> str:
+    data, lost = sft_data_lines(mix)
+    parts = [*map(escape, data), *(f"<b>{escape(line)}</b>" for line in lost)]
+    return f"<p>Fine-tuning: {'; '.join(parts)}.</p>" if parts else ""
+
+
+def _passes(history: History) -> str:
+    """Return a table of the passes over each cell in each stage; a cell is a source and a length bucket."""
+    mixes = history.mixes()
+    passes: dict[tuple[str, str], dict[str, float]] = {}
+    for stage, mix in mixes.items():
+        for cell in mix.get("epochs", []):
+            passes.setdefault((cell["source"], cell["bucket"]), {})[stage] = cell["epochs"]
+    if not passes:
+        return ""
+    rows = [
+        f"<tr><td>{escape(source)} {escape(bucket)}</td>"
+        + "".join(f"<td>{of[stage]:.2f}</td>" if stage in of else "<td></td>" for stage in mixes)
+        + "</tr>"
+        for (source, bucket), of in sorted(passes.items())
+    ]
+    head = "".join(f"<th>{escape(stage)}</th>" for stage in mixes)
+    return f"<table><tr><th>passes over</th>{head}</tr>{''.join(rows)}</table>"
 
 
 def _few(numbers: list[int]) -> str:

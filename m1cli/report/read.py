@@ -12,6 +12,7 @@ from m1_stages.run_dir import METRICS
 _LISTED = (
     "CheckpointRejected",
     "SaveFailed",
+    "EventsDelayed",
     "GateForced",
     "GuardNoticed",
     "StepRepeated",
@@ -30,12 +31,23 @@ class History:
     steps: dict[str, list[Record]] = field(default_factory=dict)
     """Steps by stage; a step repeated after a resume counts once, the last time."""
     finished: dict[str, Record] = field(default_factory=dict)
+    drawn: dict[str, Record] = field(default_factory=dict)
+    """The last ``StageDrawn`` of each stage."""
     evaluated: dict[str, Record] = field(default_factory=dict)
     """The last ``StageEvaluated`` of each stage."""
     held: dict[str, int] = field(default_factory=dict)
     """Steps of each stage in which the guard held the decay ramp, too many for a line each."""
     other: list[Record] = field(default_factory=list)
     """Events worth a line in the report's list."""
+
+    def mixes(self) -> dict[str, Record]:
+        """Return what each stage drew, by a name that says when it is still to draw some of it."""
+        found = {}
+        for stage, started in self.stages.items():
+            mix = self.drawn[stage]["mix"] if stage in self.drawn else started["mix"]
+            if "length_classes" in mix:
+                found[stage if stage in self.drawn else f"{stage} (planned)"] = mix
+        return found
 
 
 def read_history(run_dir: Path) -> History:
@@ -58,6 +70,8 @@ def read_history(run_dir: Path) -> History:
                 history.other.append(record)
         elif kind == "StageFinished":
             history.finished[record["stage"]] = record
+        elif kind == "StageDrawn":
+            history.drawn[record["stage"]] = record
         elif kind == "StageEvaluated":
             history.evaluated[record["stage"]] = record
         elif kind == "RunStarted":

@@ -7,33 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import SecurityError
+from support.chat_tokenizer import CONTROL, SOURCE, write_tokenizer
 
-from m1_data.chat import template as template_module
+from m1_data.chat import sandbox
 from m1_data.chat.conversations import parse_conversation
 from m1_data.chat.encoder import ChatEncoder
-from m1_data.chat.template import ChatTemplate
+from m1_data.chat.sandbox import SandboxedTemplate
 from m1_data.errors import DataError
-
-CONTROL = ["<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>", "<pad>"]
-SOURCE = (
-    "{% for m in messages %}<beginning_of_sentence>{{ m.role }}\n{{ m.content }}<end_of_sentence>\n{% endfor %}"
-    "{% if add_generation_prompt %}<beginning_of_sentence>assistant\n{% endif %}"
-)
-
-
-def write_tokenizer(folder: Path, control: list[str] = CONTROL, **config: Any) -> Path:
-    """One id for each byte, then the control tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocab = {byte: number for number, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(control)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<beginning_of_sentence>", "eos_token": "<end_of_sentence>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({**names, **config}))
-    return folder
 
 
 def talk(*messages: tuple[str, str]) -> Any:
@@ -168,7 +149,7 @@ def test_of_two_control_tokens_the_longer_is_meant(folder: Path) -> None:
 
 
 def render(source: str, **variables: Any) -> str:
-    return ChatTemplate(source, variables, "here").render([{"role": "user", "content": "q"}])
+    return SandboxedTemplate(source, variables, "2026-01-31").render([{"role": "user", "content": "q"}])
 
 
 def test_templates_are_rendered_as_transformers_does() -> None:
@@ -181,18 +162,18 @@ def test_templates_are_rendered_as_transformers_does() -> None:
         '"ü" "\\u00fc" [\n 1\n]'
     )
     assert render("{{ bos_token }}{{ tools is none }}{{ add_generation_prompt }}", bos_token="<s>") == "<s>TrueFalse"
-    assert len(render("{{ strftime_now('%Y') }}")) == 4
+    assert render("{{ strftime_now('%d %B %Y %H:%M') }}") == "31 January 2026 00:00", "the given day, not today"
 
 
 def test_steps_are_counted_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     """The template and each round of a loop are a step each."""
-    assert (template_module.MAX_STEPS, template_module.MAX_OUTPUT_CHARS) == (1_000_000, 268_435_456)
-    monkeypatch.setattr(template_module, "MAX_STEPS", 41)
-    template = ChatTemplate("{% for a in range(40) %}{{ a }}{% endfor %}", {}, "here")
+    assert (sandbox.MAX_STEPS, sandbox.MAX_OUTPUT_CHARS) == (1_000_000, 33_554_432)
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 41)
+    template = SandboxedTemplate("{% for a in range(40) %}{{ a }}{% endfor %}", {})
     for _ in range(3):
         assert template.render([]).endswith("39")
-    with pytest.raises(DataError, match="ran more than 41 steps"):
-        ChatTemplate("{% for a in range(41) %}{{ a }}{% endfor %}", {}, "here").render([])
+    with pytest.raises(SecurityError, match="ran more than 41 steps"):
+        SandboxedTemplate("{% for a in range(41) %}{{ a }}{% endfor %}", {}).render([])
 
 
 @pytest.mark.parametrize(
@@ -207,14 +188,13 @@ def test_steps_are_counted_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_no_template_builds_or_writes_much(source: str, size: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "MAX_OUTPUT_CHARS", 10)
-    with pytest.raises(DataError, match=size) as caught:
+    monkeypatch.setattr(sandbox, "MAX_OUTPUT_CHARS", 10)
+    with pytest.raises(SecurityError, match=size):
         render(source)
-    assert caught.value.where == "here"
 
 
 def test_what_just_fits_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "MAX_OUTPUT_CHARS", 10)
+    monkeypatch.setattr(sandbox, "MAX_OUTPUT_CHARS", 10)
     assert render("{{ 'x' * 10 }}") == "x" * 10
     assert render("{{ 'xxxxx' + 'yyyyy' }}") == "xxxxxyyyyy"
     assert render("{{ 3 * 4 }} {{ 20 + 5 }}") == "12 25", "numbers are not counted"

@@ -175,13 +175,19 @@ def test_fine_tuning_starts_from_a_stage_and_says_so(prepared: Path, tmp_path: P
         {"messages": [{"role": "user", "content": f"{n} + 1 ?"}, {"role": "assistant", "content": f"{n + 1}"}]}
         for n in range(40)
     ]
+    chats[7]["messages"][0]["content"] *= 1_000
+    chats[8]["weight"] = 0  # type: ignore[assignment]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
     options = ["--set", f"run.dir={tmp_path}/run", "--set", "stages.32k.tokens=2048", "--set", "sft.base_stage=32k",
-               "--set", f'sft.data=["{tmp_path}/chats.jsonl"]', "--set", "sft.global_batch_tokens=1024"]  # fmt: skip
+               "--set", f'sft.data=["{tmp_path}/chats.jsonl"]', "--set", "sft.global_batch_tokens=1024",
+               "--set", "sft.over_length=drop"]  # fmt: skip
     assert m1("pretrain", "--stage", "32k", *options, cwd=prepared).returncode == 0
     done = m1("sft", *options, cwd=prepared)
     assert done.returncode == 0, done.stderr
     assert "fine-tuning starts from weights and optimizer of the final 32k checkpoint" in done.stdout
+    assert "38 of 40 conversations in" in done.stdout
+    assert "1 ask for no training (weight 0, train false)" in done.stdout
+    assert "1 of 40 conversations dropped: longer than a row (sft.over_length is drop)" in done.stdout
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["event"] == "StepDone" and r["stage"] == "sft"]
     assert steps
@@ -213,6 +219,27 @@ def test_fine_tuning_starts_from_a_stage_and_says_so(prepared: Path, tmp_path: P
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if r["event"] == "StepDone" and r["stage"] == "sft"]
     assert losses == [r["loss"] for r in steps] * 2, "it was trained again, from the same weights"
+
+
+def test_conversations_that_cannot_be_trained_end_with_exit_code_4(prepared: Path, tmp_path: Path) -> None:
+    """Before a model is made."""
+    turns = [{"role": "user", "content": "1 + 1 ?"}, {"role": "assistant", "content": "2"}]
+    long = [{"role": "user", "content": "1" * 2_000}, turns[1]]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (turns, long, turns)))
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d') }}{{ messages[0].content }}{{ messages[1].content }}")
+    (tmp_path / "hostile.jinja").write_text("{{ '%999999999d' % 1 }}")
+    data = ["--set", f"run.dir={tmp_path}/run", "--set", f'sft.data=["{tmp_path}/chats.jsonl"]']
+    for more, words in (
+        (["sft.over_length=drop"], ("1 of 3 conversations would be dropped", "sft.max_dropped_share (now 0.1)")),
+        (["sft.over_length=drop", "sft.max_dropped_share=0.4", f"sft.chat_template={tmp_path}/dated.jinja"],
+         ("writes the present time", f"{tmp_path}/dated.jinja", "set sft.date")),
+        ([f"sft.chat_template={tmp_path}/dated.jinja", 'sft.date="2026-01-31"'], ("no generation prompt",)),
+        ([f"sft.chat_template={tmp_path}/hostile.jinja"], ("needs more than", f"{tmp_path}/hostile.jinja")),
+    ):  # fmt: skip
+        done = m1("sft", *data, *(part for key in more for part in ("--set", key)), cwd=prepared)
+        assert done.returncode == 4, done.stderr
+        for part in words:
+            assert part in done.stderr.replace("\n", " "), (part, done.stderr)
 
 
 def _stage(checkpoint: Path) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import m1_data.storage.text_digest as text_digest_module
 from m1_data.prepare.run import prepare
 from m1_data.prepare.shards import HELD_OUT_KEEPS, may_be_held_out
 from m1_data.sampling.loader import PackedDataset
@@ -17,8 +19,9 @@ from m1_data.sampling.needles import KEY_TOKENS, PAIR_TOKENS
 from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
 from m1_data.storage.cell import Cell
 from m1_data.storage.indexed import IndexedReader
-from m1_data.storage.manifest import Manifest
+from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.storage.store import open_store
+from m1_data.storage.text_digest import text_digest
 from m1_stages.errors import DataError
 
 MIX = StageMix(stage="128k", seq_len_tokens=512, short=0.5, medium=0.5, long=0.0, core_share=1.0, max_epochs=50.0)
@@ -83,6 +86,57 @@ def test_held_out_documents_are_in_no_row(tmp_path: Path) -> None:
     assert len(seen & kept) > 0.95 * len(kept), "else it says little that the others are absent"
 
 
+@pytest.mark.parametrize(
+    ("first", "changed"),
+    [
+        ("texts", str),
+        ("copies", str),
+        ("texts", lambda text: f"\n\t{text.replace(' ', '  ')} \n"),
+        ("copies", lambda text: text.replace(" ", "\r\n\r\n", 1)),
+    ],
+    ids=["read before", "read after", "spaces", "line ends"],
+)
+def test_a_text_of_two_sources_is_held_out_from_both(tmp_path: Path, first: str, changed: Callable[[str], str]) -> None:
+    """The same texts in two sources, in another order: whichever is read first, no row holds what is held out."""
+    texts = write_texts(tmp_path)
+    copies = [json.dumps({"text": changed(text)}) + "\n" for text in reversed(texts)]
+    (tmp_path / "copies.jsonl").write_text("".join(copies))
+    sources = [
+        SourceSpec(name=name, domain="stem", format="jsonl", path=f"{name}.jsonl") for name in ("texts", "copies")
+    ]
+    manifest = run(tmp_path, sources=tuple(sorted(sources, key=lambda source: source.name != first)))
+    out, kept = ([text.split() for text in decoded(tmp_path, held_out=held)] for held in (True, False))
+    assert len(out) > 20
+    assert not [words for words in out if words in kept]
+    one, other = manifest.sources
+    assert (one.name, one.documents + one.held_out, other.documents + other.held_out) == (first, 2_000, 0)
+    assert other.rejected == {"duplicate": 2_000}
+
+
+def test_the_digest_sees_words_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of eight characters a chunk: wherever a chunk ends, inside white space or a word."""
+    monkeypatch.setattr(text_digest_module, "_CHUNK", 8)
+    alike = ["one two  three\tfour", "  one\n two three four ", " " * 30 + "one two three" + "\n" * 30 + "four"]
+    assert len({text_digest(text) for text in alike}) == 1
+    unlike = [
+        "one two three four",
+        "onetwo three four",
+        "one two thr ee four",
+        "one twothree four",
+        "two one three four",
+        "",
+    ]
+    assert len({text_digest(text) for text in unlike}) == len(unlike)
+
+
+def test_the_manifest_knows_the_held_out_texts(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    manifest = run(tmp_path)
+    out = decoded(tmp_path, held_out=True)
+    assert manifest.held_out_digests == {text_digest(text) for text in out}
+    assert load_manifest(tmp_path / "data").held_out_digests == manifest.held_out_digests
+
+
 @pytest.mark.parametrize("settings", [{"held_out": 0}, {"dedup": "none"}], ids=["switched off", "copies are kept"])
 def test_nothing_is_held_out(tmp_path: Path, settings: dict[str, Any]) -> None:
     write_texts(tmp_path)
@@ -129,7 +183,8 @@ def test_a_source_of_needles_is_hidden_in_the_text_and_drawn_where_it_fits(tmp_p
     cells = [Cell("needles", "long_qa", bucket) for bucket in ("lt32k", "32k-128k")]
     assert set(plans["128k"].long_qa) == set(cells)
     assert set(plans["32k"].long_qa) == {cells[0]}, "a document longer than a row would be cut off its question"
-    assert any("32k-128k does not fit" in reason for reason in plans["32k"].reasons)
+    assert plans["32k"].too_long == (cells[1],)
+    assert any("32k-128k does not fit" in reason for reason in manifest.mixes["32k"]["reasons"])
     for stage, plan in plans.items():
         assert manifest.mixes[stage]["long_qa"], stage
         assert {x["bucket"] for x in manifest.mixes[stage]["long_qa"]} == {c.bucket for c in plan.long_qa}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from m1_data.sampling.loader import PackedDataset, batch_rows
+from m1_data.sampling.stage_draw import ORDER_VERSION, order_version
 from m1_data.spec import StageMix
 from m1_data.storage.cell import Cell
 from m1_data.storage.indexed import IndexedWriter
@@ -96,6 +97,24 @@ def test_fingerprint_follows_all_that_determines_the_order() -> None:
     assert dataset(docs, num_rows=10, mix=other).fingerprint != base
 
 
+def test_the_order_has_a_version_that_fingerprints_name() -> None:
+    """Versions up to 0.1 had order 2 and did not say so."""
+    assert order_version(dataset(documents(50, 0), num_rows=10).fingerprint) == ORDER_VERSION == 3
+    assert order_version("0123abcd") == 2
+
+
+def test_what_was_counted_is_taken_from_the_manifest_only_for_the_same_order() -> None:
+    data = dataset(documents(50, 0), num_rows=10)
+    counted = data.drawn().as_dict()
+    assert counted["epochs"][0]["tokens"] == sum(len(part.tokens) for n in range(10) for part in data.row(n))
+    known = {**counted, "order": data._draw.order, "stage": "as it is in the manifest"}
+    assert data.forecast({"s": known}) == known
+    assert dataset(documents(50, 0), num_rows=10, seed=2).forecast({"s": known})["stage"] == "s"
+    assert data.forecast({"s": {"possible": False}}) == data.forecast({}) == counted
+    without = data.drawn(without=[3]).as_dict()
+    assert counted["epochs"][0]["tokens"] - without["epochs"][0]["tokens"] == sum(len(s.tokens) for s in data.row(3))
+
+
 def test_rows_do_not_depend_on_the_order_they_are_asked_for() -> None:
     docs = documents(400, 3)
     forward = dataset(docs, num_rows=300)
@@ -111,7 +130,10 @@ def test_refusals_name_the_place() -> None:
     with pytest.raises(DataError, match=r"token id 1000 is outside the vocabulary of 1000.*document 7, token 0"):
         bad.batch(list(range(40)))
     long = StageMix(stage="1m", seq_len_tokens=64, short=0.3, medium=0.3, long=0.4)
-    with pytest.raises(DataError, match="stage 1m draws 30% of its tokens from medium documents and there are none"):
+    with pytest.raises(
+        DataError,
+        match="stage 1m draws 30% of its tokens from medium documents, 40% of its tokens from long",
+    ):
         dataset(docs, num_rows=4, mix=long)
     with pytest.raises(DataError, match=r"draws .* passes are"):
         dataset(docs, num_rows=10_000)

@@ -14,6 +14,7 @@ from m1_data.chat.conversations import parse_conversation
 from m1_data.chat.dataset import SFTDataset
 from m1_data.chat.encoder import ChatEncoder, default_template
 from m1_data.chat.template import ChatTemplate
+from m1_data.storage.text_digest import text_digest
 from m1_stages.errors import DataError
 
 CONTROL = ["<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>", "<pad>"]
@@ -255,6 +256,23 @@ def test_over_length_policies_count_what_they_do(folder: Path, tmp_path: Path) -
     cut = SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1, over_length="truncate").stats
     assert (cut.conversations, cut.dropped_over_length, cut.truncated, cut.dropped_untrained) == (2, 0, 2, 1)
     assert math.isnan(cut.core_share)
+
+
+def test_conversations_with_a_held_out_text_are_dropped_and_counted(folder: Path, tmp_path: Path) -> None:
+    """Whoever says it, in the answer or the thoughts before it, and whatever its white space."""
+    text = "what is  held out\nis not trained"
+    lines = [
+        talk(user(text), ai("yes")),
+        talk(user("say it"), ai("what is held out is not\ttrained\n")),
+        talk(user("say it"), ai("no", reasoning_content=text)),
+        talk(user("say it"), ai(f"{text} at all")),
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    held_out = {text_digest(text), text_digest("")}
+    stats = SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1, held_out=held_out).stats
+    assert (stats.dropped_held_out, stats.conversations) == (3, 1)
+    assert SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1).stats.conversations == 4
 
 
 def test_preview_shows_the_mask(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -15,7 +16,6 @@ from m1_stages.errors import DataError
 from m1_stages.events import (
     GateForced,
     GuardNoticed,
-    JsonLines,
     NeedleMap,
     PositionLoss,
     RunStarted,
@@ -25,6 +25,7 @@ from m1_stages.events import (
     StepDone,
     StepRepeated,
 )
+from m1_stages.metrics_file import JsonLines
 from m1cli.evaluation import evaluation_view
 from m1cli.report.figures import needle_maps, position_losses
 from m1cli.report.html import write_report
@@ -107,6 +108,21 @@ def test_the_page_stands_alone_and_shows_the_values(tmp_path: Path) -> None:
         assert shown in text, shown
     last_five = (1.5 + 6.4 + 6.3 + 6.2 + 6.1) / 5
     assert f"{last_five:.3f}" in text
+
+
+def test_the_page_names_dropped_conversations(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    mix = {
+        "read": 900, "conversations": 15, "rows": 12, "tokens": 800, "trained_tokens": 300, "padding_share": 0.25,
+        "unwanted": 0, "unused_keys": {"<id>": 900}, "dropped_over_length": 885, "truncated": 0, "dropped_untrained": 0,
+    }  # fmt: skip
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines(dataclasses.replace(stage("sft"), mix=mix))
+    lines.close()
+    page = write_report(tmp_path, None, tmp_path / "report.html").read_text()
+    assert "15 of 900 conversations in 12 rows: 800 tokens, 300 of them trained, 25.0% of the rows is padding" in page
+    assert "keys that nothing reads: &lt;id&gt; (900)" in page
+    assert "<b>885 of 900 conversations dropped: longer than a row (sft.over_length is drop)</b>" in page
 
 
 def evaluated(name: str, lengths: list[int], *, positions: bool = True) -> StageEvaluated:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,18 @@ import orjson
 
 from m1_data.errors import DataError
 from m1_data.storage.streams import open_lines
+from m1_data.storage.text_digest import text_digest
 
 ROLES = ("system", "user", "assistant", "tool")
-_KEYS = {"role", "content", "reasoning_content", "train", "name"}
+_MESSAGE_KEYS = {"role", "content", "reasoning_content", "train", "weight", "name"}
+_KEYS = {"messages", "tools", "system", "domain", "train", "weight"}
+_KEYS_WITH_MEANING = {
+    "functions", "function_call", "tool_choice", "parallel_tool_calls", "chat_template", "chat_template_kwargs",
+    "enable_thinking", "thinking", "reasoning", "reasoning_content", "documents", "developer", "system_prompt",
+    "system_message", "weights", "loss_weight", "loss_mask", "mask", "masks", "labels", "chosen", "rejected",
+    "images", "image", "audio", "audios", "video", "videos",
+}  # fmt: skip
+"""Keys beside the messages that change what is said or trained, and that nothing here honours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,7 @@ class Message:
     reasoning: str = ""
     train: bool = True
     """Whether an assistant turn is trained."""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,21 @@ class Conversation:
     messages: tuple[Message, ...]
     where: str
     domain: str = ""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of tools, as they are given to the template."""
+    unused_keys: tuple[str, ...] = ()
+    """Keys of the line that nothing reads: an id, a source."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the line asks that at least one turn is trained."""
+        return any(m.role == "assistant" and m.train for m in self.messages)
+
+    def repeats(self, texts: Collection[bytes]) -> bool:
+        """Return whether a turn, or its reasoning, is one of ``texts``, given by their ``text_digest``."""
+        return bool(texts) and any(
+            text_digest(text) in texts for m in self.messages for text in (m.content, m.reasoning) if text
+        )
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
@@ -50,7 +75,7 @@ def read_conversations(path: Path) -> Iterator[Conversation]:
 
 
 def parse_conversation(line: bytes, where: str) -> Conversation:
-    """Decode and check one line and return its conversation.
+    """Decode and check one line and return its conversation. Nothing that it says about the conversation is ignored.
 
     Raises:
         DataError: the line is not a valid conversation; the error names ``where``.
@@ -61,13 +86,47 @@ def parse_conversation(line: bytes, where: str) -> Conversation:
         raise _bad(f"not JSON: {error}", where) from error
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
         raise _bad('expected an object with a non-empty list under "messages"', where)
+    if lost := sorted(_KEYS_WITH_MEANING & set(record)):
+        raise _bad(f"keys that would be lost: {', '.join(lost)}", where)
     domain = record.get("domain", "")
     if not isinstance(domain, str):
         raise _bad(f'"domain" must be a string, not {type(domain).__name__}', where)
     messages = tuple(_message(m, f"{where}, message {i}") for i, m in enumerate(record["messages"]))
     if not any(m.role == "assistant" for m in messages):
         raise _bad("the conversation has no assistant message, so there is nothing to train", where)
-    return Conversation(messages, where, domain)
+    if not _is_trained(record, where):
+        messages = tuple(replace(m, train=False) for m in messages)
+    unused = tuple(key for key in record if key not in _KEYS)
+    return Conversation(_system(record, messages, where), where, domain, _tools(record, where), unused)
+
+
+def _system(record: dict[str, Any], messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """The messages, with a ``system`` key of the line before them."""
+    system = record.get("system") or ""
+    if not isinstance(system, str):
+        raise _bad(f'"system" must be a string, not {type(system).__name__}', where)
+    if system and any(m.role == "system" for m in messages):
+        raise _bad('the system prompt is given twice: in "system" and as a message', where)
+    return (Message("system", system), *messages) if system else messages
+
+
+def _tools(record: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    tools = record.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _bad('"tools" must be a list of objects, one for each tool', where)
+    return tuple(tools)
+
+
+def _is_trained(raw: dict[str, Any], where: str) -> bool:
+    """What ``train`` and ``weight`` of a line or a message say."""
+    train, weight = raw.get("train", True), raw.get("weight", 1)
+    if not isinstance(train, bool):
+        raise _bad(f'"train" must be true or false, not {train!r}', where)
+    if weight not in (0, 1):
+        raise _bad(f'"weight" is {weight!r}: a token is trained (1) or not (0), with nothing between', where)
+    if "train" in raw and "weight" in raw and train != bool(weight):
+        raise _bad(f'"train" is {train!r} and "weight" is {weight!r}', where)
+    return train and bool(weight)
 
 
 def _message(raw: Any, where: str) -> Message:
@@ -76,23 +135,22 @@ def _message(raw: Any, where: str) -> Message:
     role, content, reasoning = raw.get("role"), raw.get("content"), raw.get("reasoning_content") or ""
     if role not in ROLES:
         raise _bad(f"role {role!r} is none of {', '.join(ROLES)}", where)
-    if unknown := sorted(set(raw) - _KEYS):
+    if unknown := sorted(set(raw) - _MESSAGE_KEYS):
         raise _bad(f"keys that would be lost: {', '.join(unknown)}", where)
-    if not isinstance(content, str) or not isinstance(reasoning, str):
-        raise _bad('"content" and "reasoning_content" must be strings', where)
-    train = raw.get("train", True)
-    if not isinstance(train, bool):
-        raise _bad(f'"train" must be true or false, not {train!r}', where)
+    name = raw.get("name") or ""
+    if not isinstance(content, str) or not isinstance(reasoning, str) or not isinstance(name, str):
+        raise _bad('"content", "reasoning_content" and "name" must be strings', where)
+    train = _is_trained(raw, where)
     if role != "assistant":
-        if reasoning or raw.get("train"):
-            raise _bad('only assistant messages can have "reasoning_content" or "train": true', where)
-        return Message(role, content)
+        if reasoning or raw.get("train") or raw.get("weight"):
+            raise _bad('only assistant messages can have "reasoning_content", "train": true or "weight": 1', where)
+        return Message(role, content, name=name)
     inline, content = _split_thinking(content, where)
     if inline and reasoning:
         raise _bad('reasoning is given twice: in "reasoning_content" and inside <think>', where)
     if train and not content and not (reasoning or inline):
         raise _bad("the assistant message is empty", where)
-    return Message(role, content, reasoning or inline, train)
+    return Message(role, content, reasoning or inline, train, name)
 
 
 def _split_thinking(content: str, where: str) -> tuple[str, str]:

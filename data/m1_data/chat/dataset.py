@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,8 @@ _REFLECTION = re.compile(
 class SFTStats:
     """Counts over all conversations of a dataset."""
 
+    read: int
+    """Number of conversations in the files."""
     conversations: int
     """Number of conversations that are trained."""
     tokens: int
@@ -48,10 +51,16 @@ class SFTStats:
     without_domain: int
     reflections: int
     """Number of matches of self-checking phrases ("wait", "let me check", ...) in reasoning and answers."""
+    unwanted: int
+    """Number of conversations that ask for no training: weight 0, or train false in every turn."""
     dropped_over_length: int
     truncated: int
     dropped_untrained: int
-    """Number of conversations in which no token would be trained."""
+    """Number of conversations in which no token of a wanted answer is left: truncation cut it off."""
+    unused_keys: dict[str, int]
+    """Keys of the lines that nothing reads, and in how many conversations."""
+    dropped_held_out: int
+    """Number of conversations with a text that pretraining holds out to measure on."""
 
 
 class SFTDataset:
@@ -61,10 +70,13 @@ class SFTDataset:
         paths: JSON Lines files of OpenAI messages.
         tokenizer_dir: see ``ChatEncoder``; ``chat_template`` too.
         over_length: what to do with conversations of more than ``seq_len`` tokens; ``truncate`` keeps the beginning.
+        max_dropped_share: the share of conversations that may be dropped.
+        date: see ``ChatEncoder``.
+        held_out: ``text_digest`` of texts that must not be trained; conversations with one of them are dropped.
 
     Raises:
         DataError: an unreadable file or line (file and line named), a conversation that is too long under ``error``,
-            or nothing left to train.
+            too many that are dropped, or nothing left to train.
     """
 
     def __init__(
@@ -76,37 +88,46 @@ class SFTDataset:
         seed: int,
         over_length: OverLength = "error",
         chat_template: Path | None = None,
+        max_dropped_share: float = 1.0,
+        date: str = "",
+        held_out: Collection[bytes] = (),
     ) -> None:
         self._seq_len, self._seed = seq_len, seed
-        self._encoder = ChatEncoder(Path(tokenizer_dir), Path(chat_template) if chat_template else None)
+        self._encoder = ChatEncoder(Path(tokenizer_dir), Path(chat_template) if chat_template else None, date=date)
         self._conversations: list[Conversation] = []
         self._encoded: list[Encoded] = []
-        counts = {"dropped_over_length": 0, "truncated": 0, "dropped_untrained": 0}
-        for path in paths:
-            for conversation in read_conversations(Path(path)):
-                encoded = self._encoder.encode(conversation)
-                if len(encoded.ids) > seq_len:
-                    if over_length == "error":
-                        raise DataError(
-                            f"the conversation has {len(encoded.ids):,} tokens, a row has {seq_len:,}",
-                            where=conversation.where,
-                            fix="set sft.over_length to drop or truncate, or raise sft.context_tokens",
-                        )
-                    counts["dropped_over_length" if over_length == "drop" else "truncated"] += 1
-                    if over_length == "drop":
-                        continue
-                    encoded = Encoded(encoded.ids[:seq_len], encoded.trained[:seq_len])
-                if not encoded.trained[1:].any():
-                    counts["dropped_untrained"] += 1
+        counts: Counter[str] = Counter()
+        self._unused_keys: Counter[str] = Counter()
+        lines = (conversation for path in paths for conversation in read_conversations(Path(path)))
+        longest = 0
+        for conversation, encoded in self._encoder.encode_all(lines):
+            counts["read"] += 1
+            self._unused_keys.update(conversation.unused_keys)
+            if not conversation.wanted:
+                counts["unwanted"] += 1
+                continue
+            if conversation.repeats(held_out):
+                counts["dropped_held_out"] += 1
+                continue
+            longest = max(longest, len(encoded.ids))
+            if len(encoded.ids) > seq_len:
+                if over_length == "error":
+                    raise DataError(
+                        f"the conversation has {len(encoded.ids):,} tokens, a row has {seq_len:,}",
+                        where=conversation.where,
+                        fix="set sft.over_length to drop or truncate, or raise sft.context_tokens",
+                    )
+                counts["dropped_over_length" if over_length == "drop" else "truncated"] += 1
+                if over_length == "drop":
                     continue
-                self._conversations.append(conversation)
-                self._encoded.append(encoded)
-        if not self._encoded:
-            raise DataError(
-                "no conversation is left to train",
-                where=", ".join(map(str, paths)),
-                fix="dropped: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items()),
-            )
+                encoded = Encoded(encoded.ids[:seq_len], encoded.trained[:seq_len])
+            if not encoded.trained[1:].any():
+                counts["dropped_untrained"] += 1
+                continue
+            self._conversations.append(conversation)
+            self._encoded.append(encoded)
+        self._encoder.close()
+        self._refuse_losses(counts, longest, max_dropped_share, where=", ".join(map(str, paths)))
         self._lengths = np.array([len(e.ids) for e in self._encoded], dtype=np.int64)
         self._epochs: dict[int, list[list[int]]] = {}
         self.rows_per_epoch: int = best_fit(self._lengths, seq_len)[1]
@@ -144,6 +165,25 @@ class SFTDataset:
                     merged.append((span.text, span.trained))
             yield merged
 
+    def _refuse_losses(self, counts: Counter[str], longest: int, most: float, *, where: str) -> None:
+        dropped = counts["dropped_over_length"] + counts["dropped_untrained"]
+        if self._encoded and dropped <= most * counts["read"]:
+            return
+        reasons = {
+            "dropped_over_length": f"longer than a row of {self._seq_len:,} tokens (the longest has {longest:,})",
+            "dropped_untrained": f"with no answer in the first {self._seq_len:,} tokens",
+            "dropped_held_out": "with a text that is held out to measure on",
+            "unwanted": "that ask for no training (weight 0, train false)",
+        }
+        raise DataError(
+            f"{dropped:,} of {counts['read']:,} conversations would be dropped"
+            if self._encoded
+            else f"no conversation of {counts['read']:,} is left to train",
+            where=f"{where}: " + ", ".join(f"{counts[key]:,} {words}" for key, words in reasons.items() if counts[key]),
+            fix="raise sft.context_tokens"
+            + (f", or set sft.max_dropped_share (now {most:g}) if this is wanted" if self._encoded else ""),
+        )
+
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Conversations per row. Best fit needs the same number of rows for any order of equal lengths."""
         if epoch not in self._epochs:
@@ -161,7 +201,7 @@ class SFTDataset:
         end = np.array([self._encoder.pad_id], dtype=np.int64)
         return Segment(ids, np.concatenate([ids[1:], end]), np.concatenate([trained[1:], [False]]))
 
-    def _count(self, counts: dict[str, int]) -> SFTStats:
+    def _count(self, counts: Counter[str]) -> SFTStats:
         named = [c.domain for c in self._conversations if c.domain]
         texts = (
             t
@@ -181,5 +221,16 @@ class SFTDataset:
             core_target=CORE_TARGET,
             without_domain=len(self._conversations) - len(named),
             reflections=sum(len(_REFLECTION.findall(text)) for text in texts),
-            **counts,
+            unused_keys=dict(self._unused_keys.most_common()),
+            **{
+                name: counts[name]
+                for name in (
+                    "read",
+                    "unwanted",
+                    "dropped_over_length",
+                    "truncated",
+                    "dropped_untrained",
+                    "dropped_held_out",
+                )
+            },
         )

@@ -3,14 +3,17 @@
 The template is rendered twice: with the true contents, and with placeholders for them. The second says which parts
 of the text are the template's and which are contents, so that control tokens in contents stay text, and which part of a
 turn the model has to write itself: all that follows the generation prompt, up to and including the token that ends the
-turn. Where the mask changes the text is encoded separately, as it is when the model generates.
+turn. That token is the one that the template writes behind the answers of a conversation made for the purpose: other control
+tokens, as the end of a turn's reasoning, come before it. Where the mask changes the text is encoded separately, as it is when the
+model generates.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from m1_data.chat.conversations import Conversation, Message
-from m1_data.chat.template import ChatTemplate
+from m1_data.chat.template import ChatTemplate, Job
+from m1_data.chat.template_form import PLACEHOLDER, any_of, find_form, placeholder
 from m1_data.errors import DataError
-
-_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
+from m1_data.tokenizer import text_tokenizer
 
 
 class Span(NamedTuple):
@@ -46,30 +49,33 @@ class ChatEncoder:
     Args:
         tokenizer_dir: folder with ``tokenizer.json`` and ``tokenizer_config.json``.
         template: Jinja file; None takes the folder's own, else the one shipped here.
+        date: ISO date for templates that write the present day; without one they are refused.
 
     Raises:
-        DataError: no usable tokenizer, or a control token of the shipped template is not in it.
+        DataError: no usable tokenizer, a control token of the shipped template is not in it, or an unusable template.
     """
 
-    def __init__(self, tokenizer_dir: Path, template: Path | None = None) -> None:
-        from tokenizers import Tokenizer
-
+    def __init__(self, tokenizer_dir: Path, template: Path | None = None, *, date: str = "") -> None:
         try:
-            raw = json.loads((tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+            data = (tokenizer_dir / "tokenizer.json").read_bytes()
             config = _read_json(tokenizer_dir / "tokenizer_config.json")
-            added = {t["content"]: int(t["id"]) for t in raw.get("added_tokens", [])}
-            # Without its added tokens and post-processor the tokenizer knows plain text only.
-            self._plain = Tokenizer.from_str(json.dumps(raw | {"added_tokens": [], "post_processor": None}))
+            tokens = json.loads(data).get("added_tokens", [])
+            added = {t["content"]: int(t["id"]) for t in tokens}
+            self._plain = text_tokenizer(data)
         except OSError as error:
             raise DataError(
                 f"there is no tokenizer: {error.strerror}", where=str(tokenizer_dir), fix="run m1 prepare-data first"
             ) from error
+        except DataError as error:
+            error.where = str(tokenizer_dir / "tokenizer.json")
+            raise
         except Exception as error:  # tokenizers raises plain Exception
             raise DataError(f"unusable tokenizer: {error}", where=str(tokenizer_dir)) from error
         self._control = added
-        self._controls = re.compile("|".join(re.escape(t) for t in sorted(added, key=len, reverse=True)) or r"(?!)")
+        self._controls = any_of(added)
+        self._special = any_of([t["content"] for t in tokens if t.get("special")] or added)
         names = {k: _token(v) for k, v in config.items() if k.endswith("_token") and _token(v)}
-        self.template = _find_template(tokenizer_dir, config, template, names)
+        self.template = _find_template(tokenizer_dir, config, template, names, date)
         for token in self._controls_needed():
             if token not in added:
                 raise DataError(
@@ -77,7 +83,7 @@ class ChatEncoder:
                     where=str(tokenizer_dir),
                     fix="set sft.chat_template to a template that fits this tokenizer",
                 )
-        self.vocab_size = max(self._plain.get_vocab_size() - 1, *added.values(), 0) + 1
+        self.vocab_size = max(self._plain.get_vocab_size(with_added_tokens=False) - 1, *added.values(), 0) + 1
         pad = names.get("pad_token") or names.get("eos_token")
         if pad not in added:
             raise DataError(
@@ -86,7 +92,7 @@ class ChatEncoder:
                 fix="add eos_token to the tokenizer_config.json beside tokenizer.path, and run m1 prepare-data",
             )
         self.pad_id: int = added[pad]
-        self._prompt = self._generation_prompt()
+        self._form = find_form(self.template, self._special)
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Return the token ids and the loss mask of one conversation.
@@ -94,21 +100,58 @@ class ChatEncoder:
         Raises:
             DataError: the template drops or rewrites contents, or a turn's beginning or end cannot be found in it.
         """
-        ids: list[int] = []
-        trained: list[bool] = []
-        for text, is_trained in self._runs(self.spans(conversation)):
-            encoded = [text] if isinstance(text, int) else self._plain.encode(text, add_special_tokens=False).ids
-            ids.extend(encoded)
-            trained.extend([is_trained] * len(encoded))
-        return Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
+        ((_, encoded),) = self.encode_all([conversation])
+        return encoded
+
+    def encode_all(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, Encoded]]:
+        """Yield each conversation with its token ids and its loss mask.
+
+        Raises:
+            DataError: as ``encode``.
+        """
+        for conversation, spans in self._all_spans(conversations):
+            ids: list[int] = []
+            trained: list[bool] = []
+            for text, is_trained in self._runs(spans):
+                encoded = [text] if isinstance(text, int) else self._plain.encode(text, add_special_tokens=False).ids
+                ids.extend(encoded)
+                trained.extend([is_trained] * len(encoded))
+            yield conversation, Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
     def spans(self, conversation: Conversation) -> list[Span]:
         """Return the rendered conversation, cut where the mask or the kind of text changes, without empty spans."""
-        contents: list[tuple[int, str]] = []
-        placed = [self._as_dict(m, i, contents) for i, m in enumerate(conversation.messages)]
-        parts = _PLACEHOLDER.split(self.template.render(placed))
+        ((_, spans),) = self._all_spans([conversation])
+        return spans
+
+    def close(self) -> None:
+        """End the process that renders the template; it starts again when it is needed."""
+        self.template.close()
+
+    def _all_spans(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Span]]]:
+        asked: deque[tuple[Conversation, list[tuple[int, str]]]] = deque()
+
+        def jobs() -> Iterator[Job]:
+            for conversation in conversations:
+                self._refuse_controls(conversation)
+                contents: list[tuple[int, str]] = []
+                placed = [self._as_dict(m, i, contents) for i, m in enumerate(conversation.messages)]
+                true = [self._as_dict(m, i, None) for i, m in enumerate(conversation.messages)]
+                asked.append((conversation, contents))
+                tools = conversation.tools or None
+                renderings = [{"messages": placed, "tools": tools}, {"messages": true, "tools": tools}]
+                yield Job([*renderings, {"messages": true}] if tools else renderings, conversation.where)
+
+        for placed, truth, *without_tools in self.template.render_all(jobs()):
+            conversation, contents = asked.popleft()
+            if truth in without_tools:
+                raise self._lost(
+                    'the chat template does not write the "tools"', conversation, "one that does, or take them out"
+                )
+            yield conversation, self._cut(placed, truth, contents, conversation)
+
+    def _cut(self, placed: str, truth: str, contents: list[tuple[int, str]], conversation: Conversation) -> list[Span]:
+        parts = PLACEHOLDER.split(placed)
         template_texts, numbers = parts[::2], [int(n) for n in parts[1::2]]
-        truth = self.template.render([self._as_dict(m, i, None) for i, m in enumerate(conversation.messages)])
         values = self._as_rendered(template_texts, numbers, contents, truth, conversation)
         spans: list[Span] = []
         owners = [contents[n][0] for n in numbers]
@@ -134,7 +177,7 @@ class ChatEncoder:
             if contents is None or not value:
                 return value
             contents.append((owner, value))
-            return f"\ue000{len(contents) - 1}\ue001"
+            return placeholder(len(contents) - 1)
 
         out: dict[str, Any] = {"role": message.role}
         if message.reasoning and "reasoning_content" in self.template.source:
@@ -144,12 +187,30 @@ class ChatEncoder:
             out["content"] = f"<think>\n{text(message.reasoning)}\n</think>\n\n{text(message.content)}"
         else:
             out["content"] = text(message.content)
+        if message.name:
+            out["name"] = message.name
+        if self._form.lists:
+            part = {"type": "text", "text": out["content"]}
+            out["content"] = [part | {"name": message.name} if message.name else part]
         return out
+
+    def _refuse_controls(self, conversation: Conversation) -> None:
+        """What the template weaves into its own text must not hold its control tokens: there they would not stay text."""
+        for what, text in (
+            ("tools", json.dumps(conversation.tools, ensure_ascii=False)),
+            *(("name", m.name) for m in conversation.messages),
+        ):
+            if found := self._special.search(text) or PLACEHOLDER.search(text):
+                raise DataError(
+                    f'"{what}" holds the control token {found.group()!r}', where=conversation.where, fix="take it out"
+                )
 
     def _as_rendered(
         self, texts: list[str], numbers: list[int], contents: list[tuple[int, str]], truth: str, where: Conversation
     ) -> list[str]:
         """The contents as the template writes them: as they are, or stripped."""
+        if max(numbers, default=0) >= len(contents):
+            raise self._lost("the chat template writes more contents than there are", where)
         for change in (str, str.strip):
             values = [change(contents[n][1]) for n in numbers]
             if "".join(a + b for a, b in zip(texts, [*values, ""], strict=True)) == truth:
@@ -159,32 +220,20 @@ class ChatEncoder:
         raise self._lost("the chat template rewrites the contents in a way that cannot be followed", where)
 
     def _turn_begin(self, text: str, start: int, where: Conversation) -> int:
-        at = text.rfind(self._prompt, start)
+        at = text.rfind(self._form.prompt, start)
         if at < 0:
-            raise self._lost(f"no generation prompt {self._prompt!r} before an assistant's text", where)
-        return at + len(self._prompt)
+            raise self._lost(f"no generation prompt {self._form.prompt!r} before an assistant's text", where)
+        return at + len(self._form.prompt)
 
     def _turn_end(self, text: str, where: Conversation) -> int:
-        found = self._controls.search(text)
+        """The place behind the token that ends a turn, in the template's text behind the turn's last content."""
+        found = self._form.ends.search(text)
         if not found:
             raise self._lost("no control token ends the assistant's turn", where)
         return found.end()
 
-    def _generation_prompt(self) -> str:
-        ask = [{"role": "user", "content": "?"}]
-        without, with_prompt = self.template.render(ask), self.template.render(ask, add_generation_prompt=True)
-        prompt = with_prompt.removeprefix(without)
-        if not with_prompt.startswith(without) or not prompt:
-            raise DataError(
-                "the chat template has no generation prompt (add_generation_prompt), so the assistant's part of a turn "
-                "cannot be told from the template's",
-                where=self.template.where,
-                fix="set sft.chat_template to another",
-            )
-        return prompt
-
     def _controls_needed(self) -> list[str]:
-        return re.findall(r"<(?:beginning|end)_of_sentence>", self.template.source)
+        return re.findall(r"<(?:beginning|end)_of_sentence>|<begin_of_document>", self.template.source)
 
     def _runs(self, spans: list[Span]) -> Iterator[tuple[str | int, bool]]:
         """Plain text to encode in one go, and ids of the template's control tokens."""
@@ -204,23 +253,24 @@ class ChatEncoder:
         if text:
             yield text, mask
 
-    def _lost(self, what: str, conversation: Conversation) -> DataError:
-        return DataError(
-            what, where=f"{conversation.where}, template {self.template.where}", fix="set sft.chat_template"
-        )
+    def _lost(self, what: str, conversation: Conversation, other: str = "another") -> DataError:
+        where = f"{conversation.where}, template {self.template.where}"
+        return DataError(what, where=where, fix=f"set sft.chat_template to {other}")
 
 
-def _find_template(folder: Path, config: dict[str, Any], given: Path | None, names: dict[str, str]) -> ChatTemplate:
+def _find_template(
+    folder: Path, config: dict[str, Any], given: Path | None, names: dict[str, str], date: str
+) -> ChatTemplate:
     own = folder / "chat_template.jinja"
     for path in (given, own if own.is_file() else None):
         if path is not None:
             try:
-                return ChatTemplate(path.read_text(encoding="utf-8"), names, str(path))
+                return ChatTemplate(path.read_text(encoding="utf-8"), names, str(path), date=date)
             except OSError as error:
                 raise DataError(f"cannot read the chat template: {error.strerror}", where=str(path)) from error
     if isinstance(config.get("chat_template"), str):
-        return ChatTemplate(config["chat_template"], names, str(folder / "tokenizer_config.json"))
-    return ChatTemplate(default_template(), names, "the template shipped with m1")
+        return ChatTemplate(config["chat_template"], names, str(folder / "tokenizer_config.json"), date=date)
+    return ChatTemplate(default_template(), names, "the template shipped with m1", date=date)
 
 
 def default_template() -> str:

@@ -1,116 +1,210 @@
-"""Renders untrusted Jinja chat templates in a sandbox that limits their steps and their output."""
+"""Chat templates, which are untrusted programs: a process of their own renders them, with little memory and time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
-from typing import Any
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import IO, Any, BinaryIO, NamedTuple, cast
+from weakref import finalize
 
-from jinja2 import TemplateError, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import orjson
 
-from m1_data.errors import DataError
+from m1_data.chat.render_worker import CLOCK, MAX_MIB, MAX_SECONDS, TEXT, read_frame, write_frame
+from m1_data.errors import DataError, EnvironmentProblem
 
-MAX_STEPS = 1_000_000
-MAX_OUTPUT_CHARS = 1 << 28
+BATCH_JOBS = 64
+BATCH_CHARS = 4_000_000
+"""Jobs and characters of JSON that are sent at once; a larger job goes alone."""
 
-
-class _Counting(CodeGenerator):
-    """Emits one ``environment.spend()`` per executed block, so that nested loops run into the limit."""
-
-    def blockvisit(self, nodes: Any, frame: Frame) -> None:
-        self.writeline("environment.spend()")
-        super().blockvisit(nodes, frame)
+Rendering = dict[str, Any]
+"""``messages``, and where needed ``tools`` and ``add_generation_prompt``, for the template."""
 
 
-class _Generation(Extension):
-    """``{% generation %}`` marks assistant text for transformers; here it renders its body."""
+class Job(NamedTuple):
+    """Renderings that together may take ``render_worker.MAX_SECONDS``, and what they are of, for messages."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 reads it as a plain set
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    code_generator_class = _Counting
-    intercepted_binops = frozenset(["+", "*", "**"])
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.filters["tojson"] = _tojson
-        self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self.steps = 0
-
-    def spend(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise SecurityError(f"the template ran more than {MAX_STEPS:,} steps")
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(x) if hasattr(x, "__len__") else None for x in (left, right)]
-        size = sum(s or 0 for s in sizes)
-        if operator == "*" and any(s is not None for s in sizes):
-            size = max(s or 0 for s in sizes) * max(x for x in (left, right, 0) if isinstance(x, int))
-        if operator == "**" or size > MAX_OUTPUT_CHARS:
-            raise SecurityError(f"the template builds a value of {size:,} elements with {operator!r}")
-        return super().call_binop(context, operator, left, right)
+    renderings: Sequence[Rendering]
+    where: str = ""
 
 
 class ChatTemplate:
-    """A compiled chat template that renders in the sandbox.
+    """A chat template. Its process starts when it is first needed and ends with ``close``, or with this object.
 
     Args:
         source: Jinja source, as transformers' ``apply_chat_template`` takes it.
         variables: ``bos_token`` and the like.
         where: where the source came from, for messages.
+        date: ISO date that the template's ``strftime_now`` formats; empty refuses templates that call it.
 
     Raises:
         DataError: the source is not Jinja.
+        EnvironmentProblem: the process does not start.
     """
 
-    def __init__(self, source: str, variables: dict[str, Any], where: str) -> None:
-        self.source, self.where, self._variables = source, where, variables
-        self._env = _Sandbox()
-        try:
-            self._template = self._env.from_string(source)
-        except TemplateError as error:
-            raise self._failed(error) from error
+    def __init__(self, source: str, variables: dict[str, Any], where: str, *, date: str = "") -> None:
+        self.source, self.where = source, where
+        self._start = orjson.dumps({"source": source, "variables": variables, "date": date})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._finalize: Any = None
+        self._worker()
 
-    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """Render a conversation and return its text.
+    def render(self, messages: Sequence[dict[str, Any]], **more: Any) -> str:
+        """Render one conversation and return its text; ``more`` as in ``Rendering``.
 
         Raises:
             DataError: the template refuses the conversation, or exceeds its limits.
         """
-        self._env.steps = 0
-        out, size = [], 0
+        (text,) = next(self.render_all([Job([{"messages": list(messages), **more}])]))
+        return text
+
+    def render_all(self, jobs: Iterable[Job]) -> Iterator[list[str]]:
+        """Yield the texts of each job, one per rendering. The process works on a batch while the one before it is used.
+
+        Raises:
+            DataError: the template refuses a job, or exceeds its limits; the error names the job.
+        """
+        for answer in self.try_all(jobs):
+            if isinstance(answer, DataError):
+                raise answer
+            yield answer
+
+    def try_all(self, jobs: Iterable[Job]) -> Iterator[list[str] | DataError]:
+        """Yield what ``render_all`` yields, and in place of a job that it would refuse the error."""
+        asked: list[Job] = []
         try:
-            for chunk in self._template.generate(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, **self._variables
-            ):
-                size += len(chunk)
-                if size > MAX_OUTPUT_CHARS:
-                    raise SecurityError(f"the template writes more than {MAX_OUTPUT_CHARS:,} characters")
-                out.append(chunk)
-        except (TemplateError, TypeError, KeyError, ValueError, OverflowError) as error:
-            raise self._failed(error) from error
-        return "".join(out)
+            for batch in _batches(jobs):
+                answers = self._answers(asked)
+                asked = self._ask(batch)
+                yield from answers
+            yield from self._answers(asked)
+            asked = []
+        finally:
+            if asked:  # nobody reads those answers any more
+                self.close()
 
-    def _failed(self, error: Exception) -> DataError:
-        return DataError(f"the chat template fails: {error}", where=self.where, fix="set sft.chat_template to another")
+    def close(self) -> None:
+        """End the process; a later rendering starts it again."""
+        if self._finalize is not None:
+            self._finalize()
+        self._process = self._finalize = None
+
+    def _worker(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            self._process = _start_process()
+            self._finalize = finalize(self, _end_process, self._process)
+            _send(self._process, self._start)
+            if isinstance(answer := self._answer(Job([{}])), DataError):
+                self.close()
+                raise answer
+        return self._process
+
+    def _ask(self, batch: tuple[list[Job], bytes]) -> list[Job]:
+        jobs, request = batch
+        _send(self._worker(), request)
+        return jobs
+
+    def _answers(self, jobs: Sequence[Job]) -> list[list[str] | DataError]:
+        answers: list[list[str] | DataError] = []
+        for job in jobs:
+            ended = answers and self._process is None
+            answers.append(self._failed("a job before it ended the process", job) if ended else self._answer(job))
+        return answers
+
+    def _answer(self, job: Job) -> list[str] | DataError:
+        """Read the answer to a job; without one the process has ended."""
+        assert self._process is not None
+        texts: list[str] = []
+        try:
+            for _ in job.renderings:
+                kind, contents = read_frame(_pipe(self._process.stdout))
+                if kind != TEXT:
+                    return self._failed(contents.decode(), job, needs_date=kind == CLOCK)
+                texts.append(contents.decode())
+        except EOFError:
+            reason = _why_ended(self._process)
+            self.close()
+            return self._failed(reason, job)
+        return texts
+
+    def _failed(self, reason: str, job: Job, *, needs_date: bool = False) -> DataError:
+        return DataError(
+            f"the chat template fails: {reason}",
+            where=f"{job.where}, template {self.where}" if job.where else self.where,
+            fix='set sft.date to the day that the template shall write, for example sft.date = "2026-01-31"'
+            if needs_date
+            else "set sft.chat_template to another",
+        )
 
 
-def _tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _batches(jobs: Iterable[Job]) -> Iterator[tuple[list[Job], bytes]]:
+    """Yield lists of jobs, each with the JSON that asks for it."""
+    batch: list[Job] = []
+    parts: list[bytes] = []
+    for job in jobs:
+        part = orjson.dumps(job.renderings)
+        if batch and (len(batch) == BATCH_JOBS or sum(map(len, parts)) + len(part) > BATCH_CHARS):
+            yield batch, b"[" + b",".join(parts) + b"]"
+            batch, parts = [], []
+        batch.append(job)
+        parts.append(part)
+    if batch:
+        yield batch, b"[" + b",".join(parts) + b"]"
 
 
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def _start_process() -> subprocess.Popen[bytes]:
+    # The path is ours as it is, without the current folder; of the environment only what an interpreter may need to start.
+    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
+        "PYTHONHASHSEED": "0",
+        "LC_ALL": "C.UTF-8",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-s", "-m", "m1_data.chat.render_worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd="/",
+    )
+    try:
+        read_frame(_pipe(process.stdout))
+    except EOFError:
+        words = _pipe(process.stderr).read().decode(errors="replace").strip().splitlines()
+        _end_process(process)
+        raise EnvironmentProblem(
+            f"the process that renders chat templates does not start: {words[-1] if words else 'no reason given'}",
+            where=sys.executable,
+        ) from None
+    return process
+
+
+def _send(process: subprocess.Popen[bytes], contents: bytes) -> None:
+    """Send a frame. A process that has ended is found out when its answer is read."""
+    pipe = _pipe(process.stdin)
+    with suppress(BrokenPipeError):
+        write_frame(pipe, TEXT, contents)
+        pipe.flush()
+
+
+def _why_ended(process: subprocess.Popen[bytes]) -> str:
+    code = process.wait()
+    if code == -signal.SIGALRM:
+        return f"it takes more than {MAX_SECONDS} s"
+    return f"it needs more than {MAX_MIB} MiB of memory, or breaks the interpreter (exit code {code})"
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        with suppress(BrokenPipeError):
+            _pipe(pipe).close()
+
+
+def _pipe(pipe: IO[bytes] | None) -> BinaryIO:
+    return cast(BinaryIO, pipe)

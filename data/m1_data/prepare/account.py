@@ -6,17 +6,21 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from m1_data.errors import DataError, shown
 from m1_data.prepare.shards import WrittenDocuments
 from m1_data.prepare.tally import Tally
-from m1_data.sampling.mix import plan_mix
+from m1_data.sampling.mix import TooLittleData
+from m1_data.sampling.stage_draw import Lengths, StageDraw, count_mix, draws_of
 from m1_data.spec import BUCKET_NAMES, CORE_DOMAINS, SourceSpec, StageMix
 from m1_data.storage.cell import Cell
+from m1_data.storage.indexed import IndexedReader
 from m1_data.storage.manifest import Manifest, ShardEntry, SourceEntry
 from m1_data.tokenizer import LoadedTokenizer
 
@@ -70,6 +74,7 @@ def account_for_source(
         held_out=held_out.documents.total(),
         first_places=dict(sorted(tally.first_places.items())),
         left_out=tally.left_out,
+        held_out_digests=written.held_out_digests,
     )
     return SourceRecord(source=entry, shards=shards.close(), held_out=held_out.close())
 
@@ -112,6 +117,8 @@ def build_manifest(
     mixes: Sequence[tuple[StageMix, int]],
     *,
     inputs: dict[str, Any],
+    folder: Path,
+    seed: int,
     fingerprint: str,
     engine: str,
     tokenizer: LoadedTokenizer,
@@ -122,12 +129,17 @@ def build_manifest(
     """Return the manifest of all sources, in the order of ``records``.
 
     Args:
-        mixes: each stage's mix and the tokens it draws.
+        mixes: each stage's mix and the tokens it draws, in the order of the stages.
         inputs: what the data was made from (``prepare.inputs``), and ``fingerprint``, their hash.
+        folder: where the shards are.
+        seed: the run's, which orders the rows that are counted.
         tokenizer_files: SHA-256 of each file of the tokenizer's folder.
         edges: exclusive upper edges of the length buckets, in tokens.
     """
     shards = tuple(shard for record in records for shard in record.shards)
+    lengths = {
+        Cell(s.source, s.domain, s.bucket): IndexedReader(folder / s.prefix).lengths.astype(np.int64) for s in shards
+    }
     domains: dict[str, int] = {}
     buckets, counts = dict.fromkeys(BUCKET_NAMES, 0), dict.fromkeys(BUCKET_NAMES, 0)
     for shard in shards:
@@ -152,19 +164,14 @@ def build_manifest(
         tokens_by_bucket=buckets,
         documents_by_bucket=counts,
         core_share=sum(n for domain, n in domains.items() if domain in CORE_DOMAINS) / total,
-        mixes={mix.stage: _mix_report(shards, mix, tokens, edges) for mix, tokens in mixes},
+        mixes={draw.mix.stage: _mix_report(draw, lengths) for draw in draws_of(mixes, seed=seed)},
         held_out=tuple(shard for record in records for shard in record.held_out),
     )
 
 
-def _mix_report(
-    shards: Sequence[ShardEntry], mix: StageMix, stage_tokens: int, edges: tuple[int, ...]
-) -> dict[str, Any]:
-    """Return what the stage would draw from this data. A stage that cannot run is only reported here, not refused."""
-    cells = {Cell(s.source, s.domain, s.bucket): s.tokens for s in shards}
-    ends = dict(zip(BUCKET_NAMES, (*edges, sys.maxsize), strict=True))
-    longest = {cell: ends[cell.bucket] for cell in cells}
+def _mix_report(draw: StageDraw, lengths: Lengths) -> dict[str, Any]:
+    """Return what the stage draws from this data. A stage that cannot run is only reported here, not refused."""
     try:
-        return {"possible": True, **plan_mix(cells, mix, stage_tokens=stage_tokens, longest=longest).as_dict()}
-    except DataError as error:
-        return {"possible": False, "stage": mix.stage, "reasons": [str(error)]}
+        return {"possible": True, "order": draw.order, **count_mix(draw, lengths).as_dict()}
+    except TooLittleData as error:
+        return {"possible": False, "stage": draw.mix.stage, "reasons": [error.what]}

@@ -1,14 +1,11 @@
-"""Step 4, deduplicate: of texts that are equal after cleaning, the first one stays."""
+"""Step 4, deduplicate: of texts that differ in nothing but white space, the first one stays, whatever its source."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import xxhash
-
 from m1_data.prepare.tally import Tally
-
-DIGEST_BYTES = 16
+from m1_data.storage.text_digest import DIGEST_BYTES, text_digest
 
 
 def deduplicate(texts: Iterable[str], seen: ExactDedup, tally: Tally) -> Iterator[str]:
@@ -18,11 +15,6 @@ def deduplicate(texts: Iterable[str], seen: ExactDedup, tally: Tally) -> Iterato
             yield text
         else:
             tally.rejected["duplicate"] += 1
-
-
-def text_digest(text: str) -> bytes:
-    """Return the 128-bit XXH3 hash of the text's UTF-8 bytes, without white space at its ends."""
-    return xxhash.xxh3_128_digest(text.strip().encode("utf-8"))
 
 
 class ExactDedup:

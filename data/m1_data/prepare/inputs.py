@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import DataError
+from m1_data.plain_values import shown_value
 from m1_data.prepare.work_folder import FORMAT_VERSION, Fingerprints, in_order
 from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
 from m1_data.storage.manifest import Manifest, is_prepared, load_manifest
-from m1_data.storage.plain_values import shown_value
 from m1_data.storage.source_files import find_files
 from m1_data.storage.store import open_prepared
 from m1_data.tokenizer import COMPANION_FILES
@@ -28,8 +28,9 @@ from m1_data.tokenizer import COMPANION_FILES
 _FILES, _MODIFIED = "files", "modification times of the files"
 _COMPANIONS = "tokenizer.path, files beside tokenizer.json"
 _FORMAT = "version of the preparation"
+_SEED = "run.seed"
 _MIXES, _CONTEXTS = "mixes of the stages", "context_tokens of the stages"
-TOKENS_STAY = (_FORMAT, _MIXES, _COMPANIONS, "data.engine", "data.verify_docs", "data.max_bad_share")
+TOKENS_STAY = (_FORMAT, _MIXES, _SEED, _COMPANIONS, "data.engine", "data.verify_docs", "data.max_bad_share")
 """Keys, besides modification times, of which no token depends."""
 
 
@@ -56,12 +57,14 @@ def describe_inputs(
     mixes: Sequence[tuple[StageMix, int]],
     base_dir: Path,
     length_scale: float,
+    seed: int = 0,
     *,
     missing_files: bool = False,
 ) -> dict[str, Any]:
     """Return plain values that determine the output: settings, the tokenizer's content, and names, sizes and times of files.
 
     Args:
+        mixes: each stage's mix and its tokens; they and ``seed`` determine the report alone, and their rows' length the needles.
         missing_files: the raw text or the tokenizer may be absent, as on a cluster that only has the prepared data; they are
             None then, and not compared.
 
@@ -89,6 +92,7 @@ def describe_inputs(
         inputs |= _files(source, base_dir, missing_files)
     if any(source.format == "needles" for source in spec.sources):
         inputs[_CONTEXTS] = [mix.seq_len_tokens for mix, _ in mixes]
+    inputs[_SEED] = seed
     inputs[_MIXES] = [[dataclasses.asdict(mix), tokens] for mix, tokens in mixes]
     plain: dict[str, Any] = json.loads(json.dumps(inputs))
     return plain
@@ -97,8 +101,8 @@ def describe_inputs(
 def fingerprints_of(inputs: Mapping[str, Any], sources: Sequence[SourceSpec]) -> Fingerprints:
     """Return the SHA-256 of the inputs, and of the part that each source depends on."""
     of_sources = {key: value for key, value in inputs.items() if key.startswith("data.sources")}
-    mixes = (_MIXES, _CONTEXTS)
-    common = {key: value for key, value in inputs.items() if key not in of_sources and key not in mixes}
+    of_stages = (_MIXES, _CONTEXTS, _SEED)
+    common = {key: value for key, value in inputs.items() if key not in of_sources and key not in of_stages}
     if "tokenizer.train_bytes" in inputs:  # trained on all sources
         common |= of_sources
     chain = hash_of(common)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from m1_data.errors import DataError
 from m1_data.prepare.account import SourceRecord, account_for_source, build_manifest
@@ -37,8 +38,9 @@ from m1_data.prepare.inputs import describe_inputs, find_up_to_date, fingerprint
 from m1_data.prepare.reader import read_source
 from m1_data.prepare.shards import ShardTarget, bucket_and_write
 from m1_data.prepare.tally import Progress, Tally
-from m1_data.prepare.work_folder import WorkFolder, in_order, refuse_foreign_folders
+from m1_data.prepare.work_folder import Fingerprints, WorkFolder, in_order, refuse_foreign_folders
 from m1_data.spec import BUCKET_EDGES_TOKENS, PrepareSpec, StageMix, TokenizerSpec
+from m1_data.storage.lock import lock_of, writing
 from m1_data.storage.manifest import Manifest
 from m1_data.tokenizer import save_tokenizer
 
@@ -50,15 +52,17 @@ def prepare(
     *,
     base_dir: Path,
     length_scale: float,
+    seed: int = 0,
     progress: Progress = lambda phase, source, documents, size: None,
     notice: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[Manifest, bool]:
     """Prepare ``spec.sources`` into ``spec.out``.
 
     Args:
-        mixes: every stage's mix and its tokens, for the report of what the data can and cannot give.
+        mixes: every stage's mix and its tokens, in order, for the report of what the data can and cannot give.
         base_dir: where relative paths start.
         length_scale: multiplies the bucket edges.
+        seed: the run's, for the same report.
         progress: called as the work goes on.
         notice: called with the reason when data that is there is prepared again.
 
@@ -68,6 +72,7 @@ def prepare(
     Raises:
         ConfigError: ``spec.out`` holds what m1 did not write, or a source lies inside it.
         DataError: no sources, no usable documents, broken files, too many unusable records, a wrong tokenizer.
+        InUse: another preparation works there, or a run reads the data that would be replaced.
         EnvironmentProblem: an engine or library that is not installed.
         OSError: the disk is full or failing.
     """
@@ -78,12 +83,39 @@ def prepare(
             fix="add a [[data.sources]] table to the configuration",
         )
     out = (base_dir / Path(spec.out).expanduser()).resolve()
-    inputs = describe_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
-    fingerprints = fingerprints_of(inputs, spec.sources)
+    inputs = describe_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale, seed)
     if (up_to_date := find_up_to_date(out, inputs, notice)) is not None:
         return up_to_date, False
     refuse_foreign_folders(out, spec.sources, base_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(lock_of(out), f"the data folder {out}"):
+        return _prepare_anew(
+            spec,
+            tokenizer_spec,
+            mixes,
+            out=out,
+            inputs=inputs,
+            fingerprints=fingerprints_of(inputs, spec.sources),
+            base_dir=base_dir,
+            length_scale=length_scale,
+            seed=seed,
+            progress=progress,
+        ), True
 
+
+def _prepare_anew(
+    spec: PrepareSpec,
+    tokenizer_spec: TokenizerSpec,
+    mixes: Sequence[tuple[StageMix, int]],
+    *,
+    out: Path,
+    inputs: dict[str, Any],
+    fingerprints: Fingerprints,
+    base_dir: Path,
+    length_scale: float,
+    seed: int,
+    progress: Progress,
+) -> Manifest:
     work = WorkFolder(out, fingerprints)
     tokenizer = load_or_train_tokenizer(
         tokenizer_spec, spec.sources, base_dir=base_dir, trained=work.trained_tokenizer, progress=progress
@@ -123,6 +155,8 @@ def prepare(
         records,
         mixes,
         inputs=inputs,
+        folder=work.path,
+        seed=seed,
         fingerprint=fingerprints.whole,
         engine=spec.engine,
         tokenizer=tokenizer,
@@ -132,4 +166,4 @@ def prepare(
     )
     work.publish(manifest)
     progress("done", "", sum(s.documents for s in manifest.sources), sum(s.utf8_bytes for s in manifest.sources))
-    return manifest, True
+    return manifest

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m1_data.prepare.deduplicate import text_digest
 from m1_data.prepare.encode import EncodedBatch
 from m1_data.prepare.tally import Progress
 from m1_data.spec import BUCKET_NAMES, SourceSpec
 from m1_data.storage.indexed import IndexedWriter
 from m1_data.storage.manifest import ShardEntry
+from m1_data.storage.text_digest import text_digest
 from m1_data.tokenizer import LoadedTokenizer
 
 HELD_OUT_KEEPS = 16
@@ -48,6 +48,8 @@ class WrittenDocuments:
     """UTF-8 bytes of their texts."""
     verified_ids: int
     """Number of ids that were compared with the tokenizers library."""
+    held_out_digests: str
+    """The ``text_digest`` of each held-out document, as hexadecimal digits, one after the other."""
 
 
 def bucket_and_write(
@@ -67,17 +69,25 @@ def bucket_and_write(
     """
     shards, held_out = ShardWriters(target, "shards", source), ShardWriters(target, "held_out", source)
     documents = utf8_bytes = verified_ids = 0
+    digests: list[str] = []
     for batch in batches:
         for n, text in enumerate(batch.texts):
             ids = batch.ids[batch.offsets[n] : batch.offsets[n + 1]]
             held = held_out.wants(text, len(ids), shards, most=most_held_out)
             (held_out if held else shards).add(ids)
+            if held:
+                digests.append(text_digest(text).hex())
         documents += len(batch.texts)
         utf8_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in batch.texts)
         verified_ids += batch.verified_ids
         progress("encode", source.name, documents, utf8_bytes)
     return WrittenDocuments(
-        shards=shards, held_out=held_out, documents=documents, utf8_bytes=utf8_bytes, verified_ids=verified_ids
+        shards=shards,
+        held_out=held_out,
+        documents=documents,
+        utf8_bytes=utf8_bytes,
+        verified_ids=verified_ids,
+        held_out_digests="".join(digests),
     )
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +15,11 @@ import torch
 from torch import Tensor
 
 from m1_data.errors import DataError
-from m1_data.sampling.mix import MixPlan, interpolate, plan_mix
-from m1_data.sampling.packing import RowPlanner
-from m1_data.seeded_random import derive_seed
+from m1_data.sampling.mix import MixPlan
+from m1_data.sampling.mix_report import MixReport
+from m1_data.sampling.stage_draw import ORDER_VERSION, StageDraw, document_lengths
 from m1_data.spec import StageMix
 from m1_data.storage.store import Store, open_store
-
-ORDER_VERSION = 2
-"""Raised whenever the same seed and data would give other rows."""
 
 
 class Segment(NamedTuple):
@@ -166,29 +162,18 @@ class PackedDataset:
     ) -> None:
         self._store = data if isinstance(data, Store) else open_store(Path(data))
         self._seq_len, self._num_rows = seq_len, num_rows
-        lengths = {cell: np.asarray(r.lengths, dtype=np.int64) for cell, r in self._store.readers.items()}
-        self._cells = list(lengths)
-        tokens = {cell: int(n.sum()) for cell, n in lengths.items()}
-        stage_tokens = num_rows * seq_len
-        _require_lengths(mix, {c.length_class for c, n in tokens.items() if n})
-        longest = {cell: int(n.max(initial=0)) for cell, n in lengths.items()}
-        self.mix_plan: MixPlan = plan_mix(
-            tokens, mix, stage_tokens=stage_tokens, seq_len_tokens=seq_len, longest=longest
-        )
-        before = plan_mix(tokens, previous, stage_tokens=None) if previous else None
-        self._planner = RowPlanner(
-            lengths,
-            partial(interpolate, before, self.mix_plan),
-            seed=derive_seed(seed, mix.stage),
-            seq_len=seq_len,
-            num_rows=num_rows,
-        )
-        digest = hashlib.sha256(repr((ORDER_VERSION, seed, seq_len, num_rows, mix, previous)).encode())
+        self._lengths = document_lengths(self._store)
+        self._cells = list(self._lengths)
+        self._draw = StageDraw(mix=mix, previous=previous, seq_len=seq_len, num_rows=num_rows, seed=seed)
+        self.mix_plan: MixPlan = self._draw.plan(self._lengths)
+        """The tokens wanted of each cell; ``drawn`` counts those of the rows."""
+        self._planner = self._draw.planner(self._lengths, self.mix_plan)
+        digest = hashlib.sha256(self._draw.order.encode())
         digest.update(repr((self._store.content_hash, self._store.vocab_size, self._store.eod_id)).encode())
-        for cell, counts in lengths.items():
+        for cell, counts in self._lengths.items():
             digest.update(repr((tuple(cell), len(counts))).encode() + counts.tobytes())
-        self.fingerprint: str = digest.hexdigest()
-        """SHA-256 of everything that determines the rows and their order."""
+        self.fingerprint: str = f"order-{ORDER_VERSION}:{digest.hexdigest()}"
+        """The version of the order, and a SHA-256 of everything that determines the rows and their order."""
 
     def __len__(self) -> int:
         return self._num_rows
@@ -217,6 +202,23 @@ class PackedDataset:
             )
         ]
 
+    def drawn(self, *, without: Collection[int] = ()) -> MixReport:
+        """Count what all rows except those in ``without`` hold, and compare it with the mix.
+
+        Plans the rows that were not asked for yet: about a second for a million documents.
+        """
+        tokens = self._planner.drawn(without=without)
+        return self._draw.report(self._lengths, self.mix_plan, tokens, without=without)
+
+    def forecast(self, reports: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what ``drawn`` gives for all rows in plain JSON types; taken from ``reports`` if they are of this order.
+
+        Args:
+            reports: the manifest's, by stage: ``m1 prepare-data`` counted them.
+        """
+        known = reports.get(self._draw.mix.stage, {})
+        return dict(known) if known.get("order") == self._draw.order else self.drawn().as_dict()
+
     def batch(self, row_ids: list[int]) -> PackedBatch:
         """Concatenate rows into one micro-batch and return it."""
         return collate([self.row(i) for i in row_ids], row_ids, seq_len=self._seq_len, pad_id=self._store.eod_id)
@@ -236,15 +238,3 @@ class PackedDataset:
         labels = np.full(length, self._store.eod_id, dtype=np.int64)
         labels[: available - 1] = ids[1:]
         return Segment(ids[:length], labels, np.arange(length) < available - 1)
-
-
-def _require_lengths(mix: StageMix, present: set[str]) -> None:
-    """Refuse a stage whose point, its long documents, does not exist in the data."""
-    for name, share in (("short", mix.short), ("medium", mix.medium), ("long", mix.long)):
-        if share > 0 and name not in present:
-            raise DataError(
-                f"stage {mix.stage} draws {share:.0%} of its tokens from {name} documents and there are none",
-                where=f"length classes at hand: {', '.join(sorted(present)) or 'none'}",
-                fix="add sources with such documents (format 'packages' joins a package's files), or set the stage's "
-                f"'{name}' share to 0",
-            )

@@ -1,69 +1,31 @@
 """Rows of exactly ``seq_len`` tokens out of documents of any length, in an order fixed by seed and stage.
 
-Rows are planned window by window. A window takes whole documents, cell by cell in a seeded order, until each cell has
-its share of the window's tokens; cuts documents longer than a row into row-sized pieces; packs the pieces by best-fit
-decreasing; and shuffles the rows. What does not fill the window's rows moves to the head of the next window, so nothing
-is lost or repeated. Nothing here depends on the number of processes.
+Every cell has a quota of the stage's tokens and gives its documents in a seeded order, documents longer than a row in row-sized
+pieces; the last document is cut where the quota ends, so that few long documents are drawn no more often than planned. Rows are
+planned window by window. A window takes pieces until each cell has given its part of the stage so far, to the nearest piece;
+packs them by best-fit decreasing; and shuffles the rows. What does not fill the window's rows moves to the head of the next
+window, so nothing is lost or repeated. Nothing here depends on the number of processes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from m1_data.arrays import Ints
+from m1_data.sampling.pieces import CellStream, Pieces
 from m1_data.seeded_random import derive_seed, permutation
 from m1_data.storage.cell import Cell
 
 MAX_WINDOW_ROWS = 1024
 MIN_WINDOW_ROWS = 16
 WINDOWS_PER_STAGE = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """Contiguous parts of documents, as parallel int64 arrays."""
-
-    cell: Ints
-    document: Ints
-    start: Ints
-    """First token inside the document."""
-    length: Ints
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-    def take(self, index: slice | npt.NDArray[Any]) -> Pieces:
-        """Return the pieces at a slice, positions or a bool mask."""
-        return Pieces(self.cell[index], self.document[index], self.start[index], self.length[index])
-
-    @staticmethod
-    def concat(parts: Sequence[Pieces]) -> Pieces:
-        """Return all pieces of ``parts``, in order."""
-        if not parts:
-            empty = np.empty(0, dtype=np.int64)
-            return Pieces(empty, empty, empty, empty)
-        fields = ("cell", "document", "start", "length")
-        return Pieces(*(np.concatenate([getattr(p, name) for p in parts]) for name in fields))
-
-
-def cut(cell: int, documents: Ints, lengths: Ints, seq_len: int) -> Pieces:
-    """Cut documents into pieces of at most ``seq_len`` tokens and return these; empty documents have none."""
-    counts = -(-lengths // seq_len)
-    owner = np.repeat(np.arange(len(documents)), counts)
-    first = np.cumsum(counts) - counts
-    start = (np.arange(len(owner)) - first[owner]) * seq_len
-    return Pieces(
-        np.full(len(owner), cell, dtype=np.int64),
-        documents[owner],
-        start.astype(np.int64),
-        np.minimum(lengths[owner] - start, seq_len),
-    )
+SPARE_ROWS = 1
+"""Rows of pieces that a window has more than it needs, so that the fullest ones can be chosen."""
 
 
 def best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
@@ -95,37 +57,33 @@ def best_fit(lengths: Ints, seq_len: int) -> tuple[Ints, int]:
     return rows, opened
 
 
-class CellStream:
-    """The documents of one cell in a seeded order, epoch after epoch, each once an epoch."""
+class Quotas(Protocol):
+    """The tokens that a stage draws of each cell, and when; ``m1_data.sampling.mix.MixPlan`` is one."""
 
-    def __init__(self, cell: int, lengths: Ints, seed: int) -> None:
-        self._cell, self._lengths, self._seed = cell, lengths, seed
-        self._tokens = int(lengths.sum())
-        self._epoch = -1
-        self._order = self._ends = np.empty(0, dtype=np.int64)
-        self._next = 0
-        self.taken = 0
-        """Number of tokens handed out so far."""
+    @property
+    def quotas(self) -> Mapping[Cell, int]:
+        """Tokens per cell; they sum to the tokens of the stage's rows."""
+        ...
 
-    def take(self, upto: float, seq_len: int) -> Pieces:
-        """Hand out whole documents until at least ``upto`` tokens have been handed out since the beginning."""
-        parts = []
-        while self.taken < upto and self._tokens:
-            if self._next == len(self._order):
-                self._epoch += 1
-                self._order = permutation(len(self._lengths), derive_seed(self._seed, self._epoch))
-                self._ends = np.cumsum(self._lengths[self._order])
-                self._next = 0
-            done = self._epoch * self._tokens
-            stop = min(int(np.searchsorted(self._ends, upto - done)) + 1, len(self._order))
-            documents = self._order[self._next : stop]
-            parts.append(cut(self._cell, documents, self._lengths[documents], seq_len))
-            self._next, self.taken = stop, done + int(self._ends[stop - 1])
-        return Pieces.concat(parts)
+    @property
+    def limits(self) -> Mapping[Cell, int]:
+        """Tokens per cell at most, where whole documents leave a part of their quota to others."""
+        ...
+
+    @property
+    def whole(self) -> frozenset[Cell]:
+        """Cells whose documents are never cut."""
+        ...
+
+    def tokens_by(self, progress: float, /) -> Mapping[Cell, float]:
+        """Return the tokens per cell of the first ``progress`` (0 to 1) of the stage."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
+class Window:
+    """Consecutive rows that are planned together."""
+
     first_row: int
     pieces: Pieces
     bounds: Ints
@@ -139,51 +97,64 @@ class RowPlanner:
 
     Args:
         lengths: document lengths in tokens per cell, in the order that numbers the cells.
-        shares: token share per cell at a progress of 0 to 1 through the stage.
+        plan: what the stage draws of each cell.
         seed: anything that names the stage's order, e.g. ``derive_seed(run_seed, stage)``.
-        num_rows: rows of the stage; the progress of a row is its number divided by this.
+        num_rows: rows of the stage; the progress at a row is its number divided by this.
     """
 
-    def __init__(
-        self,
-        lengths: Mapping[Cell, Ints],
-        shares: Callable[[float], Mapping[Cell, float]],
-        *,
-        seed: int,
-        seq_len: int,
-        num_rows: int,
-    ) -> None:
+    def __init__(self, lengths: Mapping[Cell, Ints], plan: Quotas, *, seed: int, seq_len: int, num_rows: int) -> None:
         self._cells = list(lengths)
         self._streams = [
-            CellStream(i, np.asarray(lengths[c], dtype=np.int64), derive_seed(seed, *c))
+            CellStream(
+                i,
+                np.asarray(lengths[c], dtype=np.int64),
+                derive_seed(seed, *c),
+                seq_len=seq_len,
+                whole=c in plan.whole,
+            )
             for i, c in enumerate(self._cells)
         ]
-        self._shares, self._seed, self._seq_len, self._num_rows = shares, seed, seq_len, num_rows
-        self._target = [0.0] * len(self._cells)
+        self._plan, self._seed, self._seq_len, self._num_rows = plan, seed, seq_len, num_rows
         self._window_rows = min(MAX_WINDOW_ROWS, max(MIN_WINDOW_ROWS, -(-num_rows // WINDOWS_PER_STAGE)))
         self._carried = Pieces.concat([])
-        self._windows: list[_Window] = []
         self._planned = 0
+        self._windows: list[Window] = []
 
     def row(self, index: int) -> Pieces:
         """Return the pieces of row ``index`` (below ``num_rows``), in their order inside the row."""
         while index >= self._planned:
-            self._plan_window()
+            self._windows.append(self.next_window())
         at = bisect_left(self._windows, index + 1, key=lambda w: w.first_row) - 1
         window = self._windows[at]
         r = index - window.first_row
         return window.pieces.take(slice(window.bounds[r], window.bounds[r + 1]))
 
-    def _plan_window(self) -> None:
-        progress = min(1.0, self._planned / max(1, self._num_rows - 1))
+    def drawn(self, *, without: Collection[int] = ()) -> dict[Cell, int]:
+        """Return the tokens of each cell in all rows of the stage but those named in ``without``."""
+        if self._num_rows:
+            self.row(self._num_rows - 1)
+        tokens = sum(
+            (self._tokens(window.pieces) for window in self._windows), np.zeros(len(self._cells), dtype=np.int64)
+        )
+        for index in without:
+            tokens = tokens - self._tokens(self.row(index))
+        return dict(zip(self._cells, tokens.tolist(), strict=True))
+
+    def count(self) -> dict[Cell, int]:
+        """Return what ``drawn`` does for all rows, of a planner that gave no row yet, without keeping the windows."""
+        tokens = np.zeros(len(self._cells), dtype=np.int64)
+        while self._planned < self._num_rows:
+            tokens += self._tokens(self.next_window().pieces)
+        return dict(zip(self._cells, tokens.tolist(), strict=True))
+
+    def _tokens(self, pieces: Pieces) -> Ints:
+        return np.bincount(pieces.cell, pieces.length, len(self._cells)).astype(np.int64)
+
+    def next_window(self) -> Window:
+        """Plan and return the rows that follow those planned so far; ``row`` would not find them again."""
         window_rows = min(self._window_rows, self._num_rows - self._planned)
-        room = max(0, window_rows * self._seq_len - int(self._carried.length.sum()))
-        shares = self._shares(progress)
-        parts = [self._carried]
-        for i, cell in enumerate(self._cells):
-            self._target[i] += shares.get(cell, 0.0) * room
-            parts.append(self._streams[i].take(self._target[i], self._seq_len))
-        pieces = Pieces.concat(parts)
+        room = window_rows * self._seq_len - int(self._carried.length.sum())
+        pieces = Pieces.concat([self._carried, *self._hand_out(room, self._planned + window_rows)])
         rows, count = best_fit(pieces.length, self._seq_len)
         fill = np.bincount(rows, pieces.length, count)
         waited = np.bincount(rows, np.arange(len(pieces)) < len(self._carried), count) > 0
@@ -198,5 +169,33 @@ class RowPlanner:
         tie = permutation(len(chosen), derive_seed(self._seed, "pieces", self._planned))
         chosen = chosen[np.lexsort((tie, place[rows[chosen]]))]
         bounds = np.searchsorted(place[rows[chosen]], np.arange(len(kept) + 1))
-        self._windows.append(_Window(self._planned, pieces.take(chosen), bounds))
+        window = Window(self._planned, pieces.take(chosen), bounds)
         self._planned += len(kept)
+        return window
+
+    def _hand_out(self, room: int, end: int) -> list[Pieces]:
+        """Take at least ``room`` tokens from the streams, so that each has given its part of the stage up to row ``end``."""
+        if room <= 0:
+            return []
+        path = self._plan.tokens_by(end / self._num_rows)
+        total = sum(path.values())
+        needed = room + sum(stream.taken for stream in self._streams)
+        parts, more, short = [], float(SPARE_ROWS * self._seq_len), room
+        while short > 0:
+            scale = (needed + more) / total
+            exhausted = True
+            for cell, stream in zip(self._cells, self._streams, strict=True):
+                quota, share = self._plan.quotas.get(cell, 0), path.get(cell, 0.0)
+                limit = self._plan.limits[cell] if cell in self._plan.whole else quota
+                parts.append(stream.take(min(scale * share, quota), limit))
+                exhausted = exhausted and (scale * share >= quota or not share)
+            short = needed - sum(stream.taken for stream in self._streams)
+            if exhausted:
+                break
+            more = max(2 * more, short)  # pieces are indivisible: ask for more until enough have come
+        for cell, stream in zip(self._cells, self._streams, strict=True):  # what whole documents left of their quota
+            if short > 0 and cell not in self._plan.whole:
+                limit = min(self._plan.limits.get(cell, 0), stream.taken + short)
+                parts.append(stream.take(limit, limit))
+                short = needed - sum(s.taken for s in self._streams)
+        return parts

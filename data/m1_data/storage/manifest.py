@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.errors import DataError, shown
+from m1_data.plain_values import from_plain, shown_value
 from m1_data.spec import BUCKET_NAMES
 from m1_data.storage.blocks import RESTORE
 from m1_data.storage.ownership import why_not_a_name
-from m1_data.storage.plain_values import from_plain, shown_value
+from m1_data.storage.text_digest import DIGEST_BYTES
 
 MANIFEST = "manifest.json"
 SCHEMA = 2
@@ -66,6 +67,8 @@ class SourceEntry:
     """File and line of the first unusable record, for each reason in ``rejected`` that makes a record unusable."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Number of files and folders that the source's folders hold and that are not read, by kind."""
+    held_out_digests: str = ""
+    """``text_digest`` of each of them, as hexadecimal digits, one after the other: fine-tuning leaves them out, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,6 +111,16 @@ class Manifest:
     def has_hashes(self) -> bool:
         """Whether the manifest has a hash of its own and the shards have block hashes."""
         return self.schema != WITHOUT_HASHES
+
+    @property
+    def held_out_digests(self) -> frozenset[bytes]:
+        """The ``text_digest`` of every held-out text."""
+        size = 2 * DIGEST_BYTES
+        return frozenset(
+            bytes.fromhex(source.held_out_digests[i : i + size])
+            for source in self.sources
+            for i in range(0, len(source.held_out_digests), size)
+        )
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``, which ends with the hash of all before."""
@@ -170,6 +183,7 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"eod_id {manifest.eod_id} and vocab_size {manifest.vocab_size} do not fit")
     if not manifest.length_scale > 0 or list(manifest.bucket_edges_tokens) != sorted(manifest.bucket_edges_tokens):
         raise ValueError("length_scale or bucket_edges_tokens are out of order")
+    manifest.held_out_digests  # noqa: B018 - raises ValueError when they are not hexadecimal
     sources = {source.name: source.domain for source in manifest.sources}
     buckets, domains = dict.fromkeys(BUCKET_NAMES, 0), dict[str, int]()
     for shard in (*manifest.shards, *manifest.held_out):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import date
+
 from m1_data.storage.ownership import why_not_a_name
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.errors import ConfigError
@@ -292,6 +294,10 @@ class _Checker:
         )
         self.share("sft.lr_warmup_share", x.lr_warmup_share)
         self.cut(self.config.sft_seq_len, "sft")
+        self.share("sft.max_dropped_share", x.max_dropped_share)
+        self.require(
+            not x.date or _is_date(x.date), "sft.date", f"sft.date {x.date!r} is not a day", "for example 2026-01-31"
+        )
         self.require(
             x.base_stage in STAGE_NAMES,
             "sft.base_stage",
@@ -322,3 +328,10 @@ class _Checker:
                 why is None, key, f"{name[:60]!r} cannot be the name of a source: {why}", "for example web-2024"
             )
             self.require(name not in names[:i], key, f"two sources are named {name!r}", "rename one")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -205,7 +205,9 @@ class StageConfig:
     domains: Annotated[dict[str, float], "relative token weight of each domain; empty: by tokens at hand"] = field(
         default_factory=dict
     )
-    max_epochs: Annotated[float, "no part of the data is repeated more often than this"] = 4.0
+    max_epochs: Annotated[
+        float, "passes over any part of the data (source, length bucket) within this stage at most"
+    ] = 4.0
     long_qa_share: Annotated[float, "share of long question-answer data in the last fifth"] = 0.10
 
 
@@ -223,7 +225,11 @@ class SftConfig:
     lr_final: Annotated[float, "learning rate at the end (cosine)", WhenChanged.APPLIED] = 1e-6
     lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up", WhenChanged.APPLIED] = 0.03
     chat_template: Annotated[str, "Jinja file; empty: the tokenizer's own, else the one shipped here"] = ""
+    date: Annotated[
+        str, "day that a template's strftime_now writes, such as 2026-01-31; empty refuses such templates"
+    ] = ""
     over_length: Annotated[Literal["error", "drop", "truncate"], "conversations longer than a row"] = "error"
+    max_dropped_share: Annotated[float, "stop when more than this share of the conversations would be dropped"] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

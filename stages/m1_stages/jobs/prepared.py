@@ -9,7 +9,7 @@ from m1_data.prepare.inputs import describe_inputs, refuse_changed_inputs
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.storage.store import PreparedData, open_prepared, verify_tokenizer
 from m1_stages.config import Resolved
-from m1_stages.curriculum import stage_mixes
+from m1_stages.stage_data import stage_mixes
 
 
 def open_for_training(resolved: Resolved) -> tuple[PreparedData, list[str]]:
@@ -28,6 +28,7 @@ def open_for_training(resolved: Resolved) -> tuple[PreparedData, list[str]]:
             stage_mixes(resolved),
             resolved.base_dir,
             config.curriculum.length_scale,
+            config.run.seed,
             missing_files=True,
         )
         notes = refuse_changed_inputs(manifest, present, resolved.origins)

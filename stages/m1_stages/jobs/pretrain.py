@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from m1_data.sampling.loader import PackedDataset
-from m1_data.storage.store import PreparedData
+from m1_data.sampling.stage_draw import document_lengths
+from m1_data.storage.store import Store
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
-from m1_stages.events import Sink
+from m1_stages.events import Sink, StageDrawn
 from m1_stages.jobs.evaluate import evaluate_finished
 from m1_stages.jobs.prepared import described, open_for_training
+from m1_stages.stage_data import refuse_impossible_stages, stage_draw
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
 from m1_stages.training.recompute_choice import out_of_memory_explained
+from m1_stages.training.run import Run
 from m1_stages.training.session import open_session, with_vocab
 from m1_stages.training.stage_start import announce_stage, pass_gate, restore_stage, start_over_from
+from m1_stages.training.step_events import step_samples
+from m1_stages.training.train_state import TrainState
 
 
 def run(
@@ -35,6 +40,7 @@ def run(
     """
     data, notes = open_for_training(resolved)
     resolved = with_vocab(resolved, data.manifest.vocab_size)
+    refuse_impossible_stages(resolved, stages, document_lengths(data.training))
     plans = [plan_stage(resolved, stage) for stage in stages]
     with open_session(
         resolved,
@@ -48,27 +54,29 @@ def run(
             start_over_from(opened, plans[0].stage)
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
         for plan in plans:
-            rows = stage_rows(resolved, plan, data)
+            rows = stage_rows(resolved, plan, data.training)
             state = restore_stage(opened, resolved, plan, rows)
             if state.stage_step == 0:
                 pass_gate(opened, resolved, plan, force=force)
             if state.ramp_from:
                 plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
-                decision = announce_stage(opened, resolved, plan, rows.mix_plan.as_dict(), state)
+                mix = rows.forecast(data.manifest.mixes) if opened.topology.rank == 0 else {}
+                decision = announce_stage(opened, resolved, plan, mix, state)
                 with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
                     state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
+                _report_drawn(opened, plan, rows, state)
             evaluate_finished(opened, resolved, plan, state.slopes, data)
 
 
-def stage_rows(resolved: Resolved, plan: StagePlan, data: PreparedData) -> PackedDataset:
+def _report_drawn(opened: Run, plan: StagePlan, rows: PackedDataset, state: TrainState) -> None:
+    """Report what the rows of the finished stage held; only rank 0 counts."""
+    if opened.topology.rank == 0:
+        without = [row for step in state.excluded_steps for row in step_samples(plan, step)]
+        opened.emit(StageDrawn(stage=plan.stage, mix=rows.drawn(without=without).as_dict()))
+
+
+def stage_rows(resolved: Resolved, plan: StagePlan, store: Store) -> PackedDataset:
     """The packed rows of a stage, in an order fixed by seed and stage."""
-    config = resolved.config
-    return PackedDataset(
-        data.training,
-        config.mix(plan.stage),
-        config.mix(plan.starts_from) if plan.starts_from else None,
-        seed=config.run.seed,
-        seq_len=plan.seq_len,
-        num_rows=plan.num_steps * plan.global_batch_rows,
-    )
+    draw = stage_draw(resolved, plan.stage)
+    return PackedDataset(store, draw.mix, draw.previous, seed=draw.seed, seq_len=draw.seq_len, num_rows=draw.num_rows)

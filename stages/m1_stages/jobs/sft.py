@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from m1_data.chat.dataset import SFTDataset
@@ -30,7 +30,7 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     """
     manifest = open_tokenizer(resolved)
     resolved = with_vocab(resolved, manifest.vocab_size)
-    rows = conversations(resolved)
+    rows = conversations(resolved, held_out=manifest.held_out_digests)
     plan = plan_sft(resolved, rows.rows_per_epoch)
     with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
         opened.checkpointer.tokenizer_sha256 = manifest.tokenizer_sha256
@@ -47,8 +47,8 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
             train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
 
 
-def conversations(resolved: Resolved) -> SFTDataset:
-    """Read, render and pack the configured conversations.
+def conversations(resolved: Resolved, *, held_out: Collection[bytes]) -> SFTDataset:
+    """Read, render and pack the configured conversations, without those that hold a text of ``held_out``.
 
     Raises:
         ConfigError: no files are configured.
@@ -68,4 +68,7 @@ def conversations(resolved: Resolved) -> SFTDataset:
         seed=config.run.seed,
         over_length=config.sft.over_length,
         chat_template=template,
+        max_dropped_share=config.sft.max_dropped_share,
+        date=config.sft.date,
+        held_out=held_out,
     )

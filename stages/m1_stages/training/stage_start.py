@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from m1_data.sampling.stage_draw import order_version
 from m1_stages.checkpoint.changed_settings import refuse_changes, settings_changed, start_over
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.curriculum import SFT, StagePlan
@@ -59,6 +60,8 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
     if state.stage != plan.stage:
         state = enter_stage(plan, rows.fingerprint, state)
     state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint))
+    if not finished:
+        refuse_other_order(plan, state, rows.fingerprint)
     if state.data_fingerprint != rows.fingerprint and (not finished or plan.stage == SFT):
         source, files = ("conversations", "key sft.data") if plan.stage == SFT else ("prepared data", "key data.out")
         since = "finished" if finished else f"interrupted at step {state.stage_step}"
@@ -71,6 +74,23 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
     if not finished and (changed := settings_changed(loaded, resolved, plan, state.stage_step)) is not None:
         run.emit(changed)
     return state
+
+
+def refuse_other_order(plan: StagePlan, state: TrainState, fingerprint: str) -> None:
+    """Refuse to continue a stage that began with a version of m1 that orders rows differently: some would come twice.
+
+    Raises:
+        CheckpointError: the rows of ``state`` and those of ``fingerprint`` have orders of different versions.
+    """
+    old, new = order_version(state.data_fingerprint), order_version(fingerprint)
+    if old != new:
+        raise CheckpointError(
+            f"{plan.title} began with a version of m1 that draws its rows in order {old}; this version draws them in order "
+            f"{new}: some would be trained twice and others never",
+            where=f"stage {plan.stage}, step {state.stage_step}",
+            fix="finish this stage with the version of m1 that began it (later stages can use this one), or start over with "
+            "--fresh",
+        )
 
 
 def pass_gate(run: Run, resolved: Resolved, plan: StagePlan, *, force: bool) -> None:

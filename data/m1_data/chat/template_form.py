@@ -1,0 +1,95 @@
+"""How a chat template writes: found out by rendering conversations whose contents are placeholders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from m1_data.chat.template import ChatTemplate, Job
+from m1_data.errors import DataError
+
+PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
+
+
+def placeholder(number: int) -> str:
+    """Return what stands for content ``number``: characters for private use, so that no template looks into it."""
+    return f"\ue000{number}\ue001"
+
+
+class TemplateForm(NamedTuple):
+    """What has to be known of a template to follow what it writes."""
+
+    lists: bool
+    """Whether it reads contents as lists of parts, ``[{"type": "text", "text": ...}]``, instead of plain texts."""
+    prompt: str
+    """The generation prompt: what it writes before an answer."""
+    ends: re.Pattern[str]
+    """Finds the control token that ends an answer."""
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of the tokens, and of two that begin at the same place the longer."""
+    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or r"(?!)")
+
+
+def find_form(template: ChatTemplate, controls: re.Pattern[str]) -> TemplateForm:
+    """Return the form of ``template``.
+
+    Args:
+        controls: finds the control tokens in a text.
+
+    Raises:
+        DataError: the template fails, writes no contents, or has no generation prompt.
+    """
+    lists = _takes_lists(template)
+    ask, turn, turns = (_talk(n, lists=lists) for n in (1, 2, 4))
+    without, with_prompt, once = next(template.render_all([Job([ask, {**ask, "add_generation_prompt": True}, turn])]))
+    prompt = with_prompt.removeprefix(without)
+    if not with_prompt.startswith(without) or not prompt:
+        raise DataError(
+            "the chat template has no generation prompt (add_generation_prompt), so the assistant's part of a turn "
+            "cannot be told from the template's",
+            where=template.where,
+            fix="set sft.chat_template to another",
+        )
+    (twice,) = template.try_all([Job([turns])])
+    last = PLACEHOLDER.split(once)[-1]
+    between = last if isinstance(twice, DataError) else PLACEHOLDER.split(twice[0])[4]
+    return TemplateForm(lists, prompt, _turn_ends(between, last, controls))
+
+
+def _takes_lists(template: ChatTemplate) -> bool:
+    """Some templates write nothing at all for a plain text, or fail."""
+    answers = list(template.try_all(Job([_talk(2, lists=lists)]) for lists in (False, True)))
+    for lists, answer in enumerate(answers):
+        if not isinstance(answer, DataError) and {"0", "1"} <= set(PLACEHOLDER.findall(answer[0])):
+            return bool(lists)
+    if isinstance(answers[0], DataError):
+        raise answers[0]
+    raise DataError(
+        "the chat template does not write the contents of messages, neither as texts nor as lists of parts",
+        where=template.where,
+        fix="set sft.chat_template to another",
+    )
+
+
+def _turn_ends(between: str, last: str, controls: re.Pattern[str]) -> re.Pattern[str]:
+    """The control tokens that end an answer, by the texts behind one between two turns and behind the last one.
+
+    A last answer can have more behind it: the end of the document.
+    """
+    if shared := [found.group() for found in controls.finditer(last) if between.startswith(last[: found.end()])]:
+        return any_of(shared[-1:])
+    return any_of([*controls.findall(between)[:1], *controls.findall(last)[-1:]])
+
+
+def _talk(turns: int, *, lists: bool) -> dict[str, Any]:
+    """Turns of user and assistant whose contents are placeholders."""
+    texts = [placeholder(n) for n in range(turns)]
+    return {
+        "messages": [
+            {"role": ("user", "assistant")[n % 2], "content": [{"type": "text", "text": t}] if lists else t}
+            for n, t in enumerate(texts)
+        ]
+    }
