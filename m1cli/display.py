@@ -184,6 +184,8 @@ def _run_started(event: RunStarted) -> None:
         f"[bold]{event.preset}[/]: {event.parameters / 1e6:,.1f}M parameters, {event.active_parameters / 1e6:,.1f}M active; "
         f"{event.world_size} x {event.device} {event.precision} {axes}".rstrip()
     )
+    for number, line in enumerate(event.data):
+        console.print(f"[{'yellow' if number else 'dim'}]{escape(line)}[/]", soft_wrap=True)
     for operator, choice in event.backends.items():
         console.print(f"  [dim]{escape(operator)}: {escape(choice)}[/]", soft_wrap=True)
     if event.resumed_from:

@@ -18,7 +18,7 @@ from m1_data.storage.source_files import describe_left_out
 from m1_data.storage.store import open_store
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.config.load import load_config
-from m1_stages.stage_data import explain, impossible_stages, stage_draw
+from m1_stages.stage_data import explain, impossible_stages, stage_mixes
 from m1cli.console import console
 
 
@@ -36,14 +36,17 @@ def run_prepare(resolved: Resolved) -> Manifest:
         manifest, did = prepare(
             config.data,
             config.tokenizer,
-            [(config.mix(stage), stage_draw(resolved, stage).tokens) for stage in STAGE_NAMES],
+            stage_mixes(resolved),
             base_dir=resolved.base_dir,
             length_scale=config.curriculum.length_scale,
             seed=config.run.seed,
             progress=bars.update,
+            notice=lambda sentence: console.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True),
         )
     if not did:
-        console.print(f"{escape(shown(out))} is up to date: same sources, same settings", soft_wrap=True)
+        console.print(
+            f"{escape(shown(out))} is up to date: same sources, same settings, every byte as written", soft_wrap=True
+        )
     by_pattern = {source.name for source in config.data.sources if source.format in ("files", "packages")}
     _account(manifest, by_pattern)
     seconds = time.perf_counter() - began

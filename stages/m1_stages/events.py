@@ -34,6 +34,8 @@ class RunStarted:
     backends: dict[str, str]
     """Backend of each operator and why it was chosen, in words."""
     resumed_from: str
+    data: list[str]
+    """What was verified of the prepared data, in words, and what else a person should know of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from m1_data.sampling.mix import TooLittleData
 from m1_data.sampling.stage_draw import Lengths, StageDraw, rebucketed, refusals
-from m1_data.spec import BUCKET_EDGES_TOKENS, LENGTH_CLASSES
-from m1_stages.config import Resolved
+from m1_data.spec import BUCKET_EDGES_TOKENS, LENGTH_CLASSES, StageMix
+from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.config.check import check
 from m1_stages.curriculum import plan_stage
 from m1_stages.errors import ConfigError, DataError
@@ -28,6 +28,11 @@ def stage_draw(resolved: Resolved, stage: str) -> StageDraw:
         num_rows=plan.num_steps * plan.global_batch_rows,
         seed=config.run.seed,
     )
+
+
+def stage_mixes(resolved: Resolved) -> list[tuple[StageMix, int]]:
+    """Return the mix of each stage and the tokens it draws, in the order of the stages."""
+    return [(resolved.config.mix(stage), stage_draw(resolved, stage).tokens) for stage in STAGE_NAMES]
 
 
 def impossible_stages(resolved: Resolved, stages: Sequence[str], lengths: Lengths) -> dict[str, TooLittleData]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.tiny_run import prepared_tokenizer
 from torch import Tensor
 
 from m1_stages.checkpoint import Committed
@@ -342,7 +343,7 @@ def test_choosing_and_exporting_a_checkpoint(
     config = tmp_path / "m1.toml"
     config.write_text(f'preset = "tiny"\n[run]\ndir = "{committed[0].path.parent.parent}"\n[export]\ndtype = "bf16"\n')
     resolved = load_config(config)
-    shutil.copytree(tokenizer_dir, resolved.path(resolved.config.data.out) / "tokenizer")
+    prepared_tokenizer(tokenizer_dir, resolved.path(resolved.config.data.out))
     for stage in (None, "128k"):
         assert choose_checkpoint(resolved, stage=stage, checkpoint=None).path == committed[0].path
     with pytest.raises(CheckpointError, match=r"stage 1m \(finished stages: 128k\)"):
@@ -350,7 +351,11 @@ def test_choosing_and_exporting_a_checkpoint(
     with pytest.raises(ConfigError, match="2m"):
         choose_checkpoint(resolved, stage="2m", checkpoint=None)
 
-    job = Export(resolved, choose_checkpoint(resolved, stage=None, checkpoint=committed[0].path))
+    chosen = choose_checkpoint(resolved, stage=None, checkpoint=committed[0].path)
+    other = dataclasses.replace(chosen.meta, extra={**chosen.meta.extra, "tokenizer_sha256": "5" * 64})
+    with pytest.raises(ConfigError, match="trained with another tokenizer"):
+        Export(resolved, dataclasses.replace(chosen, meta=other))
+    job = Export(resolved, chosen)
     assert job.configuration_changed
     assert job.lineage.stages == ("32k", "128k")
     report = job.write(tmp_path / "hf", overwrite=False)

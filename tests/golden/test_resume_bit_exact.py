@@ -12,7 +12,7 @@ import torch
 from support.pretraining import events_of
 from support.ranks import run_on_ranks
 from support.tiny_checkpoint import tensors_of
-from support.tiny_run import make_run
+from support.tiny_run import make_run, prepare_data
 
 from m1_stages.checkpoint.manifest import read_manifest
 
@@ -102,6 +102,31 @@ def test_finished_stages_are_left_alone(prepared: Path, uncut: tuple[list[Any], 
     out = config.parent / "steps.jsonl"
     assert train(config, "all", out) == 0
     assert steps(out) == []
+
+
+def test_weights_of_another_tokenizer_and_other_data_are_refused_by_name(
+    prepared: Path, uncut: tuple[list[Any], Path], tmp_path: Path
+) -> None:
+    config = copy_run(prepared, tmp_path / "run")
+    checkpoints = config.parent / "run" / "checkpoints"
+    shutil.copytree(uncut[1] / "step_00000006", checkpoints / "step_00000006")
+    job = {"config": str(config), "events": str(config.parent / "events.jsonl")}
+
+    def refused(code: int, stages: str, **more: Any) -> str:
+        (ended,) = run_on_ranks(1, "support.pretraining:pretrained", job | {"stages": stages} | more, timeout_s=200)
+        assert ended["exit"] == code, ended["error"]
+        return str(ended["error"])
+
+    refused(75, "128k", stop_at=7)
+    text = config.read_text()
+    config.write_text(text.replace("[tokenizer]", "[tokenizer]\ntrain_bytes = 9000"))
+    assert prepare_data(config).vocab_size == 400, "another tokenizer of the same size"
+    error = refused(2, "128k")
+    assert "the checkpoint was trained with another tokenizer" in error
+    assert "data/tokenizer/tokenizer.json" in error
+    config.write_text(text.replace("[data]", "[data]\nheld_out = 0"))
+    prepare_data(config)
+    assert "the prepared data changed since stage 128k was interrupted at step 3" in refused(4, "128k")
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 
 from m1_data.prepare.run import prepare
+from m1_data.storage.manifest import MANIFEST, Manifest
 from m1_stages.config.load import load_config
 
 CONFIG = """
@@ -69,12 +72,30 @@ def make_run(folder: Path, extra: str = "") -> Path:
             file.write(json.dumps({"text": " ".join(rng.choice(words) for _ in range(count))}) + "\n")
     path = folder / "m1.toml"
     path.write_text(CONFIG + extra)
-    resolved = load_config(path)
-    prepare(
+    prepare_data(path)
+    return path
+
+
+def prepare_data(config: Path) -> Manifest:
+    """Prepare the data of a configuration."""
+    resolved = load_config(config)
+    return prepare(
         resolved.config.data,
         resolved.config.tokenizer,
         [],
-        base_dir=folder,
+        base_dir=resolved.base_dir,
         length_scale=resolved.config.curriculum.length_scale,
-    )
-    return path
+    )[0]
+
+
+def prepared_tokenizer(source: Path, data: Path) -> Path:
+    """A prepared folder ``data`` with the tokenizer of the folder ``source`` and no documents: enough to export."""
+    folder = Path(shutil.copytree(source, data / "tokenizer"))
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    manifest = Manifest(
+        fingerprint="", engine="tokenizers", vocab_size=400, eod_id=0, eod_token="", tokenizer_sha256=hashes["tokenizer.json"],
+        tokenizer_files=hashes, length_scale=1.0, bucket_edges_tokens=(), sources=(), shards=(), tokens_by_domain={},
+        tokens_by_bucket={}, documents_by_bucket={}, core_share=0.0, mixes={},
+    )  # fmt: skip
+    (data / MANIFEST).write_text(manifest.to_json())
+    return folder

@@ -15,7 +15,7 @@ from m1_data.errors import DataError
 from m1_data.prepare.run import prepare
 from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
 from m1_data.storage.manifest import Manifest, load_manifest
-from m1_data.storage.store import open_store
+from m1_data.storage.store import open_prepared, open_store
 from m1_data.tokenizer import save_tokenizer, train_tokenizer
 
 MIX = StageMix(stage="32k", seq_len_tokens=128, short=1.0, medium=0.0, long=0.0)
@@ -59,7 +59,7 @@ def stored(folder: Path) -> dict[str, int]:
 def test_only_what_changed_is_encoded_again(folder: Path) -> None:
     spec = PrepareSpec(sources=sources("a", "b"), held_out=0)
     assert run(folder, spec)[1] == ["encode a", "encode b", "done "]
-    first = load_manifest(folder / "data", verify_hashes=True)
+    first = open_prepared(folder / "data").manifest
     mixed, did = run(folder, spec, dataclasses.replace(MIX, core_share=0.5))
     assert did == ["reuse a", "reuse b", "done "]
     assert (mixed.shards, mixed.sources) == (first.shards, first.sources)
@@ -69,11 +69,11 @@ def test_only_what_changed_is_encoded_again(folder: Path) -> None:
     (folder / "b.jsonl").write_text(lines(100, 61))
     fewer, did = run(folder, dataclasses.replace(spec, sources=sources("a", "b")))
     assert did == ["reuse a", "encode b", "done "]
-    assert load_manifest(folder / "data", verify_hashes=True) == fewer
+    assert open_prepared(folder / "data").manifest == fewer
     assert stored(folder) == {"a": 60, "b": 61}
     assert sorted(p.name for p in (folder / "data" / "shards").iterdir()) == ["a", "b"]
     assert not list((folder / "data").glob("c.*")), "a source that is gone leaves nothing"
-    assert load_manifest(folder / "data.previous", verify_hashes=True) == more, "linked shards are not written into"
+    assert open_prepared(folder / "data.previous").manifest == more, "linked shards are not written into"
 
 
 def test_a_text_that_moved_to_an_earlier_source_is_kept_once(folder: Path) -> None:
@@ -100,7 +100,7 @@ def test_settings_and_damage_encode_again(folder: Path) -> None:
     shard.write_bytes(damaged)
     more = dataclasses.replace(spec, dedup="none", sources=sources("a", "b", "c"))
     assert run(folder, more)[1] == ["reuse a", "encode b", "encode c", "done "], "a damaged shard is not used again"
-    assert load_manifest(folder / "data", verify_hashes=True).sources[1].documents == 60
+    assert open_prepared(folder / "data").manifest.sources[1].documents == 60
 
 
 def test_an_interrupted_run_with_another_source_keeps_what_is_done(folder: Path) -> None:

@@ -91,7 +91,7 @@ class ChatEncoder:
             raise DataError(
                 f"the tokenizer names no pad_token or eos_token among its control tokens (found {pad!r})",
                 where=str(tokenizer_dir / "tokenizer_config.json"),
-                fix="add eos_token to tokenizer_config.json",
+                fix="add eos_token to the tokenizer_config.json beside tokenizer.path, and run m1 prepare-data",
             )
         self.pad_id: int = added[pad]
         self._form = find_form(self.template, self._special)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def load_or_train_tokenizer(
 
     Args:
         base_dir: where relative paths start.
-        trained: file that keeps a trained tokenizer; an interrupted run finds it there and does not train again.
+        trained: file that keeps a trained tokenizer, with its SHA-256 beside it; an interrupted run finds it there and does not
+            train again.
         progress: called with the phase train after each text.
 
     Raises:
@@ -30,10 +32,16 @@ def load_or_train_tokenizer(
     """
     if spec.path:
         return load_tokenizer((base_dir / Path(spec.path).expanduser()).resolve(), spec.eod_token)
-    if not trained.exists():
+    written = trained.with_name(f"{trained.name}.sha256")
+    if not (trained.is_file() and written.is_file() and written.read_text("ascii", "replace") == _sha256(trained)):
         fresh = train_tokenizer(_training_texts(spec, sources, base_dir, progress), spec)
         write_atomically(trained, fresh.json_bytes)
+        write_atomically(written, _sha256(trained))
     return dataclasses.replace(load_tokenizer(trained, spec.eod_token), folder=None)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _training_texts(

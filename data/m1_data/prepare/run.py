@@ -22,8 +22,9 @@ the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from m1_data.errors import DataError
 from m1_data.prepare.account import SourceRecord, account_for_source, build_manifest
@@ -33,17 +34,11 @@ from m1_data.prepare.deduplicate import ExactDedup, deduplicate
 from m1_data.prepare.encode import Encoder, tokenize_and_verify
 from m1_data.prepare.filters import filter_texts
 from m1_data.prepare.generate import generate_needles
+from m1_data.prepare.inputs import describe_inputs, find_up_to_date, fingerprints_of
 from m1_data.prepare.reader import read_source
 from m1_data.prepare.shards import ShardTarget, bucket_and_write
 from m1_data.prepare.tally import Progress, Tally
-from m1_data.prepare.work_folder import (
-    Fingerprints,
-    WorkFolder,
-    find_up_to_date,
-    fingerprint_inputs,
-    in_order,
-    refuse_foreign_folders,
-)
+from m1_data.prepare.work_folder import Fingerprints, WorkFolder, in_order, refuse_foreign_folders
 from m1_data.spec import BUCKET_EDGES_TOKENS, PrepareSpec, StageMix, TokenizerSpec
 from m1_data.storage.lock import lock_of, writing
 from m1_data.storage.manifest import Manifest
@@ -59,6 +54,7 @@ def prepare(
     length_scale: float,
     seed: int = 0,
     progress: Progress = lambda phase, source, documents, size: None,
+    notice: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[Manifest, bool]:
     """Prepare ``spec.sources`` into ``spec.out``.
 
@@ -68,9 +64,10 @@ def prepare(
         length_scale: multiplies the bucket edges.
         seed: the run's, for the same report.
         progress: called as the work goes on.
+        notice: called with the reason when data that is there is prepared again.
 
     Returns:
-        The manifest, and whether anything had to be done: finished data of the same inputs is left as it is.
+        The manifest, and whether anything had to be done: finished data of the same inputs is verified and left as it is.
 
     Raises:
         ConfigError: ``spec.out`` holds what m1 did not write, or a source lies inside it.
@@ -86,8 +83,8 @@ def prepare(
             fix="add a [[data.sources]] table to the configuration",
         )
     out = (base_dir / Path(spec.out).expanduser()).resolve()
-    fingerprints = fingerprint_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale, seed)
-    if (up_to_date := find_up_to_date(out, fingerprints.whole)) is not None:
+    inputs = describe_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale, seed)
+    if (up_to_date := find_up_to_date(out, inputs, notice)) is not None:
         return up_to_date, False
     refuse_foreign_folders(out, spec.sources, base_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +94,8 @@ def prepare(
             tokenizer_spec,
             mixes,
             out=out,
-            fingerprints=fingerprints,
+            inputs=inputs,
+            fingerprints=fingerprints_of(inputs, spec.sources),
             base_dir=base_dir,
             length_scale=length_scale,
             seed=seed,
@@ -111,6 +109,7 @@ def _prepare_anew(
     mixes: Sequence[tuple[StageMix, int]],
     *,
     out: Path,
+    inputs: dict[str, Any],
     fingerprints: Fingerprints,
     base_dir: Path,
     length_scale: float,
@@ -121,7 +120,7 @@ def _prepare_anew(
     tokenizer = load_or_train_tokenizer(
         tokenizer_spec, spec.sources, base_dir=base_dir, trained=work.trained_tokenizer, progress=progress
     )
-    save_tokenizer(tokenizer, work.path / "tokenizer")
+    tokenizer_files = save_tokenizer(tokenizer, work.path / "tokenizer")
     edges = tuple(round(edge * length_scale) for edge in BUCKET_EDGES_TOKENS)
     target = ShardTarget(folder=work.path, tokenizer=tokenizer, edges=edges)
     encoder: Encoder | None = None
@@ -155,11 +154,13 @@ def _prepare_anew(
     manifest = build_manifest(
         records,
         mixes,
+        inputs=inputs,
         folder=work.path,
         seed=seed,
         fingerprint=fingerprints.whole,
         engine=spec.engine,
         tokenizer=tokenizer,
+        tokenizer_files=tokenizer_files,
         length_scale=length_scale,
         edges=edges,
     )

@@ -1,26 +1,25 @@
-"""The folder a preparation works in until it is complete, what it keeps there to continue, and what it was made from."""
+"""The folder a preparation works in until it is complete, what it keeps there to continue."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from m1_data.errors import ConfigError, shown
+from m1_data.errors import ConfigError, DataError, shown
 from m1_data.prepare.account import SourceRecord
 from m1_data.prepare.deduplicate import ExactDedup
-from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
+from m1_data.spec import SourceSpec
 from m1_data.storage.durable import flush, write_atomically
-from m1_data.storage.manifest import MANIFEST, Manifest, ShardEntry, is_prepared, load_manifest
+from m1_data.storage.manifest import MANIFEST, Manifest, is_prepared
 from m1_data.storage.ownership import refuse_to_replace
 from m1_data.storage.source_files import find_files
+from m1_data.storage.store import open_shard
 
 FORMAT_VERSION = 3
 """Raised whenever the same inputs would give other bytes, so that existing data is prepared again."""
@@ -41,62 +40,9 @@ class Fingerprints:
     """Of each source with all that come before it, by name: a text stays with the first source that has it."""
 
 
-def fingerprint_inputs(
-    spec: PrepareSpec,
-    tokenizer: TokenizerSpec,
-    mixes: Sequence[tuple[StageMix, int]],
-    base_dir: Path,
-    length_scale: float,
-    seed: int = 0,
-) -> Fingerprints:
-    """Return the fingerprints of a preparation.
-
-    Raises:
-        DataError: a source has no files.
-    """
-    inputs = {
-        source.name: (dataclasses.asdict(source), _identities(f.path for f in find_files(source, base_dir).files))
-        for source in in_order(spec.sources)
-    }
-    trained_on: Any = inputs
-    if tokenizer.path:
-        path = (base_dir / Path(tokenizer.path).expanduser()).resolve()
-        trained_on = _identities(p for p in (path, path / "tokenizer.json") if p.is_file())
-    settings = dataclasses.asdict(dataclasses.replace(spec, sources=()))
-    common = _sha256(FORMAT_VERSION, settings, dataclasses.asdict(tokenizer), trained_on, length_scale)
-    contexts = [mix.seq_len_tokens for mix, _ in mixes]
-    sources: dict[str, str] = {}
-    chain = common
-    for source in in_order(spec.sources):
-        generated_for = contexts if source.format == "needles" else ()
-        sources[source.name] = chain = _sha256(chain, inputs[source.name], generated_for)
-    whole = _sha256(chain, [(dataclasses.asdict(mix), tokens) for mix, tokens in mixes], seed)
-    return Fingerprints(whole, common, sources)
-
-
 def in_order(sources: Sequence[SourceSpec]) -> list[SourceSpec]:
     """Return the sources as they are prepared: needles come last, their documents are hidden in the text of the others."""
     return sorted(sources, key=lambda source: source.format == "needles")
-
-
-def _identities(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    return [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in paths]
-
-
-def _sha256(*values: Any) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()
-
-
-def find_up_to_date(out: Path, fingerprint: str) -> Manifest | None:
-    """Return the manifest of the data in ``out`` if it was made from the same inputs, else None.
-
-    Raises:
-        DataError: the manifest there is damaged or of another version.
-    """
-    if not is_prepared(out):
-        return None
-    manifest = load_manifest(out)
-    return manifest if manifest.fingerprint == fingerprint else None
 
 
 _MARKER = "fingerprint"
@@ -108,6 +54,7 @@ _OURS = (
     "tokenizer",
     "fingerprint",
     "trained.json",
+    "trained.json.sha256",
     "*.done",
     "*.hashes",
     "*.tmp",
@@ -156,8 +103,10 @@ class WorkFolder:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
             (self.path / _MARKER).write_text(fingerprints.common)
-            if self._has_same_inputs(out) and (out / _TRAINED).is_file():
-                shutil.copyfile(out / _TRAINED, self.trained_tokenizer)
+            if self._has_same_inputs(out):
+                for name in (_TRAINED, f"{_TRAINED}.sha256"):
+                    if (out / name).is_file():
+                        shutil.copyfile(out / name, self.path / name)
 
     @property
     def trained_tokenizer(self) -> Path:
@@ -165,11 +114,16 @@ class WorkFolder:
         return self.path / _TRAINED
 
     def load_finished(self, source: SourceSpec, seen: ExactDedup) -> SourceRecord | None:
-        """Return the record of a source that an earlier run finished, or None; ``seen`` gets the texts it had."""
+        """Return the record of a source that an earlier run finished, or None; ``seen`` gets the texts it had.
+
+        It is None, too, when a byte of what was finished is not what was written.
+        """
         for folder in (self.path, self._out):
-            record = self._finished_in(folder, source)
-            if record is not None and (folder == self.path or self._take_over(record)):
-                seen.restore((self.path / f"{source.name}.hashes").read_bytes())
+            if (found := self._finished_in(folder, source)) is not None:
+                record, digests = found
+                if folder != self.path:
+                    self._take_over(record, digests)
+                seen.restore(digests)
                 return record
         (self.path / f"{source.name}.done").unlink(missing_ok=True)
         return None
@@ -183,7 +137,7 @@ class WorkFolder:
         name = record.source.name
         write_atomically(self.path / f"{name}.hashes", digests)
         done = {"fingerprint": self._fingerprints.sources[name], "record": record.to_json()}
-        write_atomically(self.path / f"{name}.done", json.dumps(done))
+        write_atomically(self.path / f"{name}.done", json.dumps(done | {"sha256": _sha256(done, digests)}))
 
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest and rename the folder to ``<out>``; an older one is kept beside it as ``<out>.previous``.
@@ -191,8 +145,7 @@ class WorkFolder:
         Raises:
             OSError: the disk is full or failing.
         """
-        self._remove_other_sources({source.name for source in manifest.sources})
-        (self.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        write_atomically(self.path / MANIFEST, manifest.to_json())
         if self._out.exists():
             previous = self._out.with_name(f"{self._out.name}.previous")
             shutil.rmtree(previous, ignore_errors=True)
@@ -206,33 +159,30 @@ class WorkFolder:
         except (OSError, ValueError):
             return False
 
-    def _finished_in(self, folder: Path, source: SourceSpec) -> SourceRecord | None:
+    def _finished_in(self, folder: Path, source: SourceSpec) -> tuple[SourceRecord, bytes] | None:
+        """The record of a finished source and the hashes of its texts, after every byte of its files was compared."""
         try:
             done = json.loads((folder / f"{source.name}.done").read_text(encoding="utf-8"))
-            if done["fingerprint"] != self._fingerprints.sources[source.name]:
+            digests = (folder / f"{source.name}.hashes").read_bytes()
+            expected = done.pop("sha256")
+            if expected != _sha256(done, digests) or done["fingerprint"] != self._fingerprints.sources[source.name]:
                 return None
-            return SourceRecord.from_json(done["record"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # not finished, or written by another version
+            record = SourceRecord.from_json(done["record"])
+            for shard in (*record.shards, *record.held_out):
+                open_shard(folder, shard, whole=True)
+            return record, digests
+        except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # not finished, damaged, or written by another version
 
-    def _take_over(self, record: SourceRecord) -> bool:
-        """Link the shards of a published source into this folder; return False if they are not what was written."""
-        name = record.source.name
-        for shard in (*record.shards, *record.held_out):
-            for path, sha256 in _files_of(shard):
-                if not _has_sha256(self._out / path, sha256):
-                    return False
+    def _take_over(self, record: SourceRecord, digests: bytes) -> None:
+        """Link the shards of a published source into this folder."""
         for kind in ("shards", "held_out"):
-            shutil.rmtree(self.path / kind / name, ignore_errors=True)
+            shutil.rmtree(self.path / kind / record.source.name, ignore_errors=True)
         for shard in (*record.shards, *record.held_out):
-            for path, _ in _files_of(shard):
+            for path in (f"{shard.prefix}{suffix}" for suffix in (".bin", ".idx", ".blocks")):
                 (self.path / path).parent.mkdir(parents=True, exist_ok=True)
                 _link_or_copy(self._out / path, self.path / path)
-        try:
-            self.save_finished(record, (self._out / f"{name}.hashes").read_bytes())
-        except FileNotFoundError:
-            return False
-        return True
+        self.save_finished(record, digests)
 
     def _remove_other_sources(self, names: set[str]) -> None:
         """Remove what sources left here that the configuration no longer has."""
@@ -244,16 +194,8 @@ class WorkFolder:
                     path.unlink()
 
 
-def _files_of(shard: ShardEntry) -> tuple[tuple[str, str], ...]:
-    return (f"{shard.prefix}.bin", shard.bin_sha256), (f"{shard.prefix}.idx", shard.idx_sha256)
-
-
-def _has_sha256(path: Path, expected: str) -> bool:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == expected
-    except OSError:
-        return False
+def _sha256(done: dict[str, str], digests: bytes) -> str:
+    return hashlib.sha256(json.dumps(done, sort_keys=True).encode() + digests).hexdigest()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

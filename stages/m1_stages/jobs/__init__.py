@@ -1,1 +1,1 @@
-"""One module per command: pretrain, sft, evaluate, export."""
+"""One module per command: pretrain, sft, evaluate, export. ``prepared`` opens their data."""

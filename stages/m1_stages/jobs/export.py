@@ -9,6 +9,7 @@ import torch
 
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
+from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
 from m1_stages.curriculum import SFT, train_command
 from m1_stages.decay import Slopes
@@ -18,6 +19,7 @@ from m1_stages.hf.config_json import DTYPES, Lineage
 from m1_stages.hf.export import ExportReport, export
 from m1_stages.hf.tensor_names import PREFILL_BLOCK
 from m1_stages.hf.verify import trained_logits, verify
+from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.run_dir import CHECKPOINTS
 
 VERIFY_TOKENS = 2 * PREFILL_BLOCK + 88
@@ -64,10 +66,14 @@ class Export:
 
     Raises:
         CheckpointError: a file of the checkpoint is not what was written.
+        ConfigError: it was trained with another tokenizer than that of the prepared data.
+        DataError: there is no prepared data, or its manifest or tokenizer is damaged.
     """
 
     def __init__(self, resolved: Resolved, committed: Committed) -> None:
         config, meta = resolved.config, committed.meta
+        tokenizer = open_tokenizer(resolved)
+        refuse_other_tokenizer(committed, tokenizer.tokenizer_sha256, resolved.path(config.data.out))
         self._resolved, self.committed = resolved, committed
         pretrained = meta.stage if meta.stage in STAGE_NAMES else config.sft.base_stage
         self._pretraining = STAGE_NAMES[: STAGE_NAMES.index(pretrained) + 1]

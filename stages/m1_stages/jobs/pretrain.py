@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 from m1_data.sampling.loader import PackedDataset
 from m1_data.sampling.stage_draw import document_lengths
-from m1_data.storage.manifest import Manifest, load_manifest
-from m1_data.storage.store import Store, open_store
+from m1_data.storage.store import Store
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
-from m1_stages.errors import DataError
 from m1_stages.events import Sink, StageDrawn
 from m1_stages.jobs.evaluate import evaluate_finished
+from m1_stages.jobs.prepared import described, open_for_training
 from m1_stages.stage_data import refuse_impossible_stages, stage_draw
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
@@ -35,47 +34,39 @@ def run(
         force: start a stage although the one before it recalls less than ``evaluate.gate``.
 
     Raises:
-        M1Error: no data, no checkpoint to start from, nothing usable among the checkpoints, numbers out of range, a
-            stage before that recalls too little, or stopped on request after saving (``Preempted``).
+        M1Error: no data, damaged data or data made from something else, no checkpoint to start from, nothing usable among
+            the checkpoints, numbers out of range, a stage before that recalls too little, or stopped on request after saving
+            (``Preempted``).
     """
-    data_dir = resolved.path(resolved.config.data.out)
-    manifest = load_manifest(data_dir)
-    _refuse_other_scale(resolved, manifest)
-    resolved = with_vocab(resolved, manifest.vocab_size)
-    store = open_store(data_dir)
-    refuse_impossible_stages(resolved, stages, document_lengths(store))
+    data, notes = open_for_training(resolved)
+    resolved = with_vocab(resolved, data.manifest.vocab_size)
+    refuse_impossible_stages(resolved, stages, document_lengths(data.training))
     plans = [plan_stage(resolved, stage) for stage in stages]
     with open_session(
-        resolved, sinks, rope_base=plans[0].rope_base, fresh=fresh and plans[0].starts_from is None
+        resolved,
+        sinks,
+        rope_base=plans[0].rope_base,
+        fresh=fresh and plans[0].starts_from is None,
+        data=described(data, notes),
     ) as opened:
+        opened.checkpointer.tokenizer_sha256 = data.manifest.tokenizer_sha256
         if fresh:
             start_over_from(opened, plans[0].stage)
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
         for plan in plans:
-            rows = stage_rows(resolved, plan, store)
+            rows = stage_rows(resolved, plan, data.training)
             state = restore_stage(opened, resolved, plan, rows)
             if state.stage_step == 0:
                 pass_gate(opened, resolved, plan, force=force)
             if state.ramp_from:
                 plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
-                mix = rows.forecast(manifest.mixes) if opened.topology.rank == 0 else {}
+                mix = rows.forecast(data.manifest.mixes) if opened.topology.rank == 0 else {}
                 decision = announce_stage(opened, resolved, plan, mix, state)
                 with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
                     state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
                 _report_drawn(opened, plan, rows, state)
-            evaluate_finished(opened, resolved, plan, state.slopes)
-
-
-def _refuse_other_scale(resolved: Resolved, manifest: Manifest) -> None:
-    scale = resolved.config.curriculum.length_scale
-    if manifest.length_scale != scale:
-        raise DataError(
-            f"the data was prepared for length_scale {manifest.length_scale:g}, the configuration says {scale:g}: "
-            "documents lie in other length buckets",
-            where=f"{resolved.origins.get('curriculum.length_scale', '')}, key curriculum.length_scale",
-            fix="run m1 prepare-data again (another data.out keeps the old one)",
-        )
+            evaluate_finished(opened, resolved, plan, state.slopes, data)
 
 
 def _report_drawn(opened: Run, plan: StagePlan, rows: PackedDataset, state: TrainState) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from m1_data.storage.durable import FULL_DISK_S
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
+from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved, WhenChanged
 from m1_stages.config.when_changed import changed_keys, recorded_values
 from m1_stages.errors import CheckpointError
@@ -83,6 +84,8 @@ class Checkpointer:
         self.store = store
         self.forced_gates: list[dict[str, Any]] = []
         """Stages on the way to these weights that were started although the one before recalled too little."""
+        self.tokenizer_sha256 = ""
+        """The tokenizer of this run's data: checkpoints name it, and those of another are refused."""
         self._model, self._trainable, self._optimizer = model, trainable, optimizer
         self._topology, self._resolved, self._emit = topology, resolved, emit
         self._background, self._max_failed, self._failed = background, max_failed, 0
@@ -149,6 +152,9 @@ class Checkpointer:
         heartbeat("build")
         for committed in candidates:
             self._refuse_other_shape(committed)
+            refuse_other_tokenizer(
+                committed, self.tokenizer_sha256, self._resolved.path(self._resolved.config.data.out)
+            )
         with self._optimizer.loading() if candidates else nullcontext():
             found = self.store.load_first_verified(
                 candidates, lambda: self._sharded_state(TrainState(stage=""), is_loading=True)
@@ -237,6 +243,7 @@ class Checkpointer:
                 "model": self._model_section(),
                 "rope_base": self._model.rope_base,
                 "forced_gates": self.forced_gates,
+                "tokenizer_sha256": self.tokenizer_sha256,
             },
         )
 

@@ -38,7 +38,9 @@ RequireHeld = Callable[[], None]
 
 
 @contextmanager
-def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float, fresh: bool) -> Iterator[Run]:
+def open_session(
+    resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float, fresh: bool, data: Sequence[str] = ()
+) -> Iterator[Run]:
     """Lock the run directory, start the process group, build model, optimizer and checkpointer, catch signals.
 
     Nothing is written before the lock is held; how the run ended is reported.
@@ -47,6 +49,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
         sinks: where rank 0 sends its events, besides ``metrics.jsonl``.
         rope_base: RoPE base of the first stage.
         fresh: rename all checkpoints, the metrics and the roll backs, and start over.
+        data: what to report of the prepared data.
 
     Raises:
         InUse: another command writes to the run directory.
@@ -55,7 +58,7 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
     device = device_module.use(resolved.config.run.device, local_rank=parallel.local_rank())
     with (
         _locked(resolved.run_dir, is_writer=parallel.global_rank() == 0) as require_held,
-        _locked_session(resolved, device, sinks, require_held, rope_base=rope_base, fresh=fresh) as run,
+        _locked_session(resolved, device, sinks, require_held, data, rope_base=rope_base, fresh=fresh) as run,
     ):
         yield run
 
@@ -78,6 +81,7 @@ def _locked_session(
     device: device_module.Device,
     sinks: Sequence[Sink],
     require_held: RequireHeld,
+    data: Sequence[str],
     *,
     rope_base: float,
     fresh: bool,
@@ -94,7 +98,7 @@ def _locked_session(
         with stop:
             run = _build(resolved, device, topology, emit, stop, require_held, rope_base=rope_base)
             run.checkpointer.store.sweep()
-            emit(_run_started(resolved, run))
+            emit(_run_started(resolved, run, data))
             try:
                 yield run
             except NumericStop:  # on all ranks at the same step; what is being written is from before it
@@ -214,7 +218,7 @@ def _emitter(
     return emit, lines.close
 
 
-def _run_started(resolved: Resolved, run: Run) -> RunStarted:
+def _run_started(resolved: Resolved, run: Run, data: Sequence[str]) -> RunStarted:
     from m1_stages.model import backend_choices
 
     config = resolved.config
@@ -235,6 +239,7 @@ def _run_started(resolved: Resolved, run: Run) -> RunStarted:
         versions={name: version(name) for name in ("m1cli", "torch", "megatron-core")},
         backends=backends,
         resumed_from=str(latest.path) if latest else "",
+        data=list(data),
     )
 
 
