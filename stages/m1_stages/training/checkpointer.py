@@ -216,6 +216,7 @@ class Checkpointer:
                 "tokens_seen": state.tokens_seen,
                 "model": self._model_shape(),
                 "rope_base": self._model.rope_base,
+                "contexts": state.contexts,
                 "forced_gates": self.forced_gates,
             },
         )
