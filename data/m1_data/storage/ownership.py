@@ -6,12 +6,51 @@ Ask before the first byte is written. What belongs to somebody else is refused, 
 from __future__ import annotations
 
 import re
+import shutil
+import time
+import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from m1_data.errors import ConfigError
+from m1_data.storage.process import ProcessId, is_running, this_process
 
 _MOST_CHARACTERS = 100
+_FORGOTTEN_S = 24 * 3600.0
+"""Seconds without a change after which a temporary sibling of another machine's process counts as left behind."""
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Return a new name beside ``path`` for a file or folder that is renamed to ``path`` when it is complete.
+
+    The name says which process works there, so that ``sweep_siblings`` finds what a killed one left behind.
+    """
+    return path.with_name(f"{_sibling_prefix(path)}{this_process()}-{uuid.uuid4().hex[:8]}")
+
+
+def sweep_siblings(path: Path) -> None:
+    """Remove the temporary siblings of ``path`` whose process is gone; those of a running one, and all else, are not touched.
+
+    What a process of another machine left behind is removed when it has not changed for a day.
+    """
+    prefix = _sibling_prefix(path)
+    with suppress(OSError):  # no such folder, or not ours to remove: nothing depends on it
+        for sibling in path.parent.iterdir():
+            owner, _, unique = sibling.name.removeprefix(prefix).rpartition("-")
+            process = ProcessId.parse(owner)
+            if not sibling.name.startswith(prefix) or process is None or not re.fullmatch("[0-9a-f]{8}", unique):
+                continue
+            running = is_running(process)
+            if running is False or (running is None and time.time() - sibling.lstat().st_mtime > _FORGOTTEN_S):
+                if sibling.is_dir() and not sibling.is_symlink():
+                    shutil.rmtree(sibling, ignore_errors=True)
+                else:
+                    sibling.unlink(missing_ok=True)
+
+
+def _sibling_prefix(path: Path) -> str:
+    return f".{path.name}.tmp-"
 
 
 def why_not_a_name(name: str) -> str | None:
