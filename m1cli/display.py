@@ -18,6 +18,7 @@ from m1_stages.decay import half_life_tokens
 from m1_stages.events import (
     CheckpointRejected,
     CheckpointSaved,
+    DataVerified,
     Event,
     GateForced,
     GuardNoticed,
@@ -69,6 +70,12 @@ class TrainingDisplay:
             _stage_started(event)
         elif isinstance(event, RunStarted):
             _run_started(event)
+        elif isinstance(event, DataVerified):
+            console.print(
+                f"[dim]data: {event.bytes / 1e9:,.2f} GB, {event.how} ({event.seconds:.1f} s)[/]", soft_wrap=True
+            )
+            for note in event.notes:
+                console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
         elif isinstance(event, CheckpointSaved) and not event.stage_final:
             console.print(f"[dim]saved {escape(event.path)} in {event.seconds:.1f} s[/]", soft_wrap=True)
         elif isinstance(event, (GuardNoticed, StepRepeated, RolledBack)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ EOD_NAMES = ("<end_of_document>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<
 CONTROL_TOKENS = (
     "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>", "<pad>",
 )  # fmt: skip
-_EXTRA_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,15 @@ _SPLIT = (
 )
 
 
-def save_tokenizer(tokenizer: LoadedTokenizer, out: Path) -> None:
-    """Write a folder that transformers loads: the unchanged JSON and its companion files, copied or made."""
+def save_tokenizer(tokenizer: LoadedTokenizer, out: Path) -> dict[str, str]:
+    """Write a folder that transformers loads: the unchanged JSON and its companion files, copied or made.
+
+    Returns:
+        The SHA-256 of each file by its name.
+    """
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.json").write_bytes(tokenizer.json_bytes)
-    for name in _EXTRA_FILES:
+    for name in COMPANION_FILES:
         if tokenizer.folder and (tokenizer.folder / name).is_file():
             shutil.copyfile(tokenizer.folder / name, out / name)
     if not (out / "tokenizer_config.json").exists():
@@ -125,3 +130,4 @@ def save_tokenizer(tokenizer: LoadedTokenizer, out: Path) -> None:
             config["bos_token"] = "<beginning_of_sentence>"
         config["pad_token"] = "<pad>" if "<pad>" in names else tokenizer.eod_token
         (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}

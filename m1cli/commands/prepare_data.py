@@ -13,7 +13,7 @@ from m1_data.prepare.run import prepare
 from m1_data.storage.manifest import Manifest
 from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
-from m1_stages.curriculum import plan_stage
+from m1_stages.curriculum import stage_mixes
 from m1cli.console import console
 
 
@@ -30,10 +30,11 @@ def run_prepare(resolved: Resolved) -> Manifest:
         manifest, did = prepare(
             config.data,
             config.tokenizer,
-            [(config.mix(stage), plan_stage(resolved, stage).tokens) for stage in config.stages],
+            stage_mixes(resolved),
             base_dir=resolved.base_dir,
             length_scale=config.curriculum.length_scale,
             progress=bars.update,
+            notice=lambda sentence: console.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True),
         )
     out = resolved.path(config.data.out)
     if not did:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-import orjson
-
-from m1_stages.errors import EnvironmentProblem
+from m1_data.storage.manifest import load_manifest
+from m1_stages.errors import DataError, EnvironmentProblem
 from m1cli.report.read import History, Record, read_history
 
 _STYLE = """
@@ -174,17 +173,20 @@ def _mean(steps: list[Record]) -> float:
 def _data(path: Path | None) -> str:
     if path is None:
         return "<p>No data manifest was found beside this run.</p>"
-    manifest = orjson.loads(path.read_bytes())
-    documents = sum(s["documents"] for s in manifest["sources"])
-    tokens = sum(s["tokens"] for s in manifest["shards"])
+    try:
+        manifest = load_manifest(path.parent)
+    except DataError as error:
+        return f"<p>The prepared data is not described here: {escape(error.what)}.</p>"
+    documents = sum(s.documents for s in manifest.sources)
+    tokens = sum(s.tokens for s in manifest.shards)
     rejected: dict[str, int] = {}
-    for source in manifest["sources"]:
-        for reason, count in source["rejected"].items():
+    for source in manifest.sources:
+        for reason, count in source.rejected.items():
             rejected[reason] = rejected.get(reason, 0) + count
     excluded = ", ".join(f"{count:,} {escape(reason)}" for reason, count in rejected.items()) or "none"
     return (
-        f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest['vocab_size']:,}; STEM, code, book and "
-        f"reasoning are {manifest['core_share']:.1%} of all tokens. Excluded: {excluded}.</p>"
+        f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}; STEM, code, book and "
+        f"reasoning are {manifest.core_share:.1%} of all tokens. Excluded: {excluded}.</p>"
     )
 
 

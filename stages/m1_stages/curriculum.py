@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from m1_data.spec import StageMix
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.decay import Slopes, ramp, stage_slopes
 from m1_stages.errors import ConfigError
@@ -141,6 +142,11 @@ def plan_stage(resolved: Resolved, stage: str) -> StagePlan:
         config_section=config_section(stage),
         title=f"stage {stage}",
     )
+
+
+def stage_mixes(resolved: Resolved) -> list[tuple[StageMix, int]]:
+    """Return the data mix of each configured stage and the tokens it draws."""
+    return [(resolved.config.mix(stage), plan_stage(resolved, stage).tokens) for stage in resolved.config.stages]
 
 
 def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:

@@ -39,6 +39,20 @@ class RunStarted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DataVerified:
+    """The prepared data was opened and compared with what was written."""
+
+    folder: str
+    bytes: int
+    """Of all token files."""
+    how: str
+    """When and how they are verified, in words."""
+    seconds: float
+    notes: list[str]
+    """What a person should know besides."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageStarted:
     """A stage begins or continues; what it changes and what it starts from."""
 
@@ -298,6 +312,7 @@ class RunStopped:
 
 Event = (
     RunStarted
+    | DataVerified
     | StageStarted
     | StepDone
     | StepRepeated

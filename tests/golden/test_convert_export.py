@@ -12,7 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from support.exporting import MODEL, ROPE_BASE, make_checkpoint, make_tokenizer, relaxed, stored, weights, write
+from support.exporting import (
+    MODEL,
+    ROPE_BASE,
+    make_checkpoint,
+    make_tokenizer,
+    prepare_tokenizer,
+    relaxed,
+    stored,
+    weights,
+    write,
+)
 from torch import Tensor
 
 from m1_stages.checkpoint import Committed
@@ -261,7 +271,7 @@ def test_choosing_and_exporting_a_checkpoint(
     config = tmp_path / "m1.toml"
     config.write_text(f'preset = "tiny"\n[run]\ndir = "{committed[0].path.parent.parent}"\n[export]\ndtype = "bf16"\n')
     resolved = load_config(config)
-    shutil.copytree(tokenizer_dir, resolved.path(resolved.config.data.out) / "tokenizer")
+    prepare_tokenizer(resolved.path(resolved.config.data.out), tokenizer_dir)
     for stage in (None, "128k"):
         assert choose_checkpoint(resolved, stage=stage, checkpoint=None).path == committed[0].path
     with pytest.raises(CheckpointError, match=r"stage 1m \(finished stages: 128k\)"):

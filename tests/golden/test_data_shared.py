@@ -17,7 +17,8 @@ from m1_data.prepare.reader import read_source
 from m1_data.prepare.run import prepare
 from m1_data.prepare.tally import Tally
 from m1_data.spec import BUCKET_NAMES, PrepareSpec, SourceSpec, TokenizerSpec
-from m1_data.storage.manifest import Manifest, load_manifest
+from m1_data.storage.manifest import Manifest
+from m1_data.storage.store import open_prepared
 from m1_data.tokenizer import LoadedTokenizer, load_tokenizer
 from m1_stages.errors import DataError
 
@@ -57,7 +58,7 @@ def test_the_corpus_has_the_tokens_it_is_known_to_have(minimax: Path, tmp_path: 
             (expected["docs_per_bucket"][k], expected["tokens_per_bucket"][k]) for k in expected["docs_per_bucket"]
         ], source.name
     _megatron_reads_what_tokenizers_gives(tmp_path / "data", sources[0], minimax)
-    assert load_manifest(tmp_path / "data", verify_hashes=True) == manifest
+    assert open_prepared(tmp_path / "data").manifest == manifest
 
 
 def _buckets(manifest: Manifest, source: str) -> list[tuple[int, int]]:

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.exporting import MODEL, contents, make_checkpoint, make_tokenizer, relaxed, weights, write
+from support.exporting import (
+    MODEL,
+    contents,
+    make_checkpoint,
+    make_tokenizer,
+    prepare_tokenizer,
+    relaxed,
+    weights,
+    write,
+)
 from torch import Tensor
 
 from m1_stages.checkpoint import Committed
@@ -22,7 +31,7 @@ from m1_stages.errors import CheckpointError, ConfigError, DataError
 from m1_stages.hf.checkpoint_tensors import MemorySource
 from m1_stages.hf.read_back import compare_files
 from m1_stages.hf.tokenizer_files import TokenizerFiles
-from m1_stages.hf.verify import verify_tokenizer
+from m1_stages.hf.verify import compare_tokenizer
 from m1_stages.jobs.export import Export, checkpoint_of, stored_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -110,11 +119,11 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], object], str]] = {
     "head": (element("lm_head.weight", (299, 47)), r"lm_head\.weight\[299, 47\]"),
     "decay buffer": (element("model.layers.0.self_attn.slope_rate", (2, 0, 0)), r"slope_rate\[2, 0, 0\]"),
     "another shape": (
-        tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"].reshape(2, 24)} if "model.norm.weight" in t else {})),
+        tensors(lambda t: t.update({k: t[k].reshape(2, 24) for k in ("model.norm.weight",) if k in t})),
         r"model\.norm\.weight is \(2, 24\)",
     ),
     "another dtype": (
-        tensors(lambda t: t.update({name: t[name].double() for name in ("model.norm.weight",) if name in t})),
+        tensors(lambda t: t.update({k: t[k].double() for k in ("model.norm.weight",) if k in t})),
         r"model\.norm\.weight is \(48,\) of torch\.float64",
     ),
     "experts exchanged": (swap(EXPERT.format(0), EXPERT.format(1)), r"experts\.0\.w2\.weight\[0, 0\]"),
@@ -186,13 +195,13 @@ def test_a_tokenizer_needs_no_code_of_its_own(tokenizer_dir: Path, tmp_path: Pat
         "tokenizer_class": "PreTrainedTokenizerFast"
     }
     assert not (tmp_path / "hf" / "evil.py").exists()
-    assert verify_tokenizer(tmp_path / "hf") == 4
+    assert compare_tokenizer(tmp_path / "hf") == 4
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_tokenizer_that_transformers_sets_up_otherwise_is_found(tmp_path: Path) -> None:
     write(tmp_path / "hf", make_tokenizer(tmp_path / "digits", "1024 1024"))
-    assert verify_tokenizer(tmp_path / "hf") == 4
+    assert compare_tokenizer(tmp_path / "hf") == 4
     for name, message in (
         ("BertTokenizer", "another tokenizer .* it fails on 'The lemma"),
         ("Qwen2Tokenizer", "another tokenizer .* it gives 'The lemma"),
@@ -200,7 +209,7 @@ def test_a_tokenizer_that_transformers_sets_up_otherwise_is_found(tmp_path: Path
     ):
         values("tokenizer_config.json", lambda v, name=name: v.update(tokenizer_class=name))(tmp_path / "hf")
         with pytest.raises(CheckpointError, match=message):
-            verify_tokenizer(tmp_path / "hf")
+            compare_tokenizer(tmp_path / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +219,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> t
     committed, _ = make_checkpoint(root / "run", contexts={"32k": 640, "128k": 1280})
     (root / "m1.toml").write_text('preset = "tiny"\n')
     resolved = load_config(root / "m1.toml")
-    shutil.copytree(tokenizer_dir, resolved.path(resolved.config.data.out) / "tokenizer")
+    prepare_tokenizer(resolved.path(resolved.config.data.out), tokenizer_dir)
     return resolved, committed
 
 
@@ -228,7 +237,7 @@ def test_the_checkpoint_says_what_the_export_says(finished: tuple[Resolved, Comm
 
 
 def test_an_existing_export_is_verified_against_the_checkpoint_of_its_card(
-    finished: tuple[Resolved, Committed], tmp_path: Path
+    finished: tuple[Resolved, Committed], tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     resolved, committed = finished
     Export(resolved, committed, "bf16").write(tmp_path / "hf", overwrite=False)
@@ -238,9 +247,10 @@ def test_an_existing_export_is_verified_against_the_checkpoint_of_its_card(
     job = Export(resolved, found, stored_dtype(tmp_path / "hf"))
     assert job.verify(tmp_path / "hf").max_difference < 1e-5
 
-    copy = shutil.copytree(resolved.base_dir, tmp_path / "copy")
-    values("tokenizer_config.json", lambda v: v.update(tokenizer_class="T5Tokenizer"))(copy / "data" / "tokenizer")
-    job = Export(load_config(copy / "m1.toml"), committed)
+    other = shutil.copytree(tokenizer_dir, tmp_path / "other")
+    values("tokenizer_config.json", lambda v: v.update(tokenizer_class="T5Tokenizer"))(other)
+    prepare_tokenizer(tmp_path / "data", other)
+    job = Export(load_config(resolved.base_dir / "m1.toml", [f"data.out={tmp_path / 'data'}"]), committed)
     job.write(tmp_path / "hf2", overwrite=False)
     with pytest.raises(CheckpointError, match="does not load the tokenizer"):
         job.verify(tmp_path / "hf2")

@@ -11,6 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from m1_data.spec import TokenizerSpec
+from m1_data.storage.manifest import Manifest
+from m1_data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
 from m1_stages.config import ModelConfig
 from m1_stages.decay import Slopes, released_slopes
@@ -52,11 +55,20 @@ def relaxed(model: ModelConfig) -> Slopes:
 
 
 def make_tokenizer(out: Path, text: str = "one two three four") -> Path:
-    from m1_data.spec import TokenizerSpec
-    from m1_data.tokenizer import save_tokenizer, train_tokenizer
-
     save_tokenizer(train_tokenizer(iter([text] * 9), TokenizerSpec(vocab_size=280)), out)
     return out
+
+
+def prepare_tokenizer(data_dir: Path, tokenizer_dir: Path) -> None:
+    """Make a folder of prepared data that has a tokenizer, a copy of ``tokenizer_dir``, and no shards."""
+    loaded = load_tokenizer(tokenizer_dir, "")
+    files = save_tokenizer(loaded, data_dir / "tokenizer")
+    manifest = Manifest(
+        fingerprint="f", engine="tokenizers", vocab_size=loaded.vocab_size, eod_id=loaded.eod_id, eod_token=loaded.eod_token,
+        tokenizer_sha256=files["tokenizer.json"], length_scale=1.0, bucket_edges_tokens=(), sources=(), shards=(),
+        tokens_by_domain={}, tokens_by_bucket={}, documents_by_bucket={}, core_share=0.0, mixes={}, tokenizer_files=files,
+    )  # fmt: skip
+    (data_dir / "manifest.json").write_text(manifest.to_json())
 
 
 def contents(tokenizer_dir: Path, model: ModelConfig = MODEL, slopes: Slopes | None = None, **kw: Any) -> Contents:

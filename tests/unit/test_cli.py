@@ -96,7 +96,7 @@ def test_config_show_names_the_origin(tmp_path: Path) -> None:
         (["export"], 'preset = "tiny"', 5, ["there is no final checkpoint"]),
         (["pretrain", "--stage", "32k", "--set", "run.device=cuda"], "RUN", 3, ["torch sees no CUDA device"]),
         (["pretrain", "--stage", "256k"], "RUN", 5, ["starts from the final checkpoint of stage 128k", "--stage 128k"]),
-        (["pretrain", "--stage", "32k", "--set", "curriculum.length_scale=0.01"], "RUN", 4, ["prepared for length_scale"]),
+        (["pretrain", "--stage", "32k", "--set", "curriculum.length_scale=0.01"], "RUN", 4, ["curriculum.length_scale was 0.00390625, and is 0.01 now"]),
         (["pretrain", "--stage", "32k", "--set", "model.vocab_size=100"], "RUN", 2, ["has 400 ids", "model.vocab_size"]),
         (["sft"], "RUN", 2, ["there are no conversations", "sft.data"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -155,7 +156,8 @@ def test_prepared_folder_gives_the_rows_of_its_documents_and_damage_is_refused(t
         vocab_size=VOCAB,
         eod_id=EOD,
         eod_token="<eod>",
-        tokenizer_sha256="t",
+        tokenizer_sha256="",
+        tokenizer_files={"tokenizer.json": hashlib.sha256(b"{}").hexdigest()},
         length_scale=1.0,
         bucket_edges_tokens=(32_768,),
         sources=(),
@@ -169,6 +171,8 @@ def test_prepared_folder_gives_the_rows_of_its_documents_and_damage_is_refused(t
     with pytest.raises(DataError, match="no prepared data"):
         PackedDataset(tmp_path, MIX, None, seed=1, seq_len=64, num_rows=20)
     (tmp_path / "manifest.json").write_text(manifest.to_json())
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     data = PackedDataset(tmp_path, MIX, None, seed=1, seq_len=64, num_rows=20)
     in_memory = dataset(docs, num_rows=20)
     assert [data.batch([i]).tokens.tolist() for i in range(20)] == [
@@ -178,4 +182,4 @@ def test_prepared_folder_gives_the_rows_of_its_documents_and_damage_is_refused(t
     tokens.write_bytes(tokens.read_bytes()[:-2])
     with pytest.raises(DataError, match="token file has") as caught:
         PackedDataset(tmp_path, MIX, None, seed=1, seq_len=64, num_rows=20)
-    assert "web/lt32k" in caught.value.where
+    assert "web/lt32k.bin" in caught.value.where

@@ -116,6 +116,13 @@ class SFTDataset:
             digest.update(len(encoded.ids).to_bytes(8, "little") + encoded.ids.tobytes() + encoded.trained.tobytes())
         self.fingerprint: str = digest.hexdigest()
         """SHA-256 of everything that determines the rows and their order."""
+        self.identity: dict[str, Any] = {
+            "run.seed": seed,
+            "tokens a row": seq_len,
+            "conversations that are trained": len(self._encoded),
+            "the conversations, their rendering or their tokens (SHA-256)": self.fingerprint,
+        }
+        """The same in plain values by name, to say which of them changed."""
 
     def __len__(self) -> int:
         return self.rows_per_epoch

@@ -93,9 +93,11 @@ def build_manifest(
     records: Sequence[SourceRecord],
     mixes: Sequence[tuple[StageMix, int]],
     *,
+    inputs: dict[str, Any],
     fingerprint: str,
     engine: str,
     tokenizer: LoadedTokenizer,
+    tokenizer_files: dict[str, str],
     length_scale: float,
     edges: tuple[int, ...],
 ) -> Manifest:
@@ -103,6 +105,8 @@ def build_manifest(
 
     Args:
         mixes: each stage's mix and the tokens it draws.
+        inputs: what the data was made from (``prepare.inputs``), and ``fingerprint``, their hash.
+        tokenizer_files: SHA-256 of each file of the tokenizer's folder.
         edges: exclusive upper edges of the length buckets, in tokens.
     """
     shards = tuple(shard for record in records for shard in record.shards)
@@ -114,12 +118,14 @@ def build_manifest(
         counts[shard.bucket] += shard.documents
     total = max(1, sum(domains.values()))
     return Manifest(
+        inputs=inputs,
         fingerprint=fingerprint,
         engine=engine,
         vocab_size=tokenizer.vocab_size,
         eod_id=tokenizer.eod_id,
         eod_token=tokenizer.eod_token,
         tokenizer_sha256=hashlib.sha256(tokenizer.json_bytes).hexdigest(),
+        tokenizer_files=tokenizer_files,
         length_scale=length_scale,
         bucket_edges_tokens=edges,
         sources=tuple(record.source for record in records),

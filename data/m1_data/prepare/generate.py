@@ -12,8 +12,8 @@ from m1_data.prepare.tally import Progress
 from m1_data.sampling.needles import SHORTEST_TOKENS, Haystack, training_documents
 from m1_data.seeded_random import derive_seed
 from m1_data.spec import SourceSpec
-from m1_data.storage.indexed import IndexedReader
 from m1_data.storage.manifest import ShardEntry, SourceEntry
+from m1_data.storage.store import open_shard
 
 
 def generate_needles(
@@ -43,7 +43,7 @@ def generate_needles(
             where=f"[[data.sources]] {source.name}",
             fix="say how many documents: max_docs = 1000" if contexts else "raise curriculum.length_scale",
         )
-    haystack = Haystack.of_text([IndexedReader(target.folder / entry.prefix) for entry in text_shards])
+    haystack = Haystack.of_text([open_shard(target.folder, entry, whole=False) for entry in text_shards])
     shards = ShardWriters(target, "shards", source)
     generated = training_documents(haystack, contexts, seed=derive_seed("needles", source.name))
     for number, ids in enumerate(islice(generated, source.max_docs), 1):

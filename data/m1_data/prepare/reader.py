@@ -176,7 +176,7 @@ def _read_datasets(source: SourceSpec, tally: Tally) -> Iterator[str]:
 
 def _read_tree(root: Path, source: SourceSpec, tally: Tally) -> Iterator[tuple[str, str]]:
     """Yield (relative path, text) of every matching file below ``root``, in path order."""
-    for path in _tree_files(root, source):
+    for path in tree_files(root, source):
         tally.records += 1
         try:
             text = path.read_bytes().decode("utf-8-sig")
@@ -188,7 +188,8 @@ def _read_tree(root: Path, source: SourceSpec, tally: Tally) -> Iterator[tuple[s
             yield path.relative_to(root.parent).as_posix(), text
 
 
-def _tree_files(root: Path, source: SourceSpec) -> list[Path]:
+def tree_files(root: Path, source: SourceSpec) -> list[Path]:
+    """Return the files below ``root``, or ``root`` itself, that a source of format files or packages reads, in path order."""
     if root.is_file():
         return [root]
     found = []

@@ -21,7 +21,7 @@ an interrupted run continues; the same inputs give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from m1_data.errors import DataError
@@ -32,10 +32,11 @@ from m1_data.prepare.deduplicate import ExactDedup, deduplicate
 from m1_data.prepare.encode import Encoder, tokenize_and_verify
 from m1_data.prepare.filters import filter_texts
 from m1_data.prepare.generate import generate_needles
+from m1_data.prepare.inputs import describe_inputs, find_up_to_date, fingerprint_of
 from m1_data.prepare.reader import read_source
 from m1_data.prepare.shards import ShardTarget, bucket_and_write
 from m1_data.prepare.tally import Progress, Tally
-from m1_data.prepare.work_folder import WorkFolder, find_up_to_date, fingerprint_inputs, refuse_foreign_folders
+from m1_data.prepare.work_folder import WorkFolder, refuse_foreign_folders
 from m1_data.spec import BUCKET_EDGES_TOKENS, PrepareSpec, StageMix, TokenizerSpec
 from m1_data.storage.manifest import Manifest
 from m1_data.tokenizer import save_tokenizer
@@ -49,6 +50,7 @@ def prepare(
     base_dir: Path,
     length_scale: float,
     progress: Progress = lambda phase, source, documents, size: None,
+    notice: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[Manifest, bool]:
     """Prepare ``spec.sources`` into ``spec.out``.
 
@@ -57,9 +59,10 @@ def prepare(
         base_dir: where relative paths start.
         length_scale: multiplies the bucket edges.
         progress: called as the work goes on.
+        notice: called with the reason when data that is there is prepared again.
 
     Returns:
-        The manifest, and whether anything had to be done: finished data of the same inputs is left as it is.
+        The manifest, and whether anything had to be done: finished data of the same inputs is verified and left as it is.
 
     Raises:
         ConfigError: ``spec.out`` holds what m1 did not write, or a source lies inside it.
@@ -74,8 +77,9 @@ def prepare(
             fix="add a [[data.sources]] table to the configuration",
         )
     out = (base_dir / Path(spec.out).expanduser()).resolve()
-    fingerprint = fingerprint_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
-    if (up_to_date := find_up_to_date(out, fingerprint)) is not None:
+    inputs = describe_inputs(spec, tokenizer_spec, mixes, base_dir, length_scale)
+    fingerprint = fingerprint_of(inputs)
+    if (up_to_date := find_up_to_date(out, inputs, notice)) is not None:
         return up_to_date, False
     refuse_foreign_folders(out, spec.sources, base_dir)
 
@@ -83,7 +87,7 @@ def prepare(
     tokenizer = load_or_train_tokenizer(
         tokenizer_spec, spec.sources, base_dir=base_dir, trained=work.trained_tokenizer, progress=progress
     )
-    save_tokenizer(tokenizer, work.path / "tokenizer")
+    tokenizer_files = save_tokenizer(tokenizer, work.path / "tokenizer")
     edges = tuple(round(edge * length_scale) for edge in BUCKET_EDGES_TOKENS)
     target = ShardTarget(folder=work.path, tokenizer=tokenizer, edges=edges)
     encoder: Encoder | None = None
@@ -118,9 +122,11 @@ def prepare(
     manifest = build_manifest(
         records,
         mixes,
+        inputs=inputs,
         fingerprint=fingerprint,
         engine=spec.engine,
         tokenizer=tokenizer,
+        tokenizer_files=tokenizer_files,
         length_scale=length_scale,
         edges=edges,
     )

@@ -1,63 +1,23 @@
-"""The folder a preparation works in until it is complete, what it keeps there to continue, and what it was made from."""
+"""The folder a preparation works in until it is complete, what it keeps there to continue."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from m1_data.errors import ConfigError
+from m1_data.errors import ConfigError, DataError
 from m1_data.prepare.account import SourceRecord
 from m1_data.prepare.deduplicate import ExactDedup
 from m1_data.prepare.reader import source_files
-from m1_data.spec import PrepareSpec, SourceSpec, StageMix, TokenizerSpec
+from m1_data.spec import SourceSpec
 from m1_data.storage.durable import flush, write_atomically
-from m1_data.storage.manifest import MANIFEST, Manifest, load_manifest
+from m1_data.storage.manifest import MANIFEST, Manifest
 from m1_data.storage.ownership import refuse_to_replace
+from m1_data.storage.store import open_shard
 
 FORMAT_VERSION = 2
 """Raised whenever the same inputs would give other bytes, so that existing data is prepared again."""
-
-
-def fingerprint_inputs(
-    spec: PrepareSpec,
-    tokenizer: TokenizerSpec,
-    mixes: Sequence[tuple[StageMix, int]],
-    base_dir: Path,
-    length_scale: float,
-) -> str:
-    """Return the SHA-256 of everything that determines the output: settings, and paths, sizes and times of the files.
-
-    Raises:
-        DataError: a source has no files.
-    """
-    inputs = []
-    for source in spec.sources:
-        for path in source_files(source, base_dir):
-            files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-            inputs += [(str(p), (stat := p.stat()).st_size, stat.st_mtime_ns) for p in files]
-    if tokenizer.path:
-        path = (base_dir / Path(tokenizer.path).expanduser()).resolve()
-        inputs += [
-            (str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in (path, path / "tokenizer.json") if p.is_file()
-        ]
-    values = (FORMAT_VERSION, dataclasses.asdict(spec), dataclasses.asdict(tokenizer), length_scale, inputs)
-    mix_values = [(dataclasses.asdict(mix), tokens) for mix, tokens in mixes]
-    return hashlib.sha256(repr((values, mix_values)).encode()).hexdigest()
-
-
-def find_up_to_date(out: Path, fingerprint: str) -> Manifest | None:
-    """Return the manifest of the data in ``out`` if it was made from the same inputs, else None.
-
-    Raises:
-        DataError: the manifest there is damaged or of another version.
-    """
-    if not _is_prepared(out):
-        return None
-    manifest = load_manifest(out)
-    return manifest if manifest.fingerprint == fingerprint else None
 
 
 _OURS = (
@@ -94,17 +54,17 @@ def refuse_foreign_folders(out: Path, sources: Sequence[SourceSpec], base_dir: P
                         where=f"{path}, key data.out",
                         fix=fix,
                     )
-        marked = (folder / "fingerprint").is_file() if folder.suffix == ".partial" else _is_prepared(folder)
+        marked = (folder / "fingerprint").is_file() if folder.suffix == ".partial" else is_prepared(folder)
         refuse_to_replace(folder, what=f"{folder.name} (key data.out)", marked=marked, ours=_OURS, fix=fix)
 
 
-def _is_prepared(folder: Path) -> bool:
-    """Whether ``folder`` has a manifest of ours, whole or damaged: then its reader says what is wrong."""
+def is_prepared(folder: Path) -> bool:
+    """Return whether ``folder`` has a manifest of ours, whole or damaged: then its reader says what is wrong."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return '"bucket_edges_tokens"' in text and '"fingerprint"' in text
+    return any(f'"{key}"' in text for key in ("bucket_edges_tokens", "tokens_by_bucket", "documents_by_bucket"))
 
 
 class WorkFolder:
@@ -128,12 +88,21 @@ class WorkFolder:
         return self.path / "trained.json"
 
     def load_finished(self, source: SourceSpec, seen: ExactDedup) -> SourceRecord | None:
-        """Return the record of a source that an earlier run finished, or None; ``seen`` gets the texts it had."""
+        """Return the record of a source that an earlier run finished, or None; ``seen`` gets the texts it had.
+
+        It is None, too, when a file of it is not what was written.
+        """
         path = self.path / f"{source.name}.done"
         if not path.is_file():
             return None
-        record = SourceRecord.from_json(path.read_text(encoding="utf-8"))
-        seen.restore((self.path / f"{source.name}.hashes").read_bytes())
+        try:
+            record = SourceRecord.from_json(path.read_text(encoding="utf-8"))
+            for shard in (*record.shards, *record.held_out):
+                open_shard(self.path, shard, whole=True)
+            digests = (self.path / f"{source.name}.hashes").read_bytes()
+        except (DataError, ValueError, TypeError, KeyError, OSError):  # damaged: the source is read again
+            return None
+        seen.restore(digests)
         return record
 
     def save_finished(self, record: SourceRecord, digests: bytes) -> None:
@@ -151,7 +120,7 @@ class WorkFolder:
         Raises:
             OSError: the disk is full or failing.
         """
-        (self.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        write_atomically(self.path / MANIFEST, manifest.to_json())
         kept_to_continue = (*self.path.glob("*.done"), *self.path.glob("*.hashes"))
         for path in (*kept_to_continue, self.trained_tokenizer, self.path / "fingerprint"):
             path.unlink(missing_ok=True)

@@ -189,6 +189,20 @@ class PackedDataset:
             digest.update(repr((tuple(cell), len(counts))).encode() + counts.tobytes())
         self.fingerprint: str = digest.hexdigest()
         """SHA-256 of everything that determines the rows and their order."""
+        self.identity: dict[str, Any] = {
+            "the prepared data (content hash)": self._store.content_hash,
+            "run.seed": seed,
+            "tokens a row": seq_len,
+            "rows of the stage": num_rows,
+            **{f"stages.{mix.stage}.{key}": value for key, value in dataclasses.asdict(mix).items() if key != "stage"},
+            **{
+                f"stages.{m.stage}.{key}": value
+                for m in [previous]
+                if m
+                for key, value in dataclasses.asdict(m).items()
+            },
+        }
+        """The same in plain values by name, to say which of them changed."""
 
     def __len__(self) -> int:
         return self._num_rows

@@ -11,7 +11,7 @@ import numpy as np
 from m1_data.arrays import Ints
 from m1_data.sampling.needles import SHORTEST_TOKENS, Haystack
 from m1_data.seeded_random import derive_seed
-from m1_data.storage.store import Store, open_store
+from m1_data.storage.store import PreparedData, Store
 from m1_stages.checkpoint import Committed
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
@@ -25,6 +25,7 @@ def evaluate_stage(
     subject: Subject,
     plan: StagePlan,
     committed: Committed,
+    data: PreparedData,
     *,
     emit: Sink,
     check: Callable[[], None],
@@ -33,17 +34,17 @@ def evaluate_stage(
 
     Args:
         committed: the checkpoint whose weights are loaded.
+        data: whose held-out documents are measured on.
         check: called between passes on every rank; whatever it raises ends the measurement, and nothing is written.
     """
     began, skipped = time.perf_counter(), []
     config = resolved.config
-    data_dir = resolved.path(config.data.out)
-    held_out = open_store(data_dir, held_out=True)
+    held_out = data.held_out
     tokens_at_once = plan.seq_len * plan.micro_batch_rows
     needles: NeedleMap | None = None
     positions: PositionLoss | None = None
     if lengths := needle_lengths(config, plan.stage):
-        haystack, what = _haystack(held_out, open_store(data_dir), max(lengths))
+        haystack, what = _haystack(held_out, data.training, max(lengths))
         needles = needle_map(
             subject,
             haystack,

@@ -79,7 +79,7 @@ SENTENCES = (
 """Text that a tokenizer which is set up otherwise splits otherwise."""
 
 
-def verify_tokenizer(export_dir: Path) -> int:
+def compare_tokenizer(export_dir: Path) -> int:
     """Compare the ids that transformers' tokenizer gives a few sentences with those of ``tokenizer.json`` itself.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from m1_data.storage.manifest import load_manifest
+from m1_data.storage.store import PreparedData, open_prepared
 from m1_stages.checkpoint import Committed
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
@@ -13,6 +13,7 @@ from m1_stages.evaluation.long_context import Subject
 from m1_stages.evaluation.results import read_result
 from m1_stages.evaluation.stage_evaluation import evaluate_stage
 from m1_stages.events import Sink
+from m1_stages.jobs.prepared import data_verified
 from m1_stages.runtime.collectives import agree_max, from_rank_0
 from m1_stages.runtime.watchdog import heartbeat
 from m1_stages.training.run import Run
@@ -25,10 +26,12 @@ def run(resolved: Resolved, stage: str, sinks: Sequence[Sink]) -> None:
     Raises:
         M1Error: no data, no final checkpoint of the stage, or stopped on request (``Preempted``).
     """
-    manifest = load_manifest(resolved.path(resolved.config.data.out))
-    resolved = with_vocab(resolved, manifest.vocab_size)
+    data = open_prepared(resolved.path(resolved.config.data.out))
+    resolved = with_vocab(resolved, data.manifest.vocab_size)
     plan = plan_stage(resolved, stage)
     with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
+        opened.checkpointer.tokenizer_sha256 = data.manifest.tokenizer_sha256
+        opened.emit(data_verified(data, []))
         found = opened.checkpointer.restore(opened.checkpointer.finals(stage))
         if found is None:
             raise CheckpointError(
@@ -37,10 +40,12 @@ def run(resolved: Resolved, stage: str, sinks: Sequence[Sink]) -> None:
                 fix=f"train it first: m1 pretrain --stage {stage}",
             )
         committed, state = found
-        _evaluate(opened, resolved, plan, committed, state.slopes)
+        _evaluate(opened, resolved, plan, committed, state.slopes, data)
 
 
-def evaluate_finished(run: Run, resolved: Resolved, plan: StagePlan, slopes: list[list[float]]) -> None:
+def evaluate_finished(
+    run: Run, resolved: Resolved, plan: StagePlan, slopes: list[list[float]], data: PreparedData
+) -> None:
     """Evaluate the stage whose final weights are loaded, unless that was done or is switched off.
 
     Raises:
@@ -50,15 +55,17 @@ def evaluate_finished(run: Run, resolved: Resolved, plan: StagePlan, slopes: lis
     if not resolved.config.evaluate.enabled or not finals:
         return
     if not from_rank_0(read_result(run.run_dir, plan.stage, finals[0].sha256)):
-        _evaluate(run, resolved, plan, finals[0], slopes)
+        _evaluate(run, resolved, plan, finals[0], slopes, data)
 
 
-def _evaluate(run: Run, resolved: Resolved, plan: StagePlan, committed: Committed, slopes: list[list[float]]) -> None:
+def _evaluate(
+    run: Run, resolved: Resolved, plan: StagePlan, committed: Committed, slopes: list[list[float]], data: PreparedData
+) -> None:
     run.model.set_rope_base(plan.rope_base)
     run.model.set_slopes(slopes)
     subject = Subject(model=run.trainable, topology=run.topology, device=run.device)
     check = _between_passes(run, plan.stage, committed)
-    evaluate_stage(resolved, subject, plan, committed, emit=run.emit, check=check)
+    evaluate_stage(resolved, subject, plan, committed, data, emit=run.emit, check=check)
 
 
 def _between_passes(run: Run, stage: str, committed: Committed) -> Callable[[], None]:

@@ -9,6 +9,7 @@ import torch
 
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
+from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
 from m1_stages.curriculum import SFT, config_section, train_command
 from m1_stages.errors import CheckpointError, ConfigError
@@ -19,7 +20,8 @@ from m1_stages.hf.export import ExportReport, export
 from m1_stages.hf.read_back import compare_files, read_json
 from m1_stages.hf.tensor_names import PREFILL_BLOCK
 from m1_stages.hf.tokenizer_files import TokenizerFiles
-from m1_stages.hf.verify import trained_logits, verify, verify_tokenizer
+from m1_stages.hf.verify import compare_tokenizer, trained_logits, verify
+from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.run_dir import CHECKPOINTS
 
 VERIFY_TOKENS = 2 * PREFILL_BLOCK + 88
@@ -130,11 +132,14 @@ class Export:
 
     Raises:
         CheckpointError: a file of the checkpoint is not what was written.
-        DataError: the prepared data has no tokenizer.
+        ConfigError: it was trained with another tokenizer than that of the prepared data.
+        DataError: there is no prepared data, or its manifest or tokenizer is damaged.
     """
 
     def __init__(self, resolved: Resolved, committed: Committed, dtype: str | None = None) -> None:
         config, meta = resolved.config, committed.meta
+        tokenizer = open_tokenizer(resolved)
+        refuse_other_tokenizer(committed, tokenizer.tokenizer_sha256, resolved.path(config.data.out))
         self._resolved, self.committed = resolved, committed
         self.notes: list[str] = []
         self.source = CheckpointSource(committed)
@@ -171,7 +176,7 @@ class Export:
             EnvironmentProblem: transformers is not installed, or a GPU has no room.
         """
         tensors = compare_files(self.source, out, self.contents)
-        sentences = verify_tokenizer(out)
+        sentences = compare_tokenizer(out)
         model = self.contents.model
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, model.vocab_size, (1, VERIFY_TOKENS), generator=generator)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from m1_data.sampling.loader import PackedDataset
-from m1_data.storage.manifest import Manifest, load_manifest
+from m1_data.storage.store import PreparedData
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
-from m1_stages.errors import DataError
 from m1_stages.events import Sink
 from m1_stages.jobs.evaluate import evaluate_finished
+from m1_stages.jobs.prepared import data_verified, open_for_training
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
@@ -28,18 +28,19 @@ def run(
         force: start a stage although the one before it recalls less than ``evaluate.gate``.
 
     Raises:
-        M1Error: no data, no checkpoint to start from, nothing usable among the checkpoints, numbers out of range, a
-            stage before that recalls too little, or stopped on request after saving (``Preempted``).
+        M1Error: no data, damaged data or data made from something else, no checkpoint to start from, nothing usable among
+            the checkpoints, numbers out of range, a stage before that recalls too little, or stopped on request after saving
+            (``Preempted``).
     """
-    data_dir = resolved.path(resolved.config.data.out)
-    manifest = load_manifest(data_dir)
-    _refuse_other_scale(resolved, manifest)
-    resolved = with_vocab(resolved, manifest.vocab_size)
+    data, notes = open_for_training(resolved)
+    resolved = with_vocab(resolved, data.manifest.vocab_size)
     plans = [plan_stage(resolved, stage) for stage in stages]
     with open_session(resolved, sinks, rope_base=plans[0].rope_base, fresh=fresh) as opened:
+        opened.checkpointer.tokenizer_sha256 = data.manifest.tokenizer_sha256
+        opened.emit(data_verified(data, notes))
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
         for plan in plans:
-            rows = stage_rows(resolved, plan, manifest)
+            rows = stage_rows(resolved, plan, data)
             state = restore_stage(opened, plan, rows)
             if state.stage_step == 0:
                 pass_gate(opened, resolved, plan, force=force)
@@ -48,25 +49,14 @@ def run(
             if state.stage_step < plan.num_steps:
                 announce_stage(opened, resolved, plan, rows.mix_plan.as_dict(), state)
                 state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
-            evaluate_finished(opened, resolved, plan, state.slopes)
+            evaluate_finished(opened, resolved, plan, state.slopes, data)
 
 
-def _refuse_other_scale(resolved: Resolved, manifest: Manifest) -> None:
-    scale = resolved.config.curriculum.length_scale
-    if manifest.length_scale != scale:
-        raise DataError(
-            f"the data was prepared for length_scale {manifest.length_scale:g}, the configuration says {scale:g}: "
-            "documents lie in other length buckets",
-            where=f"{resolved.origins.get('curriculum.length_scale', '')}, key curriculum.length_scale",
-            fix="run m1 prepare-data again (another data.out keeps the old one)",
-        )
-
-
-def stage_rows(resolved: Resolved, plan: StagePlan, manifest: Manifest) -> PackedDataset:
+def stage_rows(resolved: Resolved, plan: StagePlan, data: PreparedData) -> PackedDataset:
     """The packed rows of a stage, in an order fixed by seed and stage."""
     config = resolved.config
     return PackedDataset(
-        resolved.path(config.data.out),
+        data.training,
         config.mix(plan.stage),
         config.mix(plan.starts_from) if plan.starts_from else None,
         seed=config.run.seed,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m1_data.chat.dataset import SFTDataset
-from m1_data.storage.manifest import load_manifest
 from m1_stages.config import Resolved
 from m1_stages.curriculum import plan_sft
 from m1_stages.errors import ConfigError
 from m1_stages.events import Sink
+from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
@@ -28,11 +28,12 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     Raises:
         M1Error: no conversations, a broken line, no base checkpoint, or what ``pretrain.run`` raises.
     """
-    manifest = load_manifest(resolved.path(resolved.config.data.out))
+    manifest = open_tokenizer(resolved)
     resolved = with_vocab(resolved, manifest.vocab_size)
     rows = conversations(resolved)
     plan = plan_sft(resolved, rows.rows_per_epoch)
     with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
+        opened.checkpointer.tokenizer_sha256 = manifest.tokenizer_sha256
         if fresh:
             opened.checkpointer.store.rename_stage(plan.stage)
             forget_rollbacks(opened.run_dir, plan.stage)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
+from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
@@ -74,6 +75,8 @@ class Checkpointer:
         self.store = store
         self.forced_gates: list[dict[str, Any]] = []
         """Stages on the way to these weights that were started although the one before recalled too little."""
+        self.tokenizer_sha256 = ""
+        """The tokenizer of this run's data: checkpoints name it, and those of another are refused."""
         self._model, self._trainable, self._optimizer = model, trainable, optimizer
         self._topology, self._resolved, self._emit = topology, resolved, emit
         self._background, self._max_failed, self._failed = background, max_failed, 0
@@ -133,6 +136,9 @@ class Checkpointer:
         heartbeat("build")
         for committed in candidates:
             self._refuse_other_shape(committed)
+            refuse_other_tokenizer(
+                committed, self.tokenizer_sha256, self._resolved.path(self._resolved.config.data.out)
+            )
         with self._optimizer.loading() if candidates else nullcontext():
             found = self.store.load_first_verified(
                 candidates, lambda: self._sharded_state(TrainState(stage=""), is_loading=True)
@@ -218,6 +224,7 @@ class Checkpointer:
                 "rope_base": self._model.rope_base,
                 "contexts": state.contexts,
                 "forced_gates": self.forced_gates,
+                "tokenizer_sha256": self.tokenizer_sha256,
             },
         )
 

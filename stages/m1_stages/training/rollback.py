@@ -108,6 +108,7 @@ def roll_back(run: Run, plan: StagePlan, rows: Rows, state: TrainState, verdict:
     committed, loaded = restored
     if loaded.stage != plan.stage:
         loaded = enter_stage(plan, rows.fingerprint, loaded)
+        loaded.data_identity = dict(rows.identity)
     steps = {*range(spike, skipped[-1] + 1), *skipped}
     excluded = sorted(set(state.excluded_steps) | {s - first_step for s in steps if s >= loaded.global_step})
     record = RollbackRecord(

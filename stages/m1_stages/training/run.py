@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.config import GuardConfig
@@ -26,6 +26,8 @@ class Rows(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def identity(self) -> dict[str, Any]: ...
     def __len__(self) -> int: ...
     def batch(self, row_ids: list[int]) -> PackedBatch: ...
 

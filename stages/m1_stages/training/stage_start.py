@@ -41,18 +41,35 @@ def restore_stage(run: Run, plan: StagePlan, rows: Rows) -> TrainState:
                 where=str(store.root),
                 fix="use another run.dir, or start over with --fresh",
             )
-        return enter_stage(plan, rows.fingerprint, None)
+        return _with_identity(enter_stage(plan, rows.fingerprint, None), rows)
     _, state = found
     if state.stage != plan.stage:
         state = enter_stage(plan, rows.fingerprint, state)
     state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint))
     if state.stage_step < plan.num_steps and state.data_fingerprint != rows.fingerprint:
         raise CheckpointError(
-            "the prepared data, the mix or the seed changed since this stage was interrupted: its order is another one",
+            f"{_what_changed(state.data_identity, rows.identity)} since this stage was interrupted: its order is another one",
             where=f"stage {plan.stage}, step {state.stage_step}",
             fix="restore the data and configuration, or start over with --fresh",
         )
+    return _with_identity(state, rows)
+
+
+def _with_identity(state: TrainState, rows: Rows) -> TrainState:
+    """Record what the order of the rows is made of; a finished stage keeps what it was trained with."""
+    if state.data_fingerprint == rows.fingerprint:
+        state.data_identity = dict(rows.identity)
     return state
+
+
+def _what_changed(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """Name each part of the rows' identity that is not what was saved, with both values."""
+    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    if not saved or not changed:
+        return "the prepared data, the mix or the seed changed"
+    return "; ".join(f"{key} changed from {saved.get(key)} to {now.get(key)}" for key in changed[:4]) + (
+        f"; and {len(changed) - 4} more," if len(changed) > 4 else ""
+    )
 
 
 def pass_gate(run: Run, resolved: Resolved, plan: StagePlan, *, force: bool) -> None:

@@ -29,6 +29,8 @@ class TrainState:
     excluded_steps: list[int] = field(default_factory=list)
     """Steps of the stage whose samples are skipped after a roll back."""
     data_fingerprint: str = ""
+    data_identity: dict[str, Any] = field(default_factory=dict)
+    """What the fingerprint is made of, by name; empty in checkpoints of older versions."""
     first_loss: float = float("nan")
     """Loss of the stage's first step, for its closing report."""
     contexts: dict[str, int] = field(default_factory=dict)
