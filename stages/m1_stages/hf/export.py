@@ -7,12 +7,11 @@ folder. The functions below it follow in the order of their calls.
 from __future__ import annotations
 
 import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 from m1_data.storage.durable import flush
-from m1_data.storage.ownership import refuse_to_replace
+from m1_data.storage.ownership import refuse_to_replace, sweep_siblings, temporary_sibling
 from m1_stages.config import ModelConfig
 from m1_stages.errors import ConfigError
 from m1_stages.hf.checkpoint_tensors import TensorSource, require_all
@@ -47,8 +46,8 @@ def export(
 ) -> ExportReport:
     """Write a folder that transformers loads, and other loaders of this family where the model permits it.
 
-    All files are written to a temporary folder beside ``out``, which is renamed at the end. One of our tensors is in memory at a
-    time.
+    All files are written to a temporary folder beside ``out``, which is renamed at the end. What a killed export left there is
+    removed first. One of our tensors is in memory at a time.
 
     Args:
         source: full tensors under our names.
@@ -65,9 +64,10 @@ def export(
     planned = contents.planned()
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
+    sweep_siblings(out)
+    temporary = temporary_sibling(out)
     try:
+        temporary.mkdir()
         writer = ShardWriter(temporary, planned, shard_bytes)
         for name, tensor in contents.tensors(source):
             writer.add(name, tensor)
@@ -110,7 +110,7 @@ def _refuse_unexportable(model: ModelConfig, out: Path, overwrite: bool) -> None
 
 def _put_in_place(temporary: Path, out: Path) -> None:
     """Rename ``temporary`` to ``out``; an export that is replaced is restored when this fails."""
-    old = out.with_name(f"{temporary.name}.old")
+    old = temporary_sibling(out)
     if out.exists():
         out.rename(old)
     try:
