@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from m1cli.console import open_closed_streams, visible
 from m1cli.errors import EXIT_CODES, reported
+
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""The base of typer's own errors, which it does not export."""
+
+
+class _Commands(TyperGroup):
+    """The commands; what a message repeats of the command line has no control characters."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _visible():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _visible():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _visible() -> Iterator[None]:
+    try:
+        yield
+    except _USAGE_ERROR as error:
+        error.message = visible(error.message)
+        raise
+
 
 app = typer.Typer(
     name="m1",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,7 +96,7 @@ def config_show(
     debug: DebugOption = False,
 ) -> None:
     """Print every resolved value and where it came from."""
-    with reported(debug):
+    with reported(debug, prints_result=True):
         from m1cli.commands.config import show_command
 
         show_command(config, overrides or [], as_json=as_json)
@@ -80,7 +110,7 @@ def doctor(
     debug: DebugOption = False,
 ) -> None:
     """Check packages, GPUs, network, disk and limits of this machine; say what is wrong and how to fix it."""
-    with reported(debug):
+    with reported(debug, prints_result=True):
         from m1cli.commands.doctor import doctor_command
 
         doctor_command(config, overrides or [], as_json=as_json)
@@ -94,7 +124,7 @@ def stages(
     debug: DebugOption = False,
 ) -> None:
     """Show the stages: state, context, mix, learning rates, decay half-lives, layout, checkpoints, needle recall."""
-    with reported(debug):
+    with reported(debug, prints_result=True):
         from m1cli.commands.stages import stages_command
 
         stages_command(config, overrides or [], as_json=as_json)
@@ -113,7 +143,7 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Estimate what training will cost: parameters, FLOPs, memory, time, and the parallel layouts that fit."""
-    with reported(debug):
+    with reported(debug, prints_result=True):
         from m1cli.commands.plan import plan_command
 
         plan_command(config, preset, gpus, gpu, overrides or [], as_json=as_json)
@@ -284,4 +314,5 @@ def demo(
 
 def main() -> None:
     """Run the ``m1`` command."""
+    open_closed_streams()
     app()

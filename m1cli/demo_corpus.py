@@ -32,6 +32,7 @@ data = ["chats.jsonl"]
 def write_demo(folder: Path, *, seed: int = 0) -> None:
     """Write ``m1.toml``, generated sources and conversations into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "m1.toml").write_text(CONFIG)  # says whose folder this is; the sources follow when their text is there
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     sympy, mpmath, networkx, rich = (_package(name) for name in ("sympy", "mpmath", "networkx", "rich"))
     _write_jsonl(folder / "functions.jsonl", _functions(stdlib, ("site-packages", "test", "idlelib", "lib2to3")))

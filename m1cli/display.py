@@ -20,6 +20,7 @@ from m1_stages.events import (
     CheckpointSaved,
     DataVerified,
     Event,
+    EventsDelayed,
     GateForced,
     GuardNoticed,
     RolledBack,
@@ -111,7 +112,15 @@ class TrainingDisplay:
             console.print(f"[bold red]checkpoint {escape(event.path)} is not usable:[/] {escape(event.reason)}")
             console.print(f"  quarantined as {escape(event.quarantined_as)}; trying the one before it")
         elif isinstance(event, SaveFailed):
-            console.print(f"[bold red]checkpoint not written:[/] {escape(event.reason)}; the previous one stands")
+            console.print(
+                f"[bold red]checkpoint not written:[/] {escape(event.reason)}; the previous one stands", soft_wrap=True
+            )
+        elif isinstance(event, EventsDelayed):
+            console.print(
+                f"[bold red]events cannot be written now:[/] {escape(event.reason)} ({escape(event.path)}); the run goes on, "
+                "and they are written when there is room again",
+                soft_wrap=True,
+            )
         elif isinstance(event, RunStopped) and event.exit_code == 0:
             console.print("[green]done[/]")
 

@@ -1,9 +1,10 @@
-"""Shows errors to a person: three lines (what, where, how to fix it) and a documented exit code."""
+"""Shows errors and stop requests to a person: three lines (what, where, how to fix it) and a documented exit code."""
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from contextlib import contextmanager
 import typer
 from rich.markup import escape
 
-from m1_stages.errors import EXIT_PREEMPTED, EnvironmentProblem, M1Error
-from m1cli.console import errors
+from m1_stages.errors import EXIT_PREEMPTED, EnvironmentProblem, M1Error, Preempted
+from m1_stages.runtime.signals import STOP_SIGNALS, StopRequest
+from m1cli.console import console, errors
 
 EXIT_CODES = """\
 Exit codes: 0 done, 1 internal error, 2 configuration or command line, 3 environment, 4 data, 5 checkpoint,
-6 numbers out of range, 7 a rank was killed or stopped answering (run the same command again), 75 stopped on request
-after saving (requeue, or run the same command again), 130 interrupted.
+6 numbers out of range, 7 a rank was killed or stopped answering (run the same command again), 8 in use by another command,
+75 stopped on request after saving (requeue, or run the same command again), 130 interrupted.
 """
 
 _RANK_0_FIRST_S = 8.0
@@ -31,9 +33,39 @@ _OS_ADVICE = {
 }
 
 
+class _Stopped(KeyboardInterrupt):
+    """A stop was requested; libraries clean up and do not catch it, as for the interrupt of the keyboard."""
+
+
+def _stop(name: str) -> None:
+    raise _Stopped(name)
+
+
 @contextmanager
-def reported(debug: bool) -> Iterator[None]:
-    """Turn exceptions into a message and an exit code; with ``debug`` the exception itself is raised, with its traceback."""
+def reported(debug: bool, *, prints_result: bool = False) -> Iterator[None]:
+    """Turn exceptions and stop requests into a message and an exit code; commands that train save first, by their own means.
+
+    Args:
+        debug: raise the exception itself, with its traceback.
+        prints_result: the command is for what it prints, so it has failed when that could not be written.
+    """
+    signals = [number for number in STOP_SIGNALS if number != signal.SIGINT]
+    with StopRequest(signals, on_first=_stop), _shown(debug):
+        yield
+    failure = console.stream.failure
+    if failure is not None and failure.errno != errno.EPIPE:  # who closes a pipe has seen enough
+        reason = failure.strerror or str(failure)
+        show(
+            EnvironmentProblem(
+                f"standard output cannot be written: {reason}", fix="send it elsewhere, or free some space"
+            )
+        )
+        if prints_result:
+            raise typer.Exit(EnvironmentProblem.exit_code)
+
+
+@contextmanager
+def _shown(debug: bool) -> Iterator[None]:
     try:
         yield
     except M1Error as error:
@@ -42,6 +74,13 @@ def reported(debug: bool) -> Iterator[None]:
         if _should_report(error):
             show(error)
         raise typer.Exit(error.exit_code) from None
+    except _Stopped as stop:
+        show(
+            Preempted(
+                f"stopped on {stop}; nothing unfinished was published", fix="run the same command again to continue"
+            )
+        )
+        raise typer.Exit(EXIT_PREEMPTED) from None
     except KeyboardInterrupt:
         errors.print("[yellow]interrupted[/]; unfinished output was not published")
         raise typer.Exit(130) from None

@@ -20,6 +20,7 @@ from rich.markup import escape
 from m1_stages.config import Resolved
 from m1_stages.errors import EXIT_LOST, EXIT_PREEMPTED, EnvironmentProblem, RankLost
 from m1_stages.run_dir import STACKS
+from m1_stages.runtime.signals import STOP_SIGNALS
 from m1cli.console import console
 from m1cli.errors import show
 
@@ -103,7 +104,7 @@ def run_ranks(arguments: list[str], world: int, run_dir: Path) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         for rank in range(world):
             # A session of its own: Ctrl-C reaches a rank once, through this launcher, and a rank's children end with it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 EXIT_CONFIG = 2
 EXIT_ENVIRONMENT = 3
 EXIT_DATA = 4
+EXIT_IN_USE = 8
 
 
 class M1Error(Exception):
@@ -45,3 +46,9 @@ class DataError(M1Error):
     """Data is unreadable, broken or missing."""
 
     exit_code = EXIT_DATA
+
+
+class InUse(M1Error):
+    """Another command is at work in the same folder."""
+
+    exit_code = EXIT_IN_USE

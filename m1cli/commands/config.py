@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from rich.markup import escape
 
 from m1_data.spec import SourceSpec
+from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.config import PRESETS, STAGE_NAMES, Config, Resolved
 from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError
@@ -36,7 +37,7 @@ def init_command(folder: Path, preset: str) -> None:
     """Write ``folder/m1.toml``.
 
     Raises:
-        ConfigError: the preset is unknown, or the file exists already.
+        ConfigError: the preset is unknown, the file exists already, or nothing can be written there.
     """
     if preset not in PRESETS:
         hint = difflib.get_close_matches(preset, PRESETS, n=1)
@@ -45,10 +46,9 @@ def init_command(folder: Path, preset: str) -> None:
             fix=f"did you mean {hint[0]}?" if hint else f"choose one of {', '.join(PRESETS)}",
         )
     path = folder / "m1.toml"
-    if path.exists():
-        raise ConfigError(f"{path} exists already", fix="edit it, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(template(preset), encoding="utf-8")
+    fix = "edit it, or choose another folder"
+    refuse_to_overwrite(path, what="the new m1.toml (FOLDER)", is_ours=lambda text: False, fix=fix)
+    write_whole(path, template(preset))
     load_config(path)
     console.print(f"wrote [bold]{escape(str(path))}[/] (preset {preset})")
     console.print(

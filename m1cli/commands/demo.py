@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 from rich.markup import escape
 
+from m1_data.storage.ownership import refuse_to_replace
 from m1_stages.run_dir import EXPORT_PREFIX, REPORT
 from m1cli.console import console
 
@@ -20,10 +21,11 @@ PROMPTS = ("def add(self, other):", "What is (12 + 30) * 2?", "import os\n")
 
 def demo_command(folder: Path) -> None:
     """Write the demo's configuration and text, then run every command on it; a second run continues."""
-    from m1cli.demo_corpus import write_demo
+    from m1cli.demo_corpus import CONFIG, write_demo
 
     began = time.perf_counter()
-    if not (folder / "m1.toml").exists():
+    _refuse_foreign(folder)
+    if _configuration(folder) in ("", CONFIG):  # none, or what an interrupted start began with
         console.print(f"collecting text from this machine's Python installation into {escape(str(folder))}/")
         write_demo(folder)
     for arguments in (
@@ -40,6 +42,29 @@ def demo_command(folder: Path) -> None:
     console.print(f"\n[bold green]end-to-end run finished in {time.perf_counter() - began:.0f} s[/]")
     console.print(f"  report  {escape(str(folder / 'run' / REPORT))}", soft_wrap=True)
     console.print(f"  model   {escape(str(folder / 'run' / f'{EXPORT_PREFIX}sft'))}", soft_wrap=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier demo.
+
+    Raises:
+        ConfigError: nothing was written.
+    """
+    fix = "give another --dir"
+    refuse_to_replace(
+        folder, what="the folder of the demo (--dir)", marked=bool(_configuration(folder)), ours=("*",), fix=fix
+    )
+
+
+def _configuration(folder: Path) -> str:
+    """The demo's configuration in ``folder``; empty when there is none, or one of somebody else's."""
+    from m1cli.demo_corpus import CONFIG
+
+    try:
+        text = (folder / "m1.toml").read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
+        return ""
+    return text if text.startswith(CONFIG.splitlines()[0]) else ""
 
 
 def _run(folder: Path, arguments: list[str]) -> None:

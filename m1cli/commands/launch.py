@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
 from m1_stages.errors import EXIT_PREEMPTED, ConfigError
@@ -74,9 +75,9 @@ def slurm_command(
         srun=_srun(command, resolved, container),
         saved=EXIT_PREEMPTED,
     )
-    if out.exists() and out.read_text(encoding="utf-8") != script:
-        raise ConfigError("there is another file of this name", where=str(out), fix="remove it, or give another --out")
-    out.write_text(script, encoding="utf-8")
+    fix = "remove it, or give another --out"
+    refuse_to_overwrite(out, what="the script (--out)", is_ours=lambda text: text == script, fix=fix)
+    write_whole(out, script)
     console.print(f"wrote [bold]{escape(str(out))}[/]: {nodes} x {gpus_per_node} = {nodes * gpus_per_node} ranks; "
                   f"saves {save_before_s} s before the time limit and requeues itself", soft_wrap=True)  # fmt: skip
     console.print(f"submit it with:  sbatch {escape(shlex.quote(str(out)))}", soft_wrap=True)

@@ -7,17 +7,20 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import typer
 
+from m1_data.storage.lock import lock_of, reading, refuse_while_written
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.errors import ConfigError, EnvironmentProblem, RankLost
 from m1_stages.events import Sink
-from m1_stages.run_dir import TENSORBOARD
+from m1_stages.run_dir import LOCK, TENSORBOARD, refuse_foreign_run_dir
 from m1_stages.runtime.watchdog import Watchdog
+from m1cli.console import is_rank_0
 from m1cli.display import TrainingDisplay
 from m1cli.errors import show
 from m1cli.launch import LAUNCHER, adopt_slurm, die_with_launcher, is_worker, num_processes, run_ranks
@@ -74,6 +77,9 @@ def _start(resolved: Resolved, train: Callable[[list[Sink]], None]) -> None:
     deadline_s = resolved.config.parallel.timeout_s
     if not deadline_s > 0:
         raise ConfigError(f"parallel.timeout_s is {deadline_s}", where="[parallel]", fix="give seconds above 0")
+    if is_rank_0:  # before torch is imported or a process started; the session takes the lock itself
+        refuse_foreign_run_dir(resolved.run_dir)
+        refuse_while_written(resolved.run_dir / LOCK, f"the run directory {resolved.run_dir}")
     if is_worker():
         adopt_slurm()
         die_with_launcher()
@@ -83,7 +89,7 @@ def _start(resolved: Resolved, train: Callable[[list[Sink]], None]) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\..*")  # about Transformer Engine and Apex, which we do without
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # Megatron's old calls
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    with TrainingDisplay() as display:
+    with _reading_data(resolved), TrainingDisplay() as display:
 
         def abandon(error: RankLost) -> None:
             display.__exit__()  # the process is about to leave without unwinding: give the terminal back
@@ -101,6 +107,12 @@ def _start(resolved: Resolved, train: Callable[[list[Sink]], None]) -> None:
                 if LAUNCHER in os.environ:  # it knows which process died and with what, and ends this one
                     time.sleep(_LAUNCHER_ENDS_US_S)
                 raise watchdog.verdict("the connection to another rank broke") from error
+
+
+def _reading_data(resolved: Resolved) -> AbstractContextManager[None]:
+    """Keep the prepared data from being replaced while a run reads it; its first rank does so for all."""
+    data_dir = resolved.path(resolved.config.data.out)
+    return reading(lock_of(data_dir), f"the prepared data {data_dir}") if is_rank_0 else nullcontext()
 
 
 def _lost_connection(error: RuntimeError) -> bool:
@@ -126,6 +138,7 @@ def _tensorboard(resolved: Resolved) -> Sink:
         if isinstance(event, StepDone):
             for name in ("loss", "aux_loss", "grad_norm", "lr", "tokens_per_s", "ramp_progress"):
                 writer.add_scalar(f"train/{name}", getattr(event, name), event.global_step)
-            writer.flush()
+            with suppress(OSError):  # a full disk: metrics.jsonl is the truth
+                writer.flush()
 
     return sink

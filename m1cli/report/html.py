@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from m1_data.storage.manifest import load_manifest
+from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.errors import DataError, EnvironmentProblem
 from m1cli.report.read import History, Record, read_history
 
@@ -25,15 +26,22 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 500; } code { font-size: .85em; }
 """
+_BEGINNING = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    "<title>m1 run "
+)
+"""How every report of ours begins: a file that does not is not overwritten."""
 
 
 def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
     """Write the page about ``run_dir`` to ``out``. The page needs no network and no other file.
 
     Raises:
+        ConfigError: ``out`` is there, and is no report of ours.
         DataError: the run has no events.
         EnvironmentProblem: plotly is not installed.
     """
+    refuse_to_overwrite(out, what="the report (--out)", is_ours=_is_report, fix="give another --out")
     history = read_history(run_dir)
     try:
         from m1cli.report import figures
@@ -75,14 +83,14 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         _events(history),
     ]
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>m1 run {escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
+        f"{_BEGINNING}{escape(run_dir.name)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>"
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(out)
+    write_whole(out, page)
     return out
+
+
+def _is_report(text: str) -> bool:
+    return text.startswith(_BEGINNING)
 
 
 def _long_range(history: History) -> list[str]:

@@ -12,6 +12,7 @@ from m1_stages.run_dir import METRICS
 _LISTED = (
     "CheckpointRejected",
     "SaveFailed",
+    "EventsDelayed",
     "GateForced",
     "GuardNoticed",
     "StepRepeated",

@@ -6,9 +6,11 @@ from m1_data.errors import (
     EXIT_CONFIG,
     EXIT_DATA,
     EXIT_ENVIRONMENT,
+    EXIT_IN_USE,
     ConfigError,
     DataError,
     EnvironmentProblem,
+    InUse,
     M1Error,
 )
 
@@ -22,6 +24,7 @@ __all__ = [
     "EXIT_CONFIG",
     "EXIT_DATA",
     "EXIT_ENVIRONMENT",
+    "EXIT_IN_USE",
     "EXIT_LOST",
     "EXIT_NUMERIC",
     "EXIT_PREEMPTED",
@@ -29,6 +32,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EnvironmentProblem",
+    "InUse",
     "M1Error",
     "NumericStop",
     "Preempted",

@@ -1,17 +1,15 @@
 """What a run reports. Rank 0 sends each event to its sinks; ``metrics.jsonl`` is the truth.
 
-The file holds one JSON object a line: ``{"event": "StepDone", "time": <unix seconds>, ...fields}``. ``JsonLines`` writes it,
-and ``read_events`` is the one reader, which also knows the names that fields had before.
+The file holds one JSON object a line: ``{"event": "StepDone", "time": <unix seconds>, ...fields}``. ``metrics_file.JsonLines``
+writes it, and ``read_events`` is the one reader, which also knows the names that fields had before.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
@@ -223,6 +221,14 @@ class SaveFailed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EventsDelayed:
+    """Events cannot be written now; they wait in memory and are written, in order, as soon as they can be."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageFinished:
     """A stage's last step is done and its checkpoint committed."""
 
@@ -323,6 +329,7 @@ Event = (
     | CheckpointSaved
     | CheckpointRejected
     | SaveFailed
+    | EventsDelayed
     | StageFinished
     | StageEvaluated
     | GateForced
@@ -340,24 +347,6 @@ _RENAMED_FIELDS = {
     "StragglerNoticed": {"usual": "median"},
 }
 """Old to new names, by the new name of the event: files of runs from before a renaming stay readable."""
-
-
-class JsonLines:
-    """Sink that appends to ``metrics.jsonl``; every line is flushed, so a killed run keeps what it reported."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
-        self._file: IO[bytes] = path.open("ab")
-
-    def __call__(self, event: Event) -> None:
-        record = {"event": type(event).__name__, "time": time.time(), **dataclasses.asdict(event)}
-        self._file.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
@@ -389,10 +378,3 @@ def _with_present_names(record: Record) -> Record:
     name = _RENAMED_EVENTS.get(name, name)
     fields = _RENAMED_FIELDS.get(name, {})
     return {fields.get(key, key): value for key, value in record.items()} | {"event": name}
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Drop what a killed run left of its last line, so that the next event starts a line of its own."""
-    if path.exists() and not (data := path.read_bytes()).endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)

@@ -35,7 +35,9 @@ class Job:
         self.stuck: list[str] = []
         self.events: list[Any] = []
         self.store = CheckpointStore(root, deadline_s=deadline_s, on_stuck=self.stuck.append)
-        self.checkpointer = StepsOnly(self.store, emit=self.events.append, background=background, max_failed=3)
+        self.checkpointer = StepsOnly(
+            self.store, emit=self.events.append, background=background, max_failed=3, patience_s=0.0
+        )
 
     def save(self, *steps: int) -> None:
         for step in steps:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from m1_stages.errors import DataError
-from m1_stages.events import JsonLines, StragglerNoticed, read_events
+from m1_stages.events import StragglerNoticed, read_events
+from m1_stages.metrics_file import JsonLines
 from m1_stages.training.rollback import RollbackRecord, _read
 from m1_stages.training.train_state import TrainState
 

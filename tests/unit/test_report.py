@@ -15,7 +15,6 @@ from m1_stages.errors import DataError
 from m1_stages.events import (
     GateForced,
     GuardNoticed,
-    JsonLines,
     NeedleMap,
     PositionLoss,
     RunStarted,
@@ -25,6 +24,7 @@ from m1_stages.events import (
     StepDone,
     StepRepeated,
 )
+from m1_stages.metrics_file import JsonLines
 from m1cli.evaluation import evaluation_view
 from m1cli.report.figures import needle_maps, position_losses
 from m1cli.report.html import write_report

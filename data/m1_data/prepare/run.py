@@ -38,6 +38,7 @@ from m1_data.prepare.shards import ShardTarget, bucket_and_write
 from m1_data.prepare.tally import Progress, Tally
 from m1_data.prepare.work_folder import WorkFolder, refuse_foreign_folders
 from m1_data.spec import BUCKET_EDGES_TOKENS, PrepareSpec, StageMix, TokenizerSpec
+from m1_data.storage.lock import lock_of, writing
 from m1_data.storage.manifest import Manifest
 from m1_data.tokenizer import save_tokenizer
 
@@ -67,6 +68,7 @@ def prepare(
     Raises:
         ConfigError: ``spec.out`` holds what m1 did not write, or a source lies inside it.
         DataError: no sources, no usable documents, broken files, too many unusable records, a wrong tokenizer.
+        InUse: another preparation works there, or a run reads the data that would be replaced.
         EnvironmentProblem: an engine or library that is not installed.
         OSError: the disk is full or failing.
     """
@@ -82,7 +84,31 @@ def prepare(
     if (up_to_date := find_up_to_date(out, inputs, notice)) is not None:
         return up_to_date, False
     refuse_foreign_folders(out, spec.sources, base_dir)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(lock_of(out), f"the data folder {out}"):
+        return _prepare_anew(
+            spec,
+            tokenizer_spec,
+            mixes,
+            out=out,
+            fingerprint=fingerprint,
+            base_dir=base_dir,
+            length_scale=length_scale,
+            progress=progress,
+        ), True
 
+
+def _prepare_anew(
+    spec: PrepareSpec,
+    tokenizer_spec: TokenizerSpec,
+    mixes: Sequence[tuple[StageMix, int]],
+    *,
+    out: Path,
+    fingerprint: str,
+    base_dir: Path,
+    length_scale: float,
+    progress: Progress,
+) -> Manifest:
     work = WorkFolder(out, fingerprint)
     tokenizer = load_or_train_tokenizer(
         tokenizer_spec, spec.sources, base_dir=base_dir, trained=work.trained_tokenizer, progress=progress
@@ -132,4 +158,4 @@ def prepare(
     )
     work.publish(manifest)
     progress("done", "", sum(s.documents for s in manifest.sources), sum(s.utf8_bytes for s in manifest.sources))
-    return manifest, True
+    return manifest

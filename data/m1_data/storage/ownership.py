@@ -1,15 +1,16 @@
-"""Which folders may be replaced or removed: only those that carry our own mark and hold nothing else.
+"""Which files and folders may be written, replaced or removed: new ones, and those that carry our own mark.
 
 Ask before the first byte is written. What belongs to somebody else is refused, never moved out of the way.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -69,6 +70,68 @@ def why_not_a_name(name: str) -> str | None:
     return f"it is longer than {_MOST_CHARACTERS} characters" if len(name) > _MOST_CHARACTERS else None
 
 
+def refuse_unusable(path: Path, *, what: str, fix: str) -> None:
+    """Refuse a path at which nothing can be created, whether there is something or not.
+
+    Raises:
+        ConfigError: it has a control character, a part is too long, or it leads through something that is no folder.
+    """
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", str(path)):
+        raise ConfigError(f"{what} has characters that no path should have", where=repr(str(path)), fix=fix)
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # NotADirectoryError: a file on the way; a name that is too long
+        raise ConfigError(f"{what} cannot be used: {error.strerror}", where=str(path), fix=fix) from error
+
+
+def refuse_to_overwrite(path: Path, *, what: str, is_ours: Callable[[str], bool], fix: str) -> None:
+    """Refuse to write the file ``path`` unless there is none, or one of ours.
+
+    Args:
+        what: names the file in the message, as in "the report (--out)".
+        is_ours: whether a file with this text was written by us.
+        fix: one change that works.
+
+    Raises:
+        ConfigError: a folder, a link or a file of somebody else's is there, or nothing can be; nothing was written.
+    """
+    refuse_unusable(path, what=what, fix=fix)
+    try:
+        if not os.path.lexists(path):
+            return
+        if path.is_symlink() or not path.is_file():
+            kind = "a link" if path.is_symlink() else "a folder" if path.is_dir() else "not a file"
+            raise ConfigError(f"{what} is {kind}, and is not replaced", where=str(path), fix=fix)
+        ours = is_ours(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise ConfigError(f"{what} cannot be used: {error.strerror}", where=str(path), fix=fix) from error
+    if not ours:
+        raise ConfigError(
+            f"{what}: there is another file of this name, and it is not replaced", where=str(path), fix=fix
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all, creating its folder; no other name in that folder is touched.
+
+    Raises:
+        OSError: the disk is full or failing; ``path`` keeps its old content.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_siblings(path)
+    temporary = temporary_sibling(path)
+    try:
+        with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def refuse_to_replace(folder: Path, *, what: str, marked: bool, ours: Iterable[str], fix: str) -> None:
     """Refuse to replace ``folder`` unless it is missing, empty, or marked and made of our own entries alone.
 
@@ -81,6 +144,7 @@ def refuse_to_replace(folder: Path, *, what: str, marked: bool, ours: Iterable[s
     Raises:
         ConfigError: the folder, a file or a link there belongs to somebody else; nothing was written.
     """
+    refuse_unusable(folder, what=what, fix=fix)
     try:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             kind = "a link" if folder.is_symlink() else "not a folder"

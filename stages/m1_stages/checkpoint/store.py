@@ -8,7 +8,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,7 @@ from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_
 
 LATEST = "LATEST"
 _STEP = re.compile(r"step_(\d{8,})$")
+_LEFT_BEHIND = re.compile(r"step_\d{8,}\.tmp-([0-9a-f]{8}|removed)$")
 _LOOK_S = 0.2
 """Seconds between two looks at a writer that is waited for."""
 
@@ -57,6 +58,7 @@ class CheckpointStore:
     Args:
         keep_last: unfinished-stage checkpoints kept; the final ones of each stage are kept for ever.
         deadline_s: seconds without progress after which the writer of a checkpoint is abandoned as stuck.
+        before_writing: called on rank 0 before a save begins and before it is committed; what it raises fails the save.
         on_rejected: called with every checkpoint that fails verification.
         on_waiting: called again and again while the store waits for a save.
         on_stuck: called on every rank with the reason when a writer makes no progress, before the save is abandoned.
@@ -71,6 +73,7 @@ class CheckpointStore:
         *,
         keep_last: int = 2,
         deadline_s: float = 1800.0,
+        before_writing: Callable[[], None] = lambda: None,
         on_rejected: OnRejected = lambda path, reason, moved: None,
         on_waiting: Callable[[], None] = lambda: None,
         on_stuck: Callable[[str], object] = lambda reason: None,
@@ -80,6 +83,7 @@ class CheckpointStore:
         except ImportError as error:
             raise EnvironmentProblem("checkpoints need psutil", fix="pip install psutil") from error
         self.root, self._keep_last, self._deadline_s = root, max(2, keep_last), deadline_s
+        self._before_writing = before_writing
         self._on_rejected, self._on_waiting, self._on_stuck = on_rejected, on_waiting, on_stuck
         self._saving: _Save | None = None
         self._abandoned: list[Writer] = []
@@ -138,10 +142,14 @@ class CheckpointStore:
         with self._failing(temporary, final):
             run_together(self._refuse_while_stuck)
             self.sweep()
-            run_together(lambda: temporary.mkdir(parents=True) if rank() == 0 else None)
+            run_together(lambda: self._make(temporary) if rank() == 0 else None)
             snapshot = _planned(sharded_state_dict, temporary)
             run_together(snapshot.copy)
             self._saving = _Save(snapshot, Writer(snapshot.write, deadline_s=self._deadline_s), meta, temporary, final)
+
+    def _make(self, temporary: Path) -> None:
+        self._before_writing()
+        temporary.mkdir(parents=True)
 
     def poll(self, *, wait: bool = False) -> Path | None:
         """Commit the checkpoint that is being written if all ranks have written it, and say where it is.
@@ -287,9 +295,14 @@ class CheckpointStore:
             flush(temporary / name)
             files[name] = (temporary / name).stat().st_size, sha256_of(temporary / name)
         write_atomically(temporary / MANIFEST, manifest_text(save.meta, files))
+        self._before_writing()
         temporary.rename(save.final)
         flush(self.root)
-        write_atomically(self.root / LATEST, f"{save.final.name}\n")
+        self._name_latest(save.final)
+
+    def _name_latest(self, path: Path) -> None:
+        with suppress(OSError):  # a full disk: ``LATEST`` is there for people, and the next save corrects it
+            write_atomically(self.root / LATEST, f"{path.name}\n")
 
     def _retain(self) -> None:
         """Remove old checkpoints, as long as two newer ones are known to be good."""
@@ -305,10 +318,11 @@ class CheckpointStore:
                 shutil.rmtree(removed, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove what interrupted saves and removals left behind; not while another process saves here."""
+        """Remove what interrupted saves and removals left behind; only the command that holds the run's lock may call it."""
         if rank() == 0 and self.root.is_dir():
-            for path in self.root.glob("step_*.tmp-*"):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in self.root.iterdir():
+                if _LEFT_BEHIND.match(path.name):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def rename_newer(self, committed: Committed, stage: str) -> None:
         """Rename the checkpoints of ``stage`` after ``committed``: training diverges from it. Every rank calls it."""

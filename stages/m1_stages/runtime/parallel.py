@@ -45,6 +45,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
+def global_rank() -> int:
+    """Index of this process in the run, as torchrun or the launcher says; 0 alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
     """Initialise ``torch.distributed`` (from RANK/WORLD_SIZE, or alone) and Megatron-Core's groups.
 
@@ -52,7 +57,7 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
         ConfigError: the number of processes is not a multiple of what the parallel sizes need, or gloo cannot do it.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
+    rank = global_rank()
     model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
     for what, needed in (

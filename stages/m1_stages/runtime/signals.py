@@ -1,4 +1,4 @@
-"""Stop requests: the first SIGTERM, SIGINT or SIGUSR1 asks for a save, a second one leaves at once.
+"""Stop requests: the first signal of ``STOP_SIGNALS`` asks for a save, a second one leaves at once.
 
 One request often arrives twice: terminals, ``timeout`` and batch systems signal the process and its group. So a second one
 counts only after ``_SAME_REQUEST_S``.
@@ -9,17 +9,26 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""A person, a batch system that needs the machine, or a terminal that is gone asks the run to stop."""
 _SAME_REQUEST_S = 1.0
 
 
 class StopRequest:
-    """Context manager that catches the signals; ``received`` names the first one, or is empty."""
+    """Context manager that catches the signals; ``received`` names the first one, or is empty.
 
-    def __init__(self) -> None:
+    Args:
+        on_first: called with the name of the first one, in the main thread, wherever it is; it may raise.
+    """
+
+    def __init__(
+        self, signals: Sequence[signal.Signals] = STOP_SIGNALS, on_first: Callable[[str], None] = lambda name: None
+    ) -> None:
         self.received = ""
+        self._signals, self._on_first = signals, on_first
         self._received_at = 0.0
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
@@ -28,7 +37,9 @@ class StopRequest:
         return bool(self.received)
 
     def __enter__(self) -> StopRequest:
-        for number in _SIGNALS:
+        for number in self._signals:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the command shall outlive its terminal
             self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -39,5 +50,6 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._received_at = signal.Signals(number).name, time.monotonic()
+            self._on_first(self.received)
         elif time.monotonic() - self._received_at > _SAME_REQUEST_S:
             os._exit(128 + number)

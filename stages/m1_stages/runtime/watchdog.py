@@ -123,8 +123,9 @@ class Watchdog:
         if self._stacks is None:
             return ""
         title = f"rank {self._rank}, process {os.getpid()} on {self._host}, step {self._step} ({self._phase}), {reason}"
-        self._stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n".encode())
-        faulthandler.dump_traceback(self._stacks)
+        with suppress(OSError):  # a full disk must not keep the process from leaving
+            self._stacks.write(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')} {title}\n".encode())
+            faulthandler.dump_traceback(self._stacks)
         return str(self._stack_path())
 
     def verdict(self, what: str) -> RankLost:

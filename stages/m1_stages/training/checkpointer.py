@@ -1,7 +1,8 @@
 """Decides what a run's checkpoints hold and when they are written, and restores one.
 
 Periodic checkpoints are written beside training (in the background, by default on a GPU) or while the loop waits; final ones
-while it waits. After ``run.max_failed_saves`` consecutive failures of periodic ones the run ends.
+while it waits. A disk that is full for a while costs messages: the run ends when ``run.max_failed_saves`` consecutive saves have
+failed and the first of them is ``SAVE_PATIENCE_S`` seconds ago.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
+from m1_stages.runtime.collectives import from_rank_0
 from m1_stages.runtime.ddp import TrainableModel
 from m1_stages.runtime.optimizer import Optimizer
 from m1_stages.runtime.parallel import Topology
-from m1_stages.runtime.watchdog import heartbeat
+from m1_stages.runtime.watchdog import heartbeat, report_progress
 from m1_stages.training.train_state import TrainState
 
 if TYPE_CHECKING:
     from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
 
+SAVE_PATIENCE_S = 60.0
+_RETRY_S = 5.0
+"""Seconds after which a checkpoint that must be written is tried again."""
 _SHARDING = {
     "non_homogeneous_layers": True,
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -56,7 +61,8 @@ class Checkpointer:
         resolved: the configuration, which checkpoints name.
         emit: where events go.
         background: training goes on while a periodic checkpoint is written.
-        max_failed: the run ends when this many consecutive periodic checkpoints could not be written.
+        max_failed: the run ends when this many consecutive checkpoints could not be written,
+        patience_s: and this many seconds have passed since the first of them.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class Checkpointer:
         emit: Sink,
         background: bool,
         max_failed: int,
+        patience_s: float = SAVE_PATIENCE_S,
     ) -> None:
         self.store = store
         self.forced_gates: list[dict[str, Any]] = []
@@ -80,6 +87,7 @@ class Checkpointer:
         self._model, self._trainable, self._optimizer = model, trainable, optimizer
         self._topology, self._resolved, self._emit = topology, resolved, emit
         self._background, self._max_failed, self._failed = background, max_failed, 0
+        self._patience_s, self._failing_since = patience_s, 0.0
         self._save: _Save | None = None
 
     def save(self, state: TrainState) -> None:
@@ -96,15 +104,21 @@ class Checkpointer:
             self.finish_save()
 
     def save_now(self, state: TrainState, *, stage_final: bool) -> str:
-        """Commit a checkpoint of this moment and wait for it; returns its path.
+        """Commit a checkpoint of this moment, trying again while it fails, and wait for it; returns its path.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: too many consecutive ones could not be written.
         """
         heartbeat("save", state.global_step)
         self.finish_save()
-        self._begin(state, stage_final=stage_final)
-        return self._commit(wait=True)
+        while True:
+            with self._failures_counted(state.global_step):
+                self._begin(state, stage_final=stage_final)
+                return self._commit(wait=True)
+            retry_at = time.monotonic() + min(_RETRY_S, self._patience_s)
+            while time.monotonic() < retry_at:
+                report_progress()
+                time.sleep(0.2)
 
     def poll(self) -> None:
         """At every step boundary: commit what has been written meanwhile. It costs nothing while nothing is being written.
@@ -190,9 +204,12 @@ class Checkpointer:
         try:
             yield
         except CheckpointError as error:
+            now = time.monotonic()
+            self._failing_since = self._failing_since if self._failed else now
             self._failed += 1
             self._emit(SaveFailed(step=step, reason=str(error)))
-            if self._failed >= self._max_failed:
+            lasting = now - self._failing_since >= self._patience_s
+            if from_rank_0(lasting and self._failed >= self._max_failed):
                 raise CheckpointError(
                     f"{self._failed} consecutive checkpoints could not be written, the last one because {error.what}",
                     where=error.where,

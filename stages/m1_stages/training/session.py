@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from m1_data.storage.lock import writing
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config import Resolved
-from m1_stages.errors import CheckpointError, ConfigError, M1Error, NumericStop
-from m1_stages.events import CheckpointRejected, Event, JsonLines, RunStarted, RunStopped, Sink
+from m1_stages.errors import CheckpointError, ConfigError, InUse, M1Error, NumericStop
+from m1_stages.events import CheckpointRejected, Event, EventsDelayed, RunStarted, RunStopped, Sink
+from m1_stages.metrics_file import JsonLines
 from m1_stages.plan.shapes import count_parameters
-from m1_stages.run_dir import CHECKPOINTS, METRICS, ROLLBACKS
+from m1_stages.run_dir import CHECKPOINTS, LOCK, METRICS, ROLLBACKS, refuse_foreign_run_dir
 from m1_stages.runtime import device as device_module
 from m1_stages.runtime import parallel
 from m1_stages.runtime.collectives import barrier
@@ -30,10 +32,15 @@ from m1_stages.runtime.watchdog import SLOW_PHASE_FACTOR, dump_stacks, report_pr
 from m1_stages.training.checkpointer import Checkpointer
 from m1_stages.training.run import Run
 
+RequireHeld = Callable[[], None]
+"""Raises ``InUse`` when the lock of the run directory was lost, so that nothing is written there any more."""
+
 
 @contextmanager
 def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float, fresh: bool) -> Iterator[Run]:
-    """Start the process group, build model, optimizer and checkpointer, catch signals; report how the run ended.
+    """Lock the run directory, start the process group, build model, optimizer and checkpointer, catch signals.
+
+    Nothing is written before the lock is held; how the run ended is reported.
 
     Args:
         sinks: where rank 0 sends its events, besides ``metrics.jsonl``.
@@ -41,20 +48,50 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
         fresh: rename existing checkpoints, metrics and roll backs, and start over.
 
     Raises:
+        InUse: another command writes to the run directory.
         M1Error: what the body raises; it is reported before it passes through.
     """
+    device = device_module.use(resolved.config.run.device, local_rank=parallel.local_rank())
+    with (
+        _locked(resolved.run_dir, is_writer=parallel.global_rank() == 0) as require_held,
+        _locked_session(resolved, device, sinks, require_held, rope_base=rope_base, fresh=fresh) as run,
+    ):
+        yield run
+
+
+@contextmanager
+def _locked(run_dir: Path, *, is_writer: bool) -> Iterator[RequireHeld]:
+    """Hold the lock of the run directory on the rank that writes there; the other ranks belong to the same run."""
+    if not is_writer:
+        yield lambda: None
+        return
+    refuse_foreign_run_dir(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with writing(run_dir / LOCK, f"the run directory {run_dir}") as lock:
+        yield lock.require_held
+
+
+@contextmanager
+def _locked_session(
+    resolved: Resolved,
+    device: device_module.Device,
+    sinks: Sequence[Sink],
+    require_held: RequireHeld,
+    *,
+    rope_base: float,
+    fresh: bool,
+) -> Iterator[Run]:
     config = resolved.config
-    device = device_module.use(config.run.device, local_rank=parallel.local_rank())
     topology = parallel.start(config.parallel, device=device, seed=config.run.seed)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // topology.local_world))
-    if topology.rank == 0:
-        _prepare_run_dir(resolved.run_dir, fresh=fresh)
+    if topology.rank == 0 and fresh:
+        _put_aside(resolved.run_dir)
     barrier()
-    emit, close = _emitter(resolved.run_dir, sinks, rank=topology.rank)
+    emit, close = _emitter(resolved.run_dir, sinks, require_held, rank=topology.rank)
     stop = StopRequest()
     try:
         with stop:
-            run = _build(resolved, device, topology, emit, stop, rope_base=rope_base)
+            run = _build(resolved, device, topology, emit, stop, require_held, rope_base=rope_base)
             run.checkpointer.store.sweep()
             emit(_run_started(resolved, run))
             try:
@@ -64,11 +101,14 @@ def open_session(resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float,
                     run.checkpointer.finish_save()
                 raise
             emit(RunStopped(reason="done", exit_code=0))
+        close()
     except M1Error as error:
-        emit(RunStopped(reason=str(error), exit_code=error.exit_code))
+        with suppress(InUse, CheckpointError):  # the first error says what went wrong
+            emit(RunStopped(reason=str(error), exit_code=error.exit_code))
         raise
     finally:
-        close()
+        with suppress(CheckpointError):
+            close(patience_s=0.0)
         parallel.stop()
 
 
@@ -78,6 +118,7 @@ def _build(
     topology: parallel.Topology,
     emit: Sink,
     stop: StopRequest,
+    require_held: RequireHeld,
     *,
     rope_base: float,
 ) -> Run:
@@ -103,6 +144,7 @@ def _build(
         resolved.run_dir / CHECKPOINTS,
         keep_last=config.run.keep_last,
         deadline_s=SLOW_PHASE_FACTOR * config.parallel.timeout_s,
+        before_writing=require_held,
         on_waiting=report_progress,
         on_stuck=dump_stacks,
         on_rejected=lambda path, reason, moved: emit(
@@ -138,23 +180,24 @@ def _build(
     )
 
 
-def _prepare_run_dir(run_dir: Path, *, fresh: bool) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if not fresh:
-        return
+def _put_aside(run_dir: Path) -> None:
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     for name in (CHECKPOINTS, METRICS, ROLLBACKS):
         if (run_dir / name).exists():
             (run_dir / name).rename(run_dir / f"{name}.before-{stamp}")
 
 
-def _emitter(run_dir: Path, sinks: Sequence[Sink], *, rank: int) -> tuple[Sink, Callable[[], None]]:
+def _emitter(
+    run_dir: Path, sinks: Sequence[Sink], require_held: RequireHeld, *, rank: int
+) -> tuple[Sink, Callable[..., None]]:
     """Return the function that reports an event and the function that closes the file; ranks other than 0 stay silent."""
     if rank != 0:
-        return (lambda event: None), (lambda: None)
-    lines = JsonLines(run_dir / METRICS)
+        return (lambda event: None), (lambda **patience: None)
+    path = run_dir / METRICS
+    lines = JsonLines(path, lambda reason: emit(EventsDelayed(path=str(path), reason=reason)))
 
     def emit(event: Event) -> None:
+        require_held()
         lines(event)
         for sink in sinks:
             sink(event)
