@@ -23,6 +23,7 @@ from support.exporting import (
     write,
 )
 from torch import Tensor
+from typer.testing import CliRunner, Result
 
 from m1_stages.checkpoint import Committed
 from m1_stages.config import Resolved
@@ -33,6 +34,7 @@ from m1_stages.hf.read_back import compare_files
 from m1_stages.hf.tokenizer_files import TokenizerFiles
 from m1_stages.hf.verify import compare_tokenizer
 from m1_stages.jobs.export import Export, checkpoint_of, stored_dtype
+from m1cli.app import app
 
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.2.block_sparse_moe.experts.{}.w2.weight"
@@ -269,6 +271,29 @@ def test_an_existing_export_is_verified_against_the_checkpoint_of_its_card(
     values("config.json", lambda v: v.update(dtype="float16"))(tmp_path / "hf")
     with pytest.raises(CheckpointError, match="dtype is 'float16'"):
         stored_dtype(tmp_path / "hf")
+
+
+def test_the_command_verifies_an_existing_export_and_writes_nothing(
+    finished: tuple[Resolved, Committed], tmp_path: Path
+) -> None:
+    resolved, committed = finished
+    Export(resolved, committed).write(tmp_path / "hf", overwrite=False)
+
+    def run() -> Result:
+        before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+        config = str(resolved.base_dir / "m1.toml")
+        done = CliRunner().invoke(app, ["export", "-c", config, "--verify-only", str(tmp_path / "hf")])
+        assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files} == before
+        return done
+
+    files = [path for folder in (tmp_path, resolved.base_dir) for path in folder.rglob("*") if path.is_file()]
+    done = run()
+    assert done.exit_code == 0, done.output
+    assert "tensors read back equal the checkpoint's bit by bit" in " ".join(done.output.split())
+    element("model.embed_tokens.weight", (17, 3))(tmp_path / "hf")
+    done = run()
+    assert done.exit_code == 5, done.output
+    assert "model.embed_tokens.weight[17, 3]" in done.output
 
 
 def test_a_chat_template_that_is_no_text_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:

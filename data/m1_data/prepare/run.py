@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from m1_data.errors import DataError
 from m1_data.prepare.account import SourceRecord, account_for_source, build_manifest
@@ -91,6 +92,7 @@ def prepare(
             tokenizer_spec,
             mixes,
             out=out,
+            inputs=inputs,
             fingerprint=fingerprint,
             base_dir=base_dir,
             length_scale=length_scale,
@@ -104,6 +106,7 @@ def _prepare_anew(
     mixes: Sequence[tuple[StageMix, int]],
     *,
     out: Path,
+    inputs: dict[str, Any],
     fingerprint: str,
     base_dir: Path,
     length_scale: float,
