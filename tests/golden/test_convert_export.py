@@ -200,6 +200,23 @@ def test_files(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert "<beginning_of_sentence>" in (tmp_path / "hf" / "chat_template.jinja").read_text()
 
 
+def test_every_tensor_is_aligned(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Odd numbers of bf16 values come before fp32 decay buffers; readers map the files and view them in their dtype."""
+    model = dataclasses.replace(MODEL, hidden_size=47, vocab_size=299)
+    report = write(tmp_path / "hf", tokenizer_dir, model, relaxed(model), dtype="bf16", shard_bytes=1 << 40)
+    for name in report.files:
+        data = (tmp_path / "hf" / name).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        assert length % 8 == 0
+        assert len({entry["dtype"] for entry in header.values()}) == 1
+    assert len(report.files) == 2
+    assert torch.equal(
+        stored(tmp_path / "hf")["model.norm.weight"], weights(model)["decoder.final_layernorm.weight"].bfloat16()
+    )
+
+
 def test_the_vocabulary_padding_is_cut_off(tmp_path: Path, tokenizer_dir: Path) -> None:
     poisoned = weights(MODEL)
     assert poisoned["output_layer.weight"].shape[0] == 384
