@@ -255,8 +255,18 @@ def export(
     checkpoint: Annotated[Path | None, typer.Option(help="One checkpoint directory instead of a stage.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN_DIR/export-STAGE.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Load the export with transformers and compare logits.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Read every tensor and file back, load them with transformers, and compare with the checkpoint.",
+        ),
     ] = False,
+    verify_only: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="EXPORT", help="Verify this existing export, and write nothing; exit code 5 if it differs."
+        ),
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Generate from this text with transformers.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export.")] = False,
     debug: DebugOption = False,
@@ -271,6 +281,7 @@ def export(
             stage,
             out,
             verify=verify,
+            verify_only=verify_only,
             prompts=prompt or [],
             overwrite=overwrite,
             checkpoint=checkpoint,

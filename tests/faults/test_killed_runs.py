@@ -73,6 +73,7 @@ def killed_and_continued(
         assert [name for name in mine if not torch.equal(mine[name], weights[name])] == []
         kept = [read_manifest(path).meta for path in sorted((run_dir / "checkpoints").glob("step_????????"))]
         assert [meta.stage for meta in kept if meta.stage_final] == ["32k", "128k", "256k", "512k", "1m"]
+        assert list(kept[-1].extra["contexts"].values()) == [128, 512, 1024, 2048, 4096]
     return lost
 
 

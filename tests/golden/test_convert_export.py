@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
-from support.tiny_run import prepared_tokenizer
+from support.exporting import (
+    MODEL,
+    ROPE_BASE,
+    make_checkpoint,
+    make_tokenizer,
+    prepare_tokenizer,
+    relaxed,
+    stored,
+    weights,
+    write,
+)
 from torch import Tensor
 
 from m1_stages.checkpoint import Committed
@@ -22,41 +32,11 @@ from m1_stages.config.load import load_config
 from m1_stages.decay import Slopes, released_slopes
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource, MemorySource
-from m1_stages.hf.config_json import Lineage
-from m1_stages.hf.export import ExportReport, export
 from m1_stages.hf.tensor_names import from_released, our_shapes, to_released
 from m1_stages.hf.verify import generate, trained_logits, verify
 from m1_stages.jobs.export import Export, choose_checkpoint
 
-MODEL = ModelConfig(
-    hidden_size=48, num_layers=4, num_heads=4, head_dim=16, num_kv_heads=2, rotary_dim=16, num_experts=4,
-    expert_hidden_size=40, vocab_size=300, softmax_every=4,
-)  # fmt: skip
-ROPE_BASE = 5e4
 LENGTH = 600
-LINEAGE = Lineage(
-    checkpoint="step_00000010", checkpoint_sha256="ab" * 32, stages=("32k", "128k"), tokens_seen=12_345, global_step=10,
-    decay_policy="relax",
-)  # fmt: skip
-
-
-def weights(model: ModelConfig, seed: int = 3) -> dict[str, Tensor]:
-    """Random weights of a trained model's scale: every branch contributes, every norm weight differs from one."""
-    generator = torch.Generator().manual_seed(seed)
-    out = {}
-    for name, shape in our_shapes(model).items():
-        values = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            out[name] = 1 + 0.2 * values
-        elif "embedding" in name:
-            out[name] = values
-        else:
-            out[name] = values * shape[-1] ** -0.5
-    return out
-
-
-def relaxed(model: ModelConfig) -> Slopes:
-    return [[s * 1.7 for s in row] for row in released_slopes(model.num_layers, model.num_heads)]
 
 
 def oracle(model: ModelConfig, w: dict[str, Tensor], slopes: Slopes, tokens: Tensor) -> Tensor:
@@ -126,43 +106,12 @@ def oracle(model: ModelConfig, w: dict[str, Tensor], slopes: Slopes, tokens: Ten
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from m1_data.spec import TokenizerSpec
-    from m1_data.tokenizer import save_tokenizer, train_tokenizer
-
-    out = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(iter(["one two three four"] * 9), TokenizerSpec(vocab_size=280)), out)
-    return out
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="module")
 def tokens() -> Tensor:
     return torch.randint(0, MODEL.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(1))
-
-
-def write(
-    out: Path, tokenizer_dir: Path, model: ModelConfig = MODEL, slopes: Slopes | None = None, **kw
-) -> ExportReport:
-    arguments = {
-        "model": model,
-        "slopes": slopes or released_slopes(model.num_layers, model.num_heads),
-        "rope_base": ROPE_BASE,
-        "max_positions": 4096,
-        "tokenizer_dir": tokenizer_dir,
-        "dtype": "fp32",
-        "shard_bytes": 150_000,
-        "lineage": LINEAGE,
-    } | kw
-    source = arguments.pop("source", None) or MemorySource(weights(model))
-    return export(source, out, **arguments)
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    out = {}
-    for name, file in index.items():
-        with safe_open(folder / file, framework="pt") as handle:
-            out[name] = handle.get_tensor(name)
-    return out
 
 
 def test_names_round_trip_bit_exact() -> None:
@@ -251,6 +200,23 @@ def test_files(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert "<beginning_of_sentence>" in (tmp_path / "hf" / "chat_template.jinja").read_text()
 
 
+def test_every_tensor_is_aligned(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Odd numbers of bf16 values come before fp32 decay buffers; readers map the files and view them in their dtype."""
+    model = dataclasses.replace(MODEL, hidden_size=47, vocab_size=299)
+    report = write(tmp_path / "hf", tokenizer_dir, model, relaxed(model), dtype="bf16", shard_bytes=1 << 40)
+    for name in report.files:
+        data = (tmp_path / "hf" / name).read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        assert length % 8 == 0
+        assert len({entry["dtype"] for entry in header.values()}) == 1
+    assert len(report.files) == 2
+    assert torch.equal(
+        stored(tmp_path / "hf")["model.norm.weight"], weights(model)["decoder.final_layernorm.weight"].bfloat16()
+    )
+
+
 def test_the_vocabulary_padding_is_cut_off(tmp_path: Path, tokenizer_dir: Path) -> None:
     poisoned = weights(MODEL)
     assert poisoned["output_layer.weight"].shape[0] == 384
@@ -294,28 +260,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path, tokenizer_dir: Path) -> N
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Committed, dict[str, Tensor]]:
-    """A checkpoint as a run writes it, and the weights in it."""
-    from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
-    from m1_stages.config import ParallelConfig
-    from m1_stages.runtime import device, parallel
-
-    root = tmp_path_factory.mktemp("run") / "checkpoints"
-    parallel.start(ParallelConfig(), device=device.use("cpu"), seed=0)
-    try:
-        from m1_stages.model import build_model
-
-        built = build_model(MODEL, parallel=ParallelConfig(), rope_base=ROPE_BASE, seed=5)[0]
-        meta = CheckpointMeta(
-            stage="128k", stage_step=10, global_step=10, stage_final=True, config_sha256="c", data_fingerprint="d",
-            topology={}, decay={"policy": "fixed", "slopes": released_slopes(4, 4)},
-            extra={"tokens_seen": 12_345, "rope_base": 5e6, "model": dataclasses.asdict(MODEL)},
-        )  # fmt: skip
-        state = {"model": built.sharded_state_dict(metadata={"non_homogeneous_layers": True}), "train_state": {"x": 1}}
-        store = CheckpointStore(root)
-        store.save(state, meta)
-        return store.committed()[0], {name: p.detach().clone() for name, p in built.named_parameters()}
-    finally:
-        parallel.stop()
+    return make_checkpoint(tmp_path_factory.mktemp("run"))
 
 
 def test_a_checkpoint_is_read_tensor_by_tensor(committed: tuple[Committed, dict[str, Tensor]]) -> None:
@@ -338,12 +283,12 @@ def test_a_damaged_checkpoint_is_refused(committed: tuple[Committed, dict[str, T
 
 
 def test_choosing_and_exporting_a_checkpoint(
-    committed: tuple[Committed, dict[str, Tensor]], tokenizer_dir: Path, tmp_path: Path
+    committed: tuple[Committed, dict[str, Tensor]], tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "m1.toml"
     config.write_text(f'preset = "tiny"\n[run]\ndir = "{committed[0].path.parent.parent}"\n[export]\ndtype = "bf16"\n')
     resolved = load_config(config)
-    prepared_tokenizer(tokenizer_dir, resolved.path(resolved.config.data.out))
+    prepare_tokenizer(resolved.path(resolved.config.data.out), tokenizer_dir)
     for stage in (None, "128k"):
         assert choose_checkpoint(resolved, stage=stage, checkpoint=None).path == committed[0].path
     with pytest.raises(CheckpointError, match=r"stage 1m \(finished stages: 128k\)"):
@@ -356,19 +301,24 @@ def test_choosing_and_exporting_a_checkpoint(
     with pytest.raises(ConfigError, match="trained with another tokenizer"):
         Export(resolved, dataclasses.replace(chosen, meta=other))
     job = Export(resolved, chosen)
-    assert job.configuration_changed
-    assert job.lineage.stages == ("32k", "128k")
+    assert job.contents.lineage.stages == ("32k", "128k")
     report = job.write(tmp_path / "hf", overwrite=False)
     assert report.portable
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (written["rope_theta"], written["max_position_embeddings"]) == (5e6, 512)
-    seen = job.compare(tmp_path / "hf")
-    assert (seen.positions, seen.max_difference < 1e-5 < seen.largest_logit) == (600, True)
+    seen = job.verify(tmp_path / "hf")
+    assert (seen.tensors, seen.positions, seen.sentences) == (report.tensors, 600, 4)
+    assert seen.max_difference < 1e-5 < seen.largest_logit
 
-    slopes = [[s * 1.5 for s in row] for row in job.slopes]
-    job.slopes = slopes
+    def wrong(name: str, tensor: Tensor, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+        """A wrong conversion: what it writes, it also expects."""
+        for exported, value in to_released(name, tensor, model):
+            yield exported, value.flip(0) if exported == "lm_head.weight" else value
+
+    monkeypatch.setattr("m1_stages.hf.contents.to_exported", wrong)
+    job.write(tmp_path / "wrong", overwrite=False)
     with pytest.raises(CheckpointError, match="differ from the trained model's"):
-        job.compare(tmp_path / "hf")
+        job.verify(tmp_path / "wrong")
 
 
 def test_only_an_export_of_ours_is_overwritten(tmp_path: Path, tokenizer_dir: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import shutil
 from pathlib import Path
 
 from m1_data.prepare.run import prepare
-from m1_data.storage.manifest import MANIFEST, Manifest
+from m1_data.storage.manifest import Manifest
 from m1_stages.config.load import load_config
 
 CONFIG = """
@@ -86,16 +84,3 @@ def prepare_data(config: Path) -> Manifest:
         base_dir=resolved.base_dir,
         length_scale=resolved.config.curriculum.length_scale,
     )[0]
-
-
-def prepared_tokenizer(source: Path, data: Path) -> Path:
-    """A prepared folder ``data`` with the tokenizer of the folder ``source`` and no documents: enough to export."""
-    folder = Path(shutil.copytree(source, data / "tokenizer"))
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    manifest = Manifest(
-        fingerprint="", engine="tokenizers", vocab_size=400, eod_id=0, eod_token="", tokenizer_sha256=hashes["tokenizer.json"],
-        tokenizer_files=hashes, length_scale=1.0, bucket_edges_tokens=(), sources=(), shards=(), tokens_by_domain={},
-        tokens_by_bucket={}, documents_by_bucket={}, core_share=0.0, mixes={},
-    )  # fmt: skip
-    (data / MANIFEST).write_text(manifest.to_json())
-    return folder

@@ -94,6 +94,8 @@ def test_config_show_names_the_origin(tmp_path: Path) -> None:
         (["report"], 'preset = "tiny"', 4, ["this run has reported nothing yet"]),
         (["sft"], 'preset = "tiny"', 4, ["there is no prepared data"]),
         (["export"], 'preset = "tiny"', 5, ["there is no final checkpoint"]),
+        (["export", "--verify-only", "nowhere"], 'preset = "tiny"', 2, ["there is no such folder", "nowhere"]),
+        (["export", "--verify-only", ".", "--overwrite"], 'preset = "tiny"', 2, ["--verify-only writes nothing"]),
         (["pretrain", "--stage", "32k", "--set", "run.device=cuda"], "RUN", 3, ["torch sees no CUDA device"]),
         (["pretrain", "--stage", "256k"], "RUN", 5, ["starts from the final checkpoint of stage 128k", "--stage 128k"]),
         (["pretrain", "--stage", "32k", "--set", "curriculum.length_scale=0.01"], "RUN", 4, ["length_scale was 0.00390625"]),

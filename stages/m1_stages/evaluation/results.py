@@ -10,6 +10,7 @@ import orjson
 
 from m1_data.sampling.needles import SHORTEST_TOKENS
 from m1_data.storage.durable import write_when_there_is_room
+from m1_data.storage.plain_values import from_plain, shown
 from m1_stages.config import Config
 from m1_stages.errors import DataError
 from m1_stages.events import StageEvaluated
@@ -46,17 +47,31 @@ def read_result(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | N
     """The result of exactly that checkpoint; None when it was not evaluated, or another one was.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged: no JSON object, or a checkpoint or recall that cannot be.
     """
     path = result_path(run_dir, stage)
     if not path.is_file():
         return None
     try:
-        result: Result = orjson.loads(path.read_bytes())
-        return result if result["checkpoint_sha256"] == checkpoint_sha256 else None
-    except (ValueError, KeyError, TypeError) as error:
+        result = _checked(orjson.loads(path.read_bytes()))
+    except ValueError as error:
         raise DataError(
             f"the result of an evaluation is damaged: {error}",
             where=str(path),
-            fix=f"remove it and run: m1 evaluate --stage {stage}",
+            fix=f"write it anew: m1 evaluate --stage {stage}",
         ) from error
+    return result if result["checkpoint_sha256"] == checkpoint_sha256 else None
+
+
+def _checked(result: Any) -> Result:
+    """Check what is read of a result: the rest of the file is for people."""
+    if not isinstance(result, dict):
+        raise ValueError(f"the file is {shown(result)}, which is not an object")
+    for key in ("checkpoint_sha256", "recall"):
+        if key not in result:
+            raise ValueError(f"{key} is missing")
+    from_plain(str, result["checkpoint_sha256"], "checkpoint_sha256")
+    recall = result["recall"]
+    if recall is not None and not 0 <= from_plain(float, recall, "recall") <= 1:
+        raise ValueError(f"recall is {shown(recall)}, which is not between 0 and 1")
+    return result

@@ -62,14 +62,22 @@ class CheckpointSource:
         return set(self._tensors)
 
     def get(self, name: str) -> Tensor:
-        """Read the tensor ``name`` and join its shards."""
+        """Read the tensor ``name`` and join its shards.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
         from torch.distributed import checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
 
         entry = self._tensors[name]
         state = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we want
-            dcp.load(state, storage_reader=self._reader, no_dist=True)
+            try:
+                dcp.load(state, storage_reader=self._reader, no_dist=True)
+            except CheckpointException as error:  # wraps whatever was raised inside, stop requests and interrupts too
+                raise next(reason for reason, _ in error.failures.values()) from error
         return state[name]
 
 

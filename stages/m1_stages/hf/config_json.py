@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from m1_stages.config import ModelConfig
-from m1_stages.errors import DataError
 from m1_stages.hf.tensor_names import PREFILL_BLOCK
+from m1_stages.hf.tokenizer_files import TokenizerFiles
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,41 +32,8 @@ class Lineage:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class SpecialTokens:
-    """The ids of special tokens that the configuration names; None where the tokenizer has none."""
-
-    bos: int | None
-    eos: int | None
-    pad: int | None
-
-    @classmethod
-    def of(cls, tokenizer_dir: Path) -> SpecialTokens:
-        """Look the ids up in a tokenizer folder.
-
-        Raises:
-            DataError: the folder has no readable tokenizer.
-        """
-        from tokenizers import Tokenizer
-
-        try:
-            names = json.loads((tokenizer_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
-            tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(
-                f"cannot read the tokenizer: {error}", where=str(tokenizer_dir), fix="run: m1 prepare-data"
-            ) from error
-
-        def token_id(key: str) -> int | None:
-            value = names.get(key)
-            text = value.get("content") if isinstance(value, dict) else value
-            return tokenizer.token_to_id(text) if text else None
-
-        return cls(token_id("bos_token"), token_id("eos_token"), token_id("pad_token"))
-
-
 def released_config(
-    model: ModelConfig, *, rope_base: float, max_positions: int, dtype: str, special: SpecialTokens
+    model: ModelConfig, *, rope_base: float, max_positions: int, dtype: str, tokenizer: TokenizerFiles
 ) -> dict[str, Any]:
     """Return ``config.json``: transformers' keys, and those that the released code and vLLM read under other names.
 
@@ -86,7 +53,7 @@ def released_config(
     return {
         "architectures": ["MiniMaxForCausalLM"],
         "model_type": "minimax",
-        "dtype": _NAMES[dtype],
+        "dtype": DTYPE_NAMES[dtype],
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.expert_hidden_size,
@@ -99,9 +66,9 @@ def released_config(
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
         "use_cache": True,
-        "bos_token_id": special.bos,
-        "eos_token_id": special.eos,
-        "pad_token_id": special.pad,
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.eos,
+        "pad_token_id": tokenizer.pad,
         "tie_word_embeddings": False,
         "sliding_window": None,
         "attention_dropout": 0.0,
@@ -126,11 +93,12 @@ def released_config(
     }
 
 
-def loader_notes(model: ModelConfig, *, released: bool) -> tuple[str, ...]:
+def loader_notes(model: ModelConfig, *, released: bool, own_code: str = "") -> tuple[str, ...]:
     """Say in sentences who can load the export and how.
 
     Args:
         released: whether the decay rates are the released ones, which every loader computes.
+        own_code: the tokenizer's own code, which is left out.
     """
     notes = ["transformers >= 5.20 loads it. Use fp32: its bf16 decoding rounds decay rates and state to bf16."]
     if not released:
@@ -150,11 +118,26 @@ def loader_notes(model: ModelConfig, *, released: bool) -> tuple[str, ...]:
             "start it with --mamba-cache-dtype float32. Its lightning norm uses epsilon 1e-5, this model 1e-6. "
             "Known from its source, not run."
         )
+    if own_code:
+        notes.append(
+            f"The tokenizer named code of its own (auto_map: {own_code}), which is not part of the export: tokenizer.json "
+            "is loaded as PreTrainedTokenizerFast, without trust_remote_code."
+        )
     return tuple(notes)
 
 
 CARD_MARK = "Checkpoint SHA-256"
-"""A row of every model card; an export is recognised by it before it is overwritten."""
+"""A row of every model card; an export and its checkpoint are recognised by it."""
+
+
+def checkpoint_of_card(folder: Path) -> str | None:
+    """Return the SHA-256 of the checkpoint that the model card in ``folder`` names; None when there is none."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
+        return None
+    found = re.search(rf"^\| {CARD_MARK} \| ([0-9a-f]+) \|$", card, re.MULTILINE)
+    return found[1] if found else None
 
 
 def model_card(model: ModelConfig, lineage: Lineage, notes: tuple[str, ...], *, dtype: str, max_positions: int) -> str:

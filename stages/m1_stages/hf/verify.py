@@ -56,6 +56,8 @@ def load_transformers(export_dir: Path) -> Any:
     logging.set_verbosity_error()  # it warns of the decay buffers that a portable export does not store
     try:
         loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # of every kind, from the reader of any of the files
+        raise CheckpointError(f"transformers does not load the export: {error}", where=str(export_dir)) from error
     finally:
         logging.set_verbosity(before)
     decay = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
@@ -66,6 +68,60 @@ def load_transformers(export_dir: Path) -> Any:
             f"transformers does not find {missing[:3]} and does not know {unexpected[:3]}", where=str(export_dir)
         )
     return loaded.eval()
+
+
+SENTENCES = (
+    "The lemma follows by induction on n: 2^10 = 1024, 3.14159 < 22/7.",
+    "def f(x):\n\treturn [i ** 2 for i in range(x)]  # naïve, déjà vu\n\n",
+    "  Leading and trailing spaces,\r\ntabs\tand 千と千尋 🙂 \u200b end.  ",
+    "<think>control tokens as text</think> <pad>",
+)
+"""Text that a tokenizer which is set up otherwise splits otherwise."""
+
+
+def compare_tokenizer(export_dir: Path) -> int:
+    """Compare the ids that transformers' tokenizer gives a few sentences with those of ``tokenizer.json`` itself.
+
+    Returns:
+        The number of sentences, all of which have the same ids.
+
+    Raises:
+        CheckpointError: transformers cannot load it without code of its own, or splits a sentence otherwise.
+        EnvironmentProblem: transformers is not installed.
+    """
+    from tokenizers import Tokenizer
+
+    loaded, plain = _load_tokenizer(export_dir), Tokenizer.from_file(str(export_dir / "tokenizer.json"))
+    for text in SENTENCES:
+        expected = plain.encode(text, add_special_tokens=False).ids
+        try:
+            found = loaded.encode(text, add_special_tokens=False)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise _another_tokenizer(export_dir, f"fails on {text!r}: {error}") from error
+        if found != expected:
+            at = next((n for n, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), 0)
+            what = f"gives {text!r} from token {at} on {found[at : at + 4]}, tokenizer.json {expected[at : at + 4]}"
+            raise _another_tokenizer(export_dir, what)
+    return len(SENTENCES)
+
+
+def _another_tokenizer(export_dir: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"transformers makes another tokenizer of the export's files: it {what}",
+        where=str(export_dir / "tokenizer_config.json"),
+        fix="set tokenizer_class to PreTrainedTokenizerFast in the tokenizer of the prepared data, and export again",
+    )
+
+
+def _load_tokenizer(export_dir: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise EnvironmentProblem("this needs transformers", fix='pip install "m1cli[hf]"') from error
+    try:
+        return AutoTokenizer.from_pretrained(export_dir, trust_remote_code=False)
+    except Exception as error:  # of every kind, from the reader of any of the files
+        raise CheckpointError(f"transformers does not load the tokenizer: {error}", where=str(export_dir)) from error
 
 
 def trained_logits(
@@ -88,6 +144,7 @@ def trained_logits(
 
     Raises:
         CheckpointError: tensors are missing or have another shape.
+        EnvironmentProblem: the GPU has no room for the model in fp32.
     """
     from m1_data.sampling.loader import PackedBatch
     from m1_stages.runtime import device, parallel
@@ -119,6 +176,12 @@ def trained_logits(
             )
             logits: Tensor = built.eval()(batch.to(here.torch_device), logits=True)
             return logits.cpu()
+    except torch.OutOfMemoryError as error:
+        raise EnvironmentProblem(
+            f"the model in fp32 does not fit on the GPU: {str(error).splitlines()[0]}",
+            where=here.why,
+            fix="compute on the CPU: CUDA_VISIBLE_DEVICES= m1 export …",
+        ) from error
     finally:
         parallel.stop()
 
@@ -129,10 +192,7 @@ def generate(export_dir: Path, prompts: Sequence[str], *, max_new_tokens: int = 
     Raises:
         EnvironmentProblem: transformers is not installed.
     """
-    model = load_transformers(export_dir)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(export_dir)
+    model, tokenizer = load_transformers(export_dir), _load_tokenizer(export_dir)
     texts = []
     for prompt in prompts:
         ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])

@@ -242,6 +242,7 @@ class Checkpointer:
                 "config": recorded_values(self._resolved),
                 "model": self._model_section(),
                 "rope_base": self._model.rope_base,
+                "contexts": state.contexts,
                 "forced_gates": self.forced_gates,
                 "tokenizer_sha256": self.tokenizer_sha256,
             },

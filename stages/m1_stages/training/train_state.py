@@ -31,6 +31,8 @@ class TrainState:
     data_fingerprint: str = ""
     first_loss: float = float("nan")
     """Loss of the stage's first step, for its closing report."""
+    contexts: dict[str, int] = field(default_factory=dict)
+    """Tokens per row of every stage on the way to these weights, in order; empty in runs that version 0.1 began."""
 
     def as_dict(self) -> dict[str, Any]:
         """The state as plain values."""
@@ -52,7 +54,12 @@ def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | Non
         before: the end of the stage that it continues; None for random weights.
     """
     if before is None:
-        return TrainState(stage=plan.stage, data_fingerprint=data_fingerprint, slopes=plan.slopes_at(0.0))
+        return TrainState(
+            stage=plan.stage,
+            data_fingerprint=data_fingerprint,
+            slopes=plan.slopes_at(0.0),
+            contexts={plan.stage: plan.seq_len},
+        )
     return TrainState(
         stage=plan.stage,
         global_step=before.global_step,
@@ -61,4 +68,5 @@ def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | Non
         ramp_from=before.slopes,
         guard=before.guard.at_stage_change(),
         data_fingerprint=data_fingerprint,
+        contexts=before.contexts | {plan.stage: plan.seq_len} if before.contexts else {},
     )
