@@ -104,12 +104,12 @@ def test_settings_and_damage_encode_again(folder: Path) -> None:
 
 
 def test_an_interrupted_run_with_another_source_keeps_what_is_done(folder: Path) -> None:
-    spec = PrepareSpec(sources=sources("a", "b"), held_out=0)
     (folder / "b.jsonl").write_text("no JSON\n")
     with pytest.raises(DataError):
-        run(folder, spec)
+        run(folder, PrepareSpec(sources=sources("a", "c", "b"), held_out=0))
     (folder / "b.jsonl").write_text(lines(100, 5))
-    assert run(folder, spec)[1] == ["reuse a", "encode b", "done "]
+    assert run(folder, PrepareSpec(sources=sources("a", "b"), held_out=0))[1] == ["reuse a", "encode b", "done "]
+    assert not list((folder / "data").rglob("c*")), "a source that is gone leaves nothing"
 
 
 def test_too_many_bad_records_are_refused_with_a_change_that_works(folder: Path) -> None:
