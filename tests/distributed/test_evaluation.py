@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from support.ranks import run_on_ranks
 from support.tiny_run import make_run
 
 from m1_data.sampling.needles import PAIR_TOKENS
+from m1_data.storage.manifest import load_manifest
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config.load import load_config
 from m1cli.commands.stages import stage_chain
@@ -207,12 +209,11 @@ def test_the_gate_refuses_and_a_forced_start_is_recorded(prepared: Path, tmp_pat
 
 
 def test_without_held_out_documents_only_that_part_is_skipped(prepared: Path, tmp_path: Path) -> None:
-    manifest = json.loads((prepared.parent / "data" / "manifest.json").read_text())
+    manifest = dataclasses.replace(load_manifest(prepared.parent / "data"), held_out=())
     (tmp_path / "data").mkdir()
     for name in ("shards", "tokenizer"):
         (tmp_path / "data" / name).symlink_to(prepared.parent / "data" / name)
-    del manifest["held_out"]
-    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "data" / "manifest.json").write_text(manifest.to_json())
     result = pretrained(prepared, tmp_path / "run", ["32k"], f"data.out={tmp_path}/data", "stages.32k.tokens=1024")
     (event,) = result["events"]
     assert event["needles"]["haystack"] == "random token ids"
