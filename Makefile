@@ -47,7 +47,7 @@ test: setup ## all tests that need no GPU
 	@echo "== running the tests (a few minutes; none needs a GPU or a network)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu and not faults"
 
-faults: setup ## fault campaigns: hundreds of flipped bits, fifty kills (about 2 minutes)
+faults: setup ## fault campaigns: flipped bits, kills, full disks, second commands (about 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 mutate: setup ## change the sources one place at a time; says which changes no test notices (about 20 minutes)

@@ -68,6 +68,15 @@ class Project:
         found = [json.loads(line) for line in lines if line.endswith(b"\n")]
         return [event for event in found if not names or event["event"] in names]
 
+    def start_and_hold(self) -> subprocess.Popen[str]:
+        """Start training and wait until it holds the lock of the run."""
+        process, path, deadline = self.start(), self.run_dir / "run.lock", time.monotonic() + 120
+        while not (path.exists() and f"-{process.pid}-" in path.read_text()):
+            assert time.monotonic() < deadline, "the lock was not taken"
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        return process
+
     def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + 120
         while len(self.steps()) < step:
@@ -165,25 +174,24 @@ def _equals(project: Project, uncut: dict[str, torch.Tensor]) -> None:
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 def test_second_commands_at_twenty_moments(project: Project, uncut: dict[str, torch.Tensor]) -> None:
-    rng, process = random.Random(3), project.start()
+    rng, process = random.Random(3), project.start_and_hold()
     tried = 0
     while process.poll() is None and tried < 20:
-        project.wait_for_step(1, process)
         time.sleep(rng.uniform(0.0, 0.3))
         if rng.random() < 0.5:
             done = project.m1(*WRITERS[rng.choice(list(WRITERS))])
-            assert done.returncode == 8 or process.poll() is not None, done.stdout + done.stderr
+            assert done.returncode == 8 or process.wait(20) == 0, done.stdout + done.stderr
         else:
             arguments, code = READERS[rng.choice(list(READERS))]
             done = project.m1(*arguments)
-            assert done.returncode == code or process.poll() is not None, done.stdout + done.stderr
+            assert done.returncode == code or process.wait(20) == 0, done.stdout + done.stderr
         tried += 1
         if (
             process.poll() is None and tried % 5 == 0
         ):  # the run is short: stop and continue it, so that it is still there
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-            process = project.start()
+            process = project.start_and_hold()
     process.communicate(timeout=120)
     assert project.m1(*WRITERS["pretrain"]).returncode == 0
     assert project.events("SaveFailed", "CheckpointRejected") == []
