@@ -73,7 +73,7 @@ def read_history(run_dir: Path) -> History:
         elif kind == "StageDrawn":
             history.drawn[record["stage"]] = record
         elif kind == "StageEvaluated":
-            history.evaluated[record["stage"]] = record
+            history.evaluated[record["stage"]] = _rectangular(record, path)
         elif kind == "RunStarted":
             history.starts.append(record)
         elif kind == "GuardNoticed" and record["action"] == "apply" and record["ramp"] != "reverse":
@@ -85,3 +85,23 @@ def read_history(run_dir: Path) -> History:
     if not steps:
         raise DataError("this run has not finished a step yet", where=str(path), fix="run m1 pretrain first")
     return history
+
+
+def _rectangular(evaluated: Record, path: Path) -> Record:
+    """Refuse an evaluation whose lists do not belong together."""
+    needles, positions = evaluated.get("needles"), evaluated.get("positions")
+    fits = True
+    if needles:
+        lengths, depths = len(needles["lengths"]), len(needles["depths"])
+        grids = [needles[name] for name in ("recall", "exact", "loss")]
+        fits = all(len(grid) == lengths and all(len(row) == depths for row in grid) for grid in grids)
+        fits = fits and len(needles["control_recall"]) == len(needles["control_loss"]) == lengths > 0 < depths
+    if positions:
+        fits = fits and len({len(values) for values in positions.values() if isinstance(values, list)}) == 1
+    if not fits:
+        raise DataError(
+            f"the evaluation of stage {evaluated['stage']} is damaged: its lists have lengths that do not belong together",
+            where=str(path),
+            fix=f"measure again: m1 evaluate --stage {evaluated['stage']}",
+        )
+    return evaluated

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 
 from m1_stages.errors import DataError
+from m1_stages.event_types import check_types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,6 +347,7 @@ Event = (
     | GateForced
     | RunStopped
 )
+_EVENTS: dict[str, type] = {kind.__name__: kind for kind in get_args(Event)}
 Sink = Callable[[Event], None]
 Record = dict[str, Any]
 """An event as plain values, with its name under ``event`` and its time under ``time``."""
@@ -377,7 +379,7 @@ def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
         try:
             record = _with_present_names(orjson.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if skip_damaged or number == len(lines):
                 continue
             raise DataError(f"a damaged line: {error}", where=f"{path}:{number}", fix="remove that line") from error
@@ -388,4 +390,7 @@ def _with_present_names(record: Record) -> Record:
     name: str = record["event"]
     name = _RENAMED_EVENTS.get(name, name)
     fields = _RENAMED_FIELDS.get(name, {})
-    return {fields.get(key, key): value for key, value in record.items()} | {"event": name}
+    present = {fields.get(key, key): value for key, value in record.items()} | {"event": name}
+    if (kind := _EVENTS.get(name)) is not None:
+        check_types(kind, present)
+    return present

@@ -77,3 +77,21 @@ def test_roll_backs_with_former_names_are_read(tmp_path: Path) -> None:
         RollbackRecord("32k", "d", 6, [7, 8], "spike", 0.5),
         RollbackRecord("32k", "d", 6, [7, 8], "spike", 1.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"event": "StepDone", "step": "\\u001b[31m"}', r"step is '\\x1b\[31m', which is not int"),
+        ('{"event": "StepDone", "step": true}', "step is True"),
+        ('{"event": "StageEvaluated", "needles": 7}', "needles is 7"),
+        ('{"event": "StageEvaluated", "needles": {"lengths": [1]}}', "needles.depths is missing"),
+        ('{"event": "StageFinished", "stage": {}}', "stage is {}"),
+    ],
+)
+def test_a_value_of_another_type_is_damage(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "metrics.jsonl", line, '{"event": "StepDone", "step": 1, "loss": null}')
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_events(path))
+    assert str(caught.value).isprintable()
+    assert [record["step"] for record in read_events(path, skip_damaged=True)] == [1]
