@@ -8,9 +8,10 @@ from typing import Any
 
 import orjson
 
+from m1_data.errors import shown
+from m1_data.plain_values import from_plain
 from m1_data.sampling.needles import SHORTEST_TOKENS
 from m1_data.storage.durable import write_when_there_is_room
-from m1_data.plain_values import from_plain, shown
 from m1_stages.config import Config
 from m1_stages.errors import DataError
 from m1_stages.events import StageEvaluated
