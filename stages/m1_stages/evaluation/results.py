@@ -8,8 +8,7 @@ from typing import Any
 
 import orjson
 
-from m1_data.errors import shown
-from m1_data.plain_values import from_plain
+from m1_data.plain_values import from_plain, shown_value
 from m1_data.sampling.needles import SHORTEST_TOKENS
 from m1_data.storage.durable import write_when_there_is_room
 from m1_stages.config import Config
@@ -67,12 +66,12 @@ def read_result(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | N
 def _checked(result: Any) -> Result:
     """Check what is read of a result: the rest of the file is for people."""
     if not isinstance(result, dict):
-        raise ValueError(f"the file is {shown(result)}, which is not an object")
+        raise ValueError(f"the file is {shown_value(result)}, which is not an object")
     for key in ("checkpoint_sha256", "recall"):
         if key not in result:
             raise ValueError(f"{key} is missing")
     from_plain(str, result["checkpoint_sha256"], "checkpoint_sha256")
     recall = result["recall"]
     if recall is not None and not 0 <= from_plain(float, recall, "recall") <= 1:
-        raise ValueError(f"recall is {shown(recall)}, which is not between 0 and 1")
+        raise ValueError(f"recall is {shown_value(recall)}, which is not between 0 and 1")
     return result
