@@ -7,7 +7,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from m1_data.storage.plain_values import shown
+from m1_data.plain_values import shown_value
 
 
 def check_types(kind: type, record: dict[str, Any]) -> None:
@@ -45,9 +45,9 @@ def _check(hint: Any, value: Any, where: str, *, finite: bool = False) -> None:
             _check(items[0], item, f"{where}[{n}]", finite=finite)
     elif get_origin(hint) is dict and isinstance(value, dict):
         for key, item in value.items():
-            _check(items[1], item, f"{where}[{shown(key)}]", finite=finite)
+            _check(items[1], item, f"{where}[{shown_value(key)}]", finite=finite)
     elif not _fits(hint, value) or (finite and value is None):
-        raise ValueError(f"{where} is {shown(value)}, which is not {getattr(hint, '__name__', hint)}")
+        raise ValueError(f"{where} is {shown_value(value)}, which is not {getattr(hint, '__name__', hint)}")
 
 
 def _fits(hint: Any, value: Any) -> bool:
