@@ -145,6 +145,7 @@ class WorkFolder:
         Raises:
             OSError: the disk is full or failing.
         """
+        self._remove_other_sources({source.name for source in manifest.sources})
         write_atomically(self.path / MANIFEST, manifest.to_json())
         if self._out.exists():
             previous = self._out.with_name(f"{self._out.name}.previous")
