@@ -143,7 +143,7 @@ def test_resume_inside_a_held_ramp(prepared: Path, tmp_path: Path) -> None:
     """Stage 128k moves its decay rates; a spike takes the ramp back. Cut in between, the slopes go on exactly."""
     runs = Run(prepared, tmp_path / "uncut"), Run(prepared, tmp_path / "cut")
     for run in runs:
-        text = run.config.read_text().replace("[stages.128k]\ntokens = 6144", "[stages.128k]\ntokens = 10240")
+        text = run.config.read_text().replace("[stages.128k]\ntokens = 6144", "[stages.128k]\ntokens = 20480")
         assert "decay_ramp_share = 0.5" in text
         run.config.write_text(text)
         assert run.start() == 0, run.error
