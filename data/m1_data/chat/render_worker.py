@@ -120,7 +120,7 @@ def _answer(answers: BinaryIO, work: Callable[[], list[str]]) -> None:
         kind = TEXT
     except MemoryError:
         contents = [b"it needs more than %d MiB of memory" % MAX_MIB]
-    except Exception as error:
+    except Exception as error:  # of every kind: whatever code in the template raises, it is told to the parent
         kind = CLOCK if isinstance(error, AsksForTime) else ERROR
         contents = [_reason(error).encode()]
     signal.setitimer(signal.ITIMER_REAL, 0)

@@ -230,7 +230,9 @@ class SftConfig:
         str, "day that a template's strftime_now writes, such as 2026-01-31; empty refuses such templates"
     ] = ""
     over_length: Annotated[Literal["error", "drop", "truncate"], "conversations longer than a row"] = "error"
-    max_dropped_share: Annotated[float, "stop when more than this share of the conversations would be dropped"] = 0.1
+    max_dropped_share: Annotated[
+        float, "stop when more than this share of the conversations would be dropped", WhenChanged.NO_EFFECT
+    ] = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
