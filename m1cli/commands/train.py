@@ -86,6 +86,7 @@ def _start(resolved: Resolved, train: Callable[[list[Sink]], None]) -> None:
         raise typer.Exit(code)
     warnings.filterwarnings("ignore", module=r"megatron\..*")  # about Transformer Engine and Apex, which we do without
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # Megatron's old calls
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # each process has set its one device
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with _reading_data(resolved), TrainingDisplay() as display:
 
