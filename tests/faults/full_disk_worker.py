@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from support.pretraining import pretrained
+from support.small_disk import fill
 
 from m1_stages.events import Event, StepDone
-
-
-def fill(path: Path) -> None:
-    """Write until nothing fits any more."""
-    with path.open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(b"\0" * size)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:

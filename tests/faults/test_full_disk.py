@@ -6,8 +6,6 @@ import builtins
 import errno
 import os
 import random
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from support.pretraining import events_of
 from support.ranks import run_on_ranks
 from support.saving import Job
+from support.small_disk import small_disk
 from support.tiny_checkpoint import tensors_of
 from support.tiny_run import make_run
 
@@ -127,16 +126,6 @@ def test_a_small_file_waits_for_room_and_no_other_error_is_waited_for(
     assert len(tries) == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def _train(folder: Path, run_dir: Path, *, full_at: int, seconds: float = 0.0) -> Path:
     """Train a stage of 8 steps with a save every 2; returns the final checkpoint."""
     settings = [f"run.dir={run_dir}", "run.save_every_steps=2", "stages.32k.tokens=8192"]
@@ -154,25 +143,24 @@ def _train(folder: Path, run_dir: Path, *, full_at: int, seconds: float = 0.0) -
     return run_dir / "checkpoints" / "step_00000008"
 
 
-def _compare(folder: Path, small_disk: Path, *, moments: list[int], seconds: float) -> None:
+def _compare(folder: Path, *, moments: list[int], seconds: float) -> None:
     make_run(folder)
     uncut = tensors_of(_train(folder, folder / "uncut", full_at=-1))
-    for moment in moments:
-        final = _train(folder, small_disk / "run", full_at=moment, seconds=seconds)
-        told = {event["event"] for event in events_of(small_disk / "run" / "metrics.jsonl")}
-        assert "EventsDelayed" in told, "the disk was full"
-        cut = tensors_of(final)
-        assert cut.keys() == uncut.keys()
-        assert [name for name in cut if not torch.equal(cut[name], uncut[name])] == []
-        shutil.rmtree(small_disk / "run")
-        (small_disk / "filler").unlink()
+    for number, moment in enumerate(moments):
+        with small_disk(folder / f"disk-{number}") as mounted:
+            final = _train(folder, mounted / "run", full_at=moment, seconds=seconds)
+            told = {event["event"] for event in events_of(mounted / "run" / "metrics.jsonl")}
+            assert "EventsDelayed" in told, "the disk was full"
+            cut = tensors_of(final)
+            assert cut.keys() == uncut.keys()
+            assert [name for name in cut if not torch.equal(cut[name], uncut[name])] == []
 
 
-def test_a_run_on_a_full_disk_ends_as_if_it_never_was(tmp_path: Path, small_disk: Path) -> None:
-    _compare(tmp_path, small_disk, moments=[3], seconds=2.0)
+def test_a_run_on_a_full_disk_ends_as_if_it_never_was(tmp_path: Path) -> None:
+    _compare(tmp_path, moments=[3], seconds=2.0)
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(1200)
-def test_a_disk_is_full_for_ten_seconds_at_ten_moments(tmp_path: Path, small_disk: Path) -> None:
-    _compare(tmp_path, small_disk, moments=[random.Random(5).randrange(8) for _ in range(10)], seconds=10.0)
+def test_a_disk_is_full_for_ten_seconds_at_ten_moments(tmp_path: Path) -> None:
+    _compare(tmp_path, moments=[random.Random(5).randrange(8) for _ in range(10)], seconds=10.0)
