@@ -1,6 +1,7 @@
 # Every target sets up what it needs. `make help` lists them.
 SHELL := /bin/bash
-PYTHON ?= python3
+# Empty: the first suitable one of python3, python3.12, python3.13 and pyenv's versions.
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -9,7 +10,7 @@ DEMO ?= demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check check-constraints format test faults mutate test-gpu bench bench-gpu docs clean
+.PHONY: help setup demo check check-constraints format test newest oldest faults mutate test-gpu bench bench-gpu docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -17,13 +18,7 @@ help: ## list the targets
 setup: $(STAMP) ## create .venv and install m1 with the tested versions
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "== setting up $(VENV) with the versions in constraints.txt"
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "m1 needs Python 3.11, 3.12 or 3.13; run: make PYTHON=python3.11 setup")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
-	@touch $(STAMP)
+	@sh tools/set_up.sh $(VENV) $(PYTHON)
 
 demo: setup ## the main job on a tiny model: text, five stages, fine-tuning, export, report
 	@echo "== an end-to-end run on this machine's CPU; results go to $(DEMO)/"
@@ -46,6 +41,14 @@ format: setup ## rewrite the sources in the house format
 test: setup ## all tests that need no GPU
 	@echo "== running the tests (a few minutes; none needs a GPU or a network)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu and not faults"
+
+newest: ## the suite with the newest versions that pyproject.toml allows, in an environment of its own
+	VERSIONS=newest sh tools/set_up.sh $(VENV)-newest $(PYTHON)
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n auto --dist worksteal -m "not gpu and not faults"
+
+oldest: ## the suite with the oldest versions that pyproject.toml allows
+	VERSIONS=oldest sh tools/set_up.sh $(VENV)-oldest $(PYTHON)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n auto --dist worksteal -m "not gpu and not faults"
 
 faults: setup ## fault campaigns: flipped bits, kills, full disks, second commands (about 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
@@ -80,4 +83,4 @@ docs: setup ## API pages from the docstrings, and the guides, in build/docs
 	$(BIN)/python tools/build_docs.py
 
 clean: ## remove the environment, caches, builds and the demo
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache $(DEMO)
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache $(DEMO)

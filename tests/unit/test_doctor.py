@@ -20,6 +20,8 @@ from m1_stages.doctor import checks as doctor
 from m1_stages.doctor import probes as doctor_probes
 from m1_stages.doctor.checks import Finding
 
+MEGATRON = "megatron-core<0.20,>=0.19.2"
+
 
 def m1_doctor(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -73,10 +75,20 @@ def test_versions_out_of_range_are_named_with_who_needs_them(monkeypatch: pytest
     monkeypatch.setattr(importlib.metadata, "version", version)
     wrong = [finding for finding in doctor._check_packages(with_gpu=False) if not finding.ok]
     details = [finding.detail for finding in wrong]
-    assert "megatron-core 0.15.0, m1 needs ==0.16.1" in details
+    assert f"megatron-core 0.15.0, m1 needs {MEGATRON.removeprefix('megatron-core')}" in details
     assert "numpy is missing, m1 needs it" in details
     assert any(detail.startswith("tokenizers 0.22.0, transformers needs") for detail in details), details
-    assert any("pip install 'megatron-core==0.16.1'" in finding.fix for finding in wrong)
+    assert any(f"pip install '{MEGATRON}'" in finding.fix for finding in wrong)
+
+
+def test_another_python_is_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 11, 7, "final", 0))
+    found = by_name(list(doctor._check_packages(with_gpu=False)))["python"]
+    assert (found.ok, found.detail) == (False, "3.11.7, needs <3.14,>=3.12")
+    proposed = found.fix.partition(" fits: ")[0]
+    told = subprocess.run([proposed, "-c", "import sys; print(sys.version_info[:2])"], capture_output=True, text=True)
+    assert told.stdout.strip() in ("(3, 12)", "(3, 13)")
+    assert found.fix.startswith(f"{proposed} fits: make PYTHON={proposed} setup")
 
 
 def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +100,10 @@ def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert not [finding for finding in doctor._check_packages(with_gpu=False) if not finding.ok]
-    (wrong,) = [finding for finding in doctor._check_packages(with_gpu=True) if not finding.ok]
-    assert (wrong.detail, wrong.fix.split(" -m ")[1]) == ("triton is missing, m1 needs it", "pip install 'triton>=3.6'")
+    missing = {finding.detail: finding.fix for finding in doctor._check_packages(with_gpu=False) if not finding.ok}
+    assert "triton is missing, m1 needs it" not in missing, "a build of torch for GPUs needs it all the same"
+    missing = {finding.detail: finding.fix for finding in doctor._check_packages(with_gpu=True) if not finding.ok}
+    assert missing["triton is missing, m1 needs it"].split(" -m ")[1] == "pip install 'triton>=3.6'"
 
 
 def test_the_checkpoints_of_a_large_model_have_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +135,7 @@ def test_another_installation_is_not_to_be_renamed(tmp_path: Path, monkeypatch: 
     stray = doctor._check_shadowed_imports(work)
     assert (stray.ok, stray.fix) == (False, f"take {site} out of PYTHONPATH")
     (site / "torch-2.13.0.dist-info").mkdir()
-    (site / "megatron_core-0.16.1.dist-info").mkdir()
+    (site / "megatron_core-0.19.2.dist-info").mkdir()
     assert doctor._check_shadowed_imports(work).ok
 
 
@@ -177,7 +190,7 @@ def test_every_problem_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     broken(doctor.importlib.util, "module_from_spec")
     found = doctor._check_megatron_helpers()
     assert (found.ok, "broken" in found.detail) == (False, True)
-    assert "--force-reinstall --no-deps megatron-core==0.16.1" in found.fix
+    assert f"--force-reinstall --no-deps '{MEGATRON}'" in found.fix
 
 
 def test_it_does_not_import_torch_itself() -> None:

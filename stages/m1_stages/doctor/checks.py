@@ -8,9 +8,11 @@ import os
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from m1_stages.config import STAGE_NAMES, Resolved
@@ -65,7 +67,7 @@ def _check_packages(*, with_gpu: bool) -> Iterator[Finding]:
         name="python",
         ok=fits,
         detail=f"{python}, needs {wanted}",
-        fix="" if fits else f"use a Python that fits {wanted}",
+        fix="" if fits else _suitable_python(wanted),
     )
     problems, installed = [], []
     queue = [("m1", text) for text in importlib.metadata.requires("m1cli") or []]
@@ -94,6 +96,17 @@ def _check_packages(*, with_gpu: bool) -> Iterator[Finding]:
         yield Finding(name="packages", ok=True, detail=", ".join(dict.fromkeys(installed)))
 
 
+def _suitable_python(wanted: str) -> str:
+    """Name a Python of this machine that m1 can be installed with, as ``make setup`` finds it."""
+    script = Path(__file__).with_name("find_python.sh")
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["sh", str(script)], capture_output=True, text=True, timeout=30)
+        if done.returncode == 0:
+            found = done.stdout.strip()
+            return f"{found} fits: make PYTHON={found} setup, or {found} -m venv .venv and install m1 there"
+    return f"install a Python that fits {wanted}, for example: sudo apt install python3.12 python3.12-venv, or pyenv install 3.12"
+
+
 def _check_psutil() -> Finding:
     """Check that psutil imports: Megatron's checkpoint writer hangs without it and does not declare it."""
     try:
@@ -108,7 +121,8 @@ def _check_psutil() -> Finding:
 def _check_megatron_helpers() -> Finding:
     """Check that Megatron's compiled helpers load; only the extension is loaded, because importing its package imports torch."""
     name = "megatron's compiled helpers"
-    reinstall = f"{_PIP} --force-reinstall --no-deps megatron-core==0.16.1"
+    wanted = next(line for line in importlib.metadata.requires("m1cli") or [] if line.startswith("megatron-core"))
+    reinstall = f"{_PIP} --force-reinstall --no-deps '{wanted}'"
     try:
         files = importlib.metadata.files("megatron-core") or []
         path = next(str(f.locate()) for f in files if f.name.startswith("helpers_cpp.") and f.suffix == ".so")
@@ -116,7 +130,7 @@ def _check_megatron_helpers() -> Finding:
         assert spec is not None
         importlib.util.module_from_spec(spec)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name=name, ok=False, detail="megatron-core is missing", fix=f"{_PIP} megatron-core==0.16.1")
+        return Finding(name=name, ok=False, detail="megatron-core is missing", fix=f"{_PIP} '{wanted}'")
     except StopIteration:
         detail = f"the wheel has none for Python {sys.version_info[0]}.{sys.version_info[1]}"
         return Finding(name=name, ok=False, detail=detail, fix=reinstall)
