@@ -56,8 +56,10 @@ def test_tokens_per_second_are_by_the_clock() -> None:
     pace = Pace(clock)
     measured(clock, pace, stage_started("32k"), [2.0, 2.0, 10.0])  # a save before the third
     assert pace.tokens_per_s() == pytest.approx(3 * TOKENS / 14.0)
-    measured(clock, pace, stage_started("128k"), [5.0] * 7 + [0.25] * 20)
-    assert pace.tokens_per_s() == TOKENS * 4, "the last 20 steps, of this stage"
+    measured(clock, pace, stage_started("128k"), [4.0])
+    assert pace.tokens_per_s() == TOKENS / 4, "steps of this stage only"
+    measured(clock, pace, stage_started("256k"), [5.0] * 7 + [0.25] * 20)
+    assert pace.tokens_per_s() == TOKENS * 4, "the last 20 steps"
 
 
 def test_nothing_is_estimated_from_warm_up_steps() -> None:
