@@ -19,6 +19,7 @@ _LISTED = (
     "RolledBack",
     "StragglerNoticed",
 )
+_TIMED = ("StageStarted", "StepDone", "StageFinished")
 
 
 @dataclass(slots=True)
@@ -35,6 +36,8 @@ class History:
     """The last ``StageDrawn`` of each stage."""
     evaluated: dict[str, Record] = field(default_factory=dict)
     """The last ``StageEvaluated`` of each stage."""
+    clock_s: dict[str, float] = field(default_factory=dict)
+    """Seconds by the clock of each stage, from its start to its last save: steps, those repeated too, saves, waiting."""
     held: dict[str, int] = field(default_factory=dict)
     """Steps of each stage in which the guard held the decay ramp, too many for a line each."""
     other: list[Record] = field(default_factory=list)
@@ -59,9 +62,14 @@ def read_history(run_dir: Path) -> History:
     path = run_dir / METRICS
     if not path.is_file():
         raise DataError("this run has reported nothing yet", where=str(path), fix="run m1 pretrain first")
-    history, steps = History(), {}
+    history, steps, last = History(), {}, 0.0
     for record in read_events(path):
         kind = record["event"]
+        if kind in _TIMED:
+            now = _time_of(record, path)
+            if kind != "StageStarted":
+                history.clock_s[record["stage"]] = history.clock_s.get(record["stage"], 0.0) + now - last
+            last = now
         if kind == "StepDone":
             steps[record["global_step"]] = record
         elif kind == "StageStarted":
@@ -85,6 +93,13 @@ def read_history(run_dir: Path) -> History:
     if not steps:
         raise DataError("this run has not finished a step yet", where=str(path), fix="run m1 pretrain first")
     return history
+
+
+def _time_of(record: Record, path: Path) -> float:
+    time = record.get("time")
+    if not isinstance(time, (int, float)):
+        raise DataError(f"an event {record['event']} without its time", where=str(path), fix="remove that line")
+    return time
 
 
 def _rectangular(evaluated: Record, path: Path) -> Record:

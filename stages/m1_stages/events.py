@@ -15,6 +15,7 @@ import orjson
 
 from m1_stages.errors import DataError
 from m1_stages.event_types import check_types
+from m1_stages.event_values import LaterStages, NeedleMap, PositionLoss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,8 @@ class StageStarted:
     """The inputs of recomputed layers wait in host memory."""
     activations: str
     """What becomes of the activations, in words, with the reason."""
+    later: LaterStages | None = None
+    """What the same command trains after this stage; None: nothing, or the run is of a version that did not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +102,9 @@ class StepDone:
     layer_grad_norms: list[float]
     lr: float
     step_s: float
+    """Seconds of the step alone: without saves and evaluation, and without what else lies between two steps."""
     tokens_per_s: float
+    """Tokens of the step over ``step_s``."""
     ramp_progress: float
     trained_tokens: int
     metrics: dict[str, float]
@@ -270,42 +275,6 @@ class StageEvaluated:
     skipped: list[str]
     """What was not measured, and why."""
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NeedleMap:
-    """Needle documents of every length and depth; ``[length][depth]``, means over samples."""
-
-    lengths: list[int]
-    """Tokens."""
-    depths: list[float]
-    samples: int
-    haystack: str
-    """What the needles were hidden in."""
-    recall: list[list[float]]
-    exact: list[list[float]]
-    """Share of values that are right in every token."""
-    loss: list[list[float]]
-    """Mean loss of the value's tokens, nats."""
-    control_recall: list[float]
-    """``[length]``: the same questions with nothing hidden, what guessing gives."""
-    control_loss: list[float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PositionLoss:
-    """Loss of held-out documents by the number of tokens before the predicted one; a value per bucket."""
-
-    first: list[int]
-    """Smallest number of tokens before; a bucket ends where the next begins, the last one at the context."""
-    loss: list[float]
-    """Mean, nats."""
-    near_loss: list[float]
-    """Loss of the same tokens when the documents are cut into pieces of ``near_tokens``: without the far context."""
-    tokens: list[int]
-    documents: list[int]
-    """Documents that reach into the bucket."""
-    near_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

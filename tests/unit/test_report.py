@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from support.run_events import run_started as started
+from support.run_events import stage_started as stage
+from support.run_events import step_done as step
 
-from m1_stages.decay import released_slopes
 from m1_stages.errors import DataError
+from m1_stages.event_values import NeedleMap, PositionLoss
 from m1_stages.events import (
     GateForced,
     GuardNoticed,
-    NeedleMap,
-    PositionLoss,
-    RunStarted,
     StageEvaluated,
     StageFinished,
-    StageStarted,
-    StepDone,
     StepRepeated,
 )
 from m1_stages.metrics_file import JsonLines
@@ -30,40 +29,6 @@ from m1cli.evaluation import evaluation_view
 from m1cli.report.figures import needle_maps, position_losses
 from m1cli.report.html import write_report
 from m1cli.report.read import read_history
-
-SLOPES = released_slopes(8, 4)
-MIX = {
-    "core": {"wanted": 0.7, "reached": 0.63},
-    "domains": {"code": {"wanted": 0.7, "reached": 0.63}, "general": {"wanted": 0.3, "reached": 0.37}},
-    "length_classes": {"short": {"wanted": 1.0, "reached": 1.0}},
-}
-
-
-def started() -> RunStarted:
-    return RunStarted(
-        command="m1", run_dir="run", config_sha256="c", preset="tiny", device="cpu", precision="fp32", world_size=1,
-        topology={"world": 1}, parameters=2_000_000, active_parameters=500_000, versions={"torch": "2.13.0"},
-        backends={}, resumed_from="", data=[],
-    )  # fmt: skip
-
-
-def stage(name: str, step: int = 0) -> StageStarted:
-    return StageStarted(
-        stage=name, step=step, num_steps=10, seq_len=128, context_tokens=32_768, rope_base=1e6, global_batch_rows=4,
-        tokens=5_120, lr_peak=1e-3, lr_final=1e-4, decay_policy="relax", ramp_steps=0, slopes_old=SLOPES, slopes_new=SLOPES,
-        softmax_layers=[7], mix=MIX, title="stage 32k", starts_from="random weights", recompute=False, offload_activations=False,
-        activations="kept: on a CPU",
-    )  # fmt: skip
-
-
-def step(name: str, n: int, offset: int = 0, loss: float | None = None) -> StepDone:
-    return StepDone(
-        stage=name, step=n, global_step=offset + n, tokens_seen=512 * (offset + n + 1),
-        loss=7.0 - 0.1 * n if loss is None else loss,
-        aux_loss=0.02, grad_norm=0.5, layer_grad_norms=[0.1] * 8, lr=1e-3, step_s=0.5, tokens_per_s=1024.0,
-        half_lives=[*[[1.0, 2.0]] * 7, []], ramp_progress=0.0,
-        trained_tokens=512, metrics={}, expert_load=[[0.25] * 4] * 8, peak_gib=1.0, sample_ids=[0, 1, 2, 3],
-    )  # fmt: skip
 
 
 def write_run(folder: Path) -> None:
@@ -108,6 +73,23 @@ def test_the_page_stands_alone_and_shows_the_values(tmp_path: Path) -> None:
         assert shown in text, shown
     last_five = (1.5 + 6.4 + 6.3 + 6.2 + 6.1) / 5
     assert f"{last_five:.3f}" in text
+
+
+def test_time_by_the_clock_has_saves_and_repeated_steps_in_it(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines() if not line.endswith('"gl')]
+    for n, record in enumerate(records):
+        # Each step takes 2 s; between the two processes there is an hour; the last save takes 9 s.
+        record["time"] = 100.0 + 2 * n + 3600 * (n >= 9) + 7 * (record["event"] == "StageFinished")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert read_history(tmp_path).clock_s == {"32k": 7 * 2 + 5 * 2 + 9.0}
+    page = write_report(tmp_path, None, tmp_path / "report.html").read_text()
+    assert "<td>5 s</td><td>33 s</td><td>done</td>" in page, "ten steps of 0.5 s, and what the clock says"
+    del records[2]["time"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(DataError, match="StepDone without its time"):
+        read_history(tmp_path)
 
 
 def test_the_page_names_dropped_conversations(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from m1_stages.plan.memory import Activations
 from m1_stages.run_dir import METRICS
 
 WARM_UP_STEPS = 3
-"""Excluded from the median: kernels are compiled and memory is claimed in them."""
+"""Excluded from the time of a step: kernels are compiled in them. The peak of memory counts from the first step on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,9 +29,10 @@ class Measured:
     """Distributed optimizer, uneven layers and dispatcher are not in the events: they are assumed as configured."""
     activations: Activations | None
     """Whether activations were recomputed and offloaded; None in runs that did not say."""
-    step_s: float
-    """Median seconds of a step."""
+    step_s: float | None
+    """Median seconds of a step; None when all steps are warm-up."""
     peak_gib: float
+    """Peak in torch since the stage began, all steps counted."""
 
 
 def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Measured], dict[str, str]]:
@@ -55,8 +56,8 @@ def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Me
     for name, (start, _, steps) in found.items():
         if start.get("device") != "cuda":
             excluded[name] = f"it ran on a {start.get('device', 'device unknown')}, and estimates are for GPUs"
-        elif len(steps) <= WARM_UP_STEPS:
-            excluded[name] = f"it has {len(steps)} steps, and the first {WARM_UP_STEPS} are warm-up"
+        elif not steps:
+            excluded[name] = "it has finished no step"
     measured = {
         name: _summary(start, begun, steps, parallel)
         for name, (start, begun, steps) in found.items()
@@ -77,6 +78,6 @@ def _summary(
         activations=Activations(recompute=begun["recompute"], offload=begun["offload_activations"])
         if "recompute" in begun
         else None,
-        step_s=median(step["step_s"] for step in steps[WARM_UP_STEPS:]),
+        step_s=median(step["step_s"] for step in steps[WARM_UP_STEPS:]) if len(steps) > WARM_UP_STEPS else None,
         peak_gib=max(step["peak_gib"] for step in steps),
     )
