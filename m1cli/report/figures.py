@@ -95,7 +95,9 @@ def half_lives(history: History) -> go.Figure:
 def expert_load(history: History) -> go.Figure:
     """Draw the share of each expert per layer, averaged over the last 20 steps of the run."""
     rows = [s["expert_load"] for steps in history.steps.values() for s in steps if s["expert_load"]][-20:]
-    rows = [row for row in rows if _shape(row) == _shape(rows[-1])]  # a run that was started over may have another model
+    rows = [
+        row for row in rows if _shape(row) == _shape(rows[-1])
+    ]  # a run that was started over may have another model
     load = [
         [sum(r[layer][e] for r in rows) / len(rows) for e in range(experts)]
         for layer, experts in enumerate(_shape(rows[-1]) if rows else [])

@@ -12,7 +12,7 @@ from m1_stages.event_types import checked
 from m1_stages.events import Record, read_events
 from m1_stages.run_dir import METRICS
 
-_LISTED = (
+LISTED = (
     "CheckpointRejected",
     "SaveFailed",
     "EventsDelayed",
@@ -22,6 +22,7 @@ _LISTED = (
     "RolledBack",
     "StragglerNoticed",
 )
+"""Events that have a line each in the report's list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def read_history(run_dir: Path) -> History:
             history.starts.append(record)
         elif kind == "GuardNoticed" and record["action"] == "apply" and record["ramp"] != "reverse":
             history.held[record["stage"]] = history.held.get(record["stage"], 0) + 1
-        elif kind in _LISTED or (kind == "RunStopped" and record["exit_code"]):
+        elif kind in LISTED or (kind == "RunStopped" and record["exit_code"]):
             history.other.append(record)
     for _, record in sorted(steps.items()):
         history.steps.setdefault(record["stage"], []).append(record)
@@ -128,7 +129,9 @@ def _drawable(stage: Record, path: Path) -> Record:
             raise ValueError("slopes_new has a decay rate that is not above 0")
     except ValueError as error:
         raise DataError(
-            f"the {stage['event']} of stage {stage['stage']} is damaged: {error}", where=str(path), fix="remove that line"
+            f"the {stage['event']} of stage {stage['stage']} is damaged: {error}",
+            where=str(path),
+            fix="remove that line",
         ) from error
     return stage | {"mix": mix}
 

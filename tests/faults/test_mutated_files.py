@@ -41,7 +41,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder, threads = tmp_path_factory.mktemp("finished"), torch.get_num_threads()
     config = make_run(folder)
     text = config.read_text().replace("[model]", "[model]\nnum_layers = 2\nsoftmax_every = 2")
-    text = text.replace("enabled = false", "samples = 1\ndocuments = 2").replace("tokens = 6144", "tokens = 4096", 1)
+    text = text.replace("enabled = false", "samples = 1\ndocuments = 1\nlengths = [0.5]\ndepths = [0.5]").replace(
+        "tokens = 6144", "tokens = 4096", 1
+    )
     config.write_text(text.replace("[data]", "[data]\nheld_out = 2"))
     for command in (("prepare-data",), PRETRAIN):
         done = CliRunner().invoke(app, [*command, "-c", str(config)])
@@ -59,15 +61,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def outcome(project: Path, name: str, command: tuple[str, ...]) -> int:
     """The exit code of ``command`` with ``name`` damaged; what it prints and what it leaves is checked."""
-    before = tree(project / "run" / "checkpoints")
+    before, damaged = tree(project / "run" / "checkpoints"), (project / name).read_bytes()
     done = CliRunner().invoke(app, [*command, "-c", str(project / "m1.toml")])
-    context = f"{command} with {name}: {(project / name).read_bytes()[:3000]!r}\n{done.output}\n{done.exception!r}"
+    context = f"{command} with {name}: {damaged[:3000]!r}\n{done.output}\n{done.exception!r}"
     assert done.exit_code in (0, EXIT_CONFIG, EXIT_ENVIRONMENT, EXIT_DATA, EXIT_CHECKPOINT), context
     assert "\x1b" not in done.output, context
     assert "Traceback" not in done.output, context
     if done.exit_code:
         said = done.output.replace("\n", "")
-        assert Path(name).name in said or ", key " in said or "where: key " in said or CHECKPOINT in said, context
+        assert Path(name).name in said or ", key " in said or "where: key " in said or Path(CHECKPOINT).name in said, (
+            context
+        )
         assert "to do: " in said, context
     after = tree(project / "run" / "checkpoints")
     if name.endswith(MANIFEST):  # renamed as unusable, and otherwise left as it is
@@ -76,7 +80,9 @@ def outcome(project: Path, name: str, command: tuple[str, ...]) -> int:
     return done.exit_code
 
 
-def outcomes(finished: Path, project: Path, name: str, commands: tuple[tuple[str, ...], ...], count: int) -> Counter[int]:
+def outcomes(
+    finished: Path, project: Path, name: str, commands: tuple[tuple[str, ...], ...], count: int
+) -> Counter[int]:
     """The exit codes of ``commands`` with ``count`` mutations of one file, each in an otherwise whole project."""
     codes: Counter[int] = Counter()
     whole = tree(finished)

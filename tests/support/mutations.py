@@ -14,8 +14,9 @@ _VALUES: tuple[Any, ...] = (
     "../../x", "x" * 300, [], [None], [[1], [[]]], {}, {"\x1b": 1}, [0] * 70,
 )  # fmt: skip
 _TOML_VALUES = (
-    "nan", "-inf", "-1", "0", "1", "2", "64", "4096", "0.25", "999999999999999999", "9" * 400, "0x" + "f" * 5000, "9" * 5000, "1e300", "1e-300", '""', '"\\u001b[31mred"', '"\x1b[31m"', "[[1]]", "[]", "{}",
-    "[" * 3000, "1979-05-27", "true", "", "'''", '["", -1]', "{ a = 1 }", '"' + "x" * 300 + '"', '"/dev/null"', '"a\\u0000b"',
+    "nan", "-inf", "-1", "0", "1", "2", "64", "4096", "0.25", "999999999999999999", "9" * 400, "9" * 5000, "0x" + "f" * 5000,
+    "1e300", "1e-300", '""', '"\\u001b[31mred"', '"\x1b[31m"', "[[1]]", "[]", "{}", "[" * 3000, "1979-05-27", "true", "",
+    "'''", '["", -1]', "{ a = 1 }", '"' + "x" * 300 + '"', '"/dev/null"', '"a\\u0000b"',
 )  # fmt: skip
 
 
@@ -37,7 +38,9 @@ def _bytes(data: bytes, rng: random.Random) -> bytes:
         return data[:at] + data[at + rng.randrange(1, 40) :]
     if kind == 2:
         return data[:at] + rng.choice(_BYTES) + data[at:]
-    return data[:at] if kind == 3 else rng.choice([b"", b"\n", b"[" * 100_000, b"\xff\xfe", b"null", b"{}", b"[7]\n[7]\n"])
+    return (
+        data[:at] if kind == 3 else rng.choice([b"", b"\n", b"[" * 100_000, b"\xff\xfe", b"null", b"{}", b"[7]\n[7]\n"])
+    )
 
 
 def _lines(data: bytes, rng: random.Random) -> bytes:

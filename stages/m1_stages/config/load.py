@@ -130,7 +130,8 @@ class _Layer:
         elif depth > _DEEPEST:
             what = f"is nested more than {_DEEPEST} levels deep"
         if what:
-            raise ConfigError(f"{key[:_MOST_CHARACTERS]} {what}", where=self.origin(key), fix="correct that line")
+            shown = key[:_MOST_CHARACTERS]
+            raise ConfigError(f"{shown} {what}", where=f"{self.origin(key)}, key {shown}", fix="correct that line")
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for name, item in items:
             self._refuse_immense(item, f"{key}.{name}" if key else name, depth + 1)
