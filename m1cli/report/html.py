@@ -256,6 +256,7 @@ def _events(history: History) -> str:
                 f"rank {r['rank']} kept the others waiting: {r['seconds']:.2f} s instead of {r['median']:.2f} s"
             ),
             "SaveFailed": lambda r: f"checkpoint at step {r['step']} not written: {r['reason']}",
+            "EventsDelayed": lambda r: f"events could not be written for a while: {r['reason']}",
             "RunStopped": lambda r: f"stopped: {r['reason']}",
         }[kind](record)
         lines.append(f"<li>{escape(text)}</li>")

@@ -14,7 +14,8 @@ from typing import Any, get_args
 import orjson
 
 from m1_stages.errors import DataError
-from m1_stages.event_types import check_types
+from m1_stages.event_history import as_of_today
+from m1_stages.event_types import checked
 from m1_stages.event_values import LaterStages, NeedleMap, PositionLoss
 
 
@@ -321,18 +322,9 @@ Sink = Callable[[Event], None]
 Record = dict[str, Any]
 """An event as plain values, with its name under ``event`` and its time under ``time``."""
 
-_RENAMED_EVENTS = {"StepLeftOut": "StepExcluded"}
-_RENAMED_FIELDS = {
-    "StageStarted": {"takes_over": "starts_from"},
-    "GuardNoticed": {"usual": "median"},
-    "RolledBack": {"left_out": "excluded_steps"},
-    "StragglerNoticed": {"usual": "median"},
-}
-"""Old to new names, by the new name of the event: files of runs from before a renaming stay readable."""
-
 
 def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
-    """Read a ``metrics.jsonl`` in order, with today's names of events and fields.
+    """Read a ``metrics.jsonl`` in order, with today's names of events and fields; numbers that were not finite are NaN.
 
     The torn last line of a run that was killed is skipped; a missing file has no events.
 
@@ -347,7 +339,7 @@ def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            record = _with_present_names(orjson.loads(line))
+            record = _checked(as_of_today(orjson.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if skip_damaged or number == len(lines):
                 continue
@@ -355,11 +347,6 @@ def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
         yield record
 
 
-def _with_present_names(record: Record) -> Record:
-    name: str = record["event"]
-    name = _RENAMED_EVENTS.get(name, name)
-    fields = _RENAMED_FIELDS.get(name, {})
-    present = {fields.get(key, key): value for key, value in record.items()} | {"event": name}
-    if (kind := _EVENTS.get(name)) is not None:
-        check_types(kind, present)
-    return present
+def _checked(record: Record) -> Record:
+    kind = _EVENTS.get(record["event"])
+    return record if kind is None else checked(kind, record)

@@ -10,6 +10,7 @@ MIX = {
     "core": {"wanted": 0.7, "reached": 0.63},
     "domains": {"code": {"wanted": 0.7, "reached": 0.63}, "general": {"wanted": 0.3, "reached": 0.37}},
     "length_classes": {"short": {"wanted": 1.0, "reached": 1.0}},
+    "epochs": [{"source": "web", "bucket": "lt32k", "epochs": 0.5}],
 }
 
 

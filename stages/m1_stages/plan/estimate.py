@@ -161,13 +161,11 @@ def fewest_gpus(parallel: ParallelConfig) -> int:
 
 
 def _compared(m: ModelConfig, workload: StageWorkload, ran: Measured, machine: Machine) -> Compared:
-    policy = machine.memory_policy
-    if ran.activations is not None:
-        policy = replace(
-            policy,
-            recompute="always" if ran.activations.recompute else "never",
-            offload_activations=ran.activations.offload,
-        )
+    policy = replace(
+        machine.memory_policy,
+        recompute="always" if ran.activations.recompute else "never",
+        offload_activations=ran.activations.offload,
+    )
     return Compared(
         measured=ran, estimate=estimate_layout(m, workload, ran.layout, replace(machine, memory_policy=policy))
     )

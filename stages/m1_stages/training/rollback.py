@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from m1_data.plain_values import from_plain
 from m1_data.storage.durable import write_when_there_is_room
 from m1_stages.curriculum import StagePlan
 from m1_stages.errors import CheckpointError, NumericStop
@@ -32,7 +33,7 @@ class RollbackRecord:
     stage: str
     data_fingerprint: str
     to_global_step: int
-    excluded_steps: list[int]
+    excluded_steps: tuple[int, ...]
     """Steps of the stage."""
     reason: str
     ramp_progress: float = 1.0
@@ -111,7 +112,7 @@ def roll_back(run: Run, plan: StagePlan, rows: Rows, state: TrainState, verdict:
     steps = {*range(spike, skipped[-1] + 1), *skipped}
     excluded = sorted(set(state.excluded_steps) | {s - first_step for s in steps if s >= loaded.global_step})
     record = RollbackRecord(
-        plan.stage, rows.fingerprint, loaded.global_step, excluded, verdict.reason, state.ramp_progress
+        plan.stage, rows.fingerprint, loaded.global_step, tuple(excluded), verdict.reason, state.ramp_progress
     )
     store.rename_newer(committed, plan.stage)
     run_together(lambda: _append(run.run_dir, record) if rank() == 0 else None)
@@ -150,13 +151,20 @@ def _read(run_dir: Path) -> list[RollbackRecord] | str:
     if not path.exists():
         return []
     try:
-        return [_record(values) for values in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        records = list(from_plain(tuple[RollbackRecord, ...], _with_present_names(values)))
+        if outside := [record.ramp_progress for record in records if not 0 <= record.ramp_progress <= 1]:
+            raise ValueError(f"ramp_progress is {outside[0]}, which is not between 0 and 1")
+        return records
+    except (OSError, ValueError, RecursionError) as error:
         return str(error)
 
 
-def _record(values: dict[str, Any]) -> RollbackRecord:
-    return RollbackRecord(**{_FORMER_FIELDS.get(name, name): value for name, value in values.items()})
+def _with_present_names(values: Any) -> Any:
+    """The same values; fields of records have their names of today."""
+    if isinstance(values, list):
+        return [_with_present_names(item) for item in values]
+    return {_FORMER_FIELDS.get(k, k): v for k, v in values.items()} if isinstance(values, dict) else values
 
 
 def _append(run_dir: Path, record: RollbackRecord) -> None:
