@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.text import Text
 from support.plans import resolved
 from support.run_events import stage_started, step_done
@@ -115,6 +117,21 @@ def test_a_line_names_both_rates_and_says_what_its_eta_lacks(monkeypatch: pytest
     assert lines[-1].startswith("32k step 5/10 ")
     assert "tok/s 75 (1,024 in the step)" in lines[-1]  # 2,560 tokens in 34 s
     assert lines[-1].endswith("eta ~4:59:55 (stage ~0:25) + 3 stage ends")
+
+
+def test_the_panel_shows_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, screen = Clock(), Console(file=io.StringIO(), width=120, force_terminal=True)
+    monkeypatch.setattr(module, "console", screen)
+    display, last = TrainingDisplay(clock), step_done("32k", 3)
+    display(before(stage_started("32k"), 54.0, "128k"))
+    for n in range(4):
+        clock.now += 4.0
+        display(step_done("32k", n))
+    with screen.capture() as captured:
+        screen.print(display._panel(last))
+    text = Text.from_ansi(captured.get()).plain
+    for part in ("128 tokens/s", "0.50 s in the step: 1,024 tokens/s", "eta ~4:00 (stage ~0:24) + 2 stage ends"):
+        assert part in text
 
 
 def test_a_single_stage_has_one_eta(monkeypatch: pytest.MonkeyPatch) -> None:
