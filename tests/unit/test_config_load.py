@@ -149,7 +149,7 @@ def test_toml_that_is_nested_too_deeply(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.seed.0.*nested more than 16 levels deep"):
         load_config(path, ["run.seed=" + "[" * 100 + "]" * 100])
     path.write_text(path.read_text() + ".".join("x" * 3000) + " = 1")
-    with pytest.raises(ConfigError, match="x.x is nested more than 16 levels deep"):
+    with pytest.raises(ConfigError, match=r"x\.x is nested more than 16 levels deep"):
         load_config(path)
 
 

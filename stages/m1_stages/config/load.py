@@ -134,7 +134,7 @@ class _Layer:
             raise ConfigError(f"{shown} {what}", where=f"{self.origin(key)}, key {shown}", fix="correct that line")
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         for name, item in items:
-            self._refuse_immense(item, f"{key}.{name}" if key else name, depth + 1)
+            self._refuse_immense(item, f"{key}.{name}" if key else str(name), depth + 1)
 
     def origin(self, key: str) -> str:
         """Return ``file:line`` of ``key``, or of its nearest parent table, or the file."""
