@@ -97,7 +97,7 @@ def test_checkpoints_with_former_names_are_read() -> None:
 def test_roll_backs_with_former_names_are_read(tmp_path: Path) -> None:
     saved = {"stage": "32k", "data_fingerprint": "d", "to_global_step": 6, "left_out": [7, 8], "reason": "spike"}
     (tmp_path / "rollbacks.json").write_text(json.dumps([saved | {"ramp_progress": 0.5}, saved]))
-    assert read_rollbacks(tmp_path, "32k", "d") == [
+    assert read_rollbacks(tmp_path, "32k", "d", 9) == [
         RollbackRecord("32k", "d", 6, (7, 8), "spike", 0.5),
         RollbackRecord("32k", "d", 6, (7, 8), "spike", 1.0),
     ]
@@ -111,15 +111,16 @@ def test_roll_backs_with_former_names_are_read(tmp_path: Path) -> None:
         (b'["\\u001b[31m"]', r"\[0\] is '\\x1b\[31m', which is not an object"), (b"[{}]", r"\[0\].stage is missing"),
         (b'[{%s, "excluded_steps": [[1]]}]', r"excluded_steps\[0\] is \[1\]"), (b'[{%s, "excluded_steps": [-1]}]', "is -1"),
         (b'[{%s, "excluded_steps": [1], "ramp_progress": 1.5}]', "ramp_progress is 1.5, which is not between 0 and 1"),
+        (b'[{%s, "excluded_steps": [8, 9]}]', "it excludes step 9 of stage 32k, which has 9 steps"),
         (b'[{%s, "excluded_steps": [1], "other": 1}]', r"unknown key '\[0\].other'"),
     ],
-    ids=range(10),
+    ids=range(11),
 )  # fmt: skip
 def test_damaged_roll_backs_are_one_clear_error(tmp_path: Path, content: bytes, message: str) -> None:
     fields = b'"stage": "32k", "data_fingerprint": "d", "to_global_step": 6, "reason": "spike"'
     (tmp_path / "rollbacks.json").write_bytes(content.replace(b"%s", fields))
     with pytest.raises(CheckpointError, match=message) as caught:
-        read_rollbacks(tmp_path, "32k", "d")
+        read_rollbacks(tmp_path, "32k", "d", 9)
     assert caught.value.where == str(tmp_path / "rollbacks.json")
     assert str(caught.value).isprintable()
 

@@ -40,20 +40,24 @@ class RollbackRecord:
     """Progress of the decay ramp when the spike was met."""
 
 
-def read_rollbacks(run_dir: Path, stage: str, data_fingerprint: str) -> list[RollbackRecord]:
-    """Roll backs of ``stage`` on this data, the same on every rank.
+def read_rollbacks(run_dir: Path, stage: str, data_fingerprint: str, num_steps: int) -> list[RollbackRecord]:
+    """Roll backs of ``stage``, which has ``num_steps`` steps, on this data, the same on every rank.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     found: list[RollbackRecord] | str = from_rank_0(_read(run_dir) if rank() == 0 else None)
+    if isinstance(found, list):
+        found = [record for record in found if (record.stage, record.data_fingerprint) == (stage, data_fingerprint)]
+        if outside := [step for record in found for step in record.excluded_steps if step >= num_steps]:
+            found = f"it excludes step {outside[0]} of stage {stage}, which has {num_steps} steps"
     if isinstance(found, str):
         raise CheckpointError(
             f"the record of roll backs is damaged: {found}",
             where=str(run_dir / ROLLBACKS),
             fix="restore it from a copy, or remove it: samples that were excluded are then trained on again",
         )
-    return [record for record in found if (record.stage, record.data_fingerprint) == (stage, data_fingerprint)]
+    return found
 
 
 def apply_rollback_exclusions(state: TrainState, records: list[RollbackRecord]) -> TrainState:
@@ -83,7 +87,7 @@ def roll_back(run: Run, plan: StagePlan, rows: Rows, state: TrainState, verdict:
     skipped = state.guard.skipped
     spike = max(first_step, skipped[-max(1, state.guard.consecutive) :][0] - run.guard.exclude_before)
     where = f"stage {plan.stage}, step {state.stage_step}"
-    done = read_rollbacks(run.run_dir, plan.stage, rows.fingerprint)
+    done = read_rollbacks(run.run_dir, plan.stage, rows.fingerprint, plan.num_steps)
     if len(done) >= run.guard.max_rollbacks:
         raise NumericStop(
             f"{verdict.reason}: the stage was rolled back {len(done)} times already",

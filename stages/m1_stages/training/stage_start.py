@@ -64,7 +64,7 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
     finished = loaded.meta.stage == plan.stage and loaded.meta.stage_final
     if state.stage != plan.stage:
         state = enter_stage(plan, rows.fingerprint, state)
-    state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint))
+    state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint, plan.num_steps))
     if not finished:
         refuse_other_order(plan, state, rows.fingerprint)
     if state.data_fingerprint != rows.fingerprint and (not finished or plan.stage == SFT):
