@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 
 from rich.console import Group
 from rich.live import Live
@@ -36,6 +37,7 @@ from m1_stages.events import (
 )
 from m1cli.console import console
 from m1cli.evaluation import evaluation_view
+from m1cli.pace import Left, Pace
 from m1cli.sft_data import sft_data_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -44,11 +46,12 @@ _BARS = "▁▂▃▄▅▆▇█"
 class TrainingDisplay:
     """Shows a run's events. Use it as a context manager so that the live panel is always closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._stage: StageStarted | None = None
         self._losses: deque[float] = deque(maxlen=400)
-        self._seconds: deque[float] = deque(maxlen=20)
+        self._pace = Pace(clock)
         self._last_line = 0.0
 
     def __enter__(self) -> TrainingDisplay:
@@ -68,7 +71,7 @@ class TrainingDisplay:
         elif isinstance(event, StageStarted):
             self._stage = event
             self._losses.clear()
-            self._seconds.clear()
+            self._pace.stage_started(event)
             _stage_started(event)
         elif isinstance(event, RunStarted):
             _run_started(event)
@@ -91,8 +94,9 @@ class TrainingDisplay:
                     "the guard held the ramp; the next stage starts from where they are",
                     soft_wrap=True,
                 )
+            since = f" since step {self._stage.step}" if self._stage and self._stage.step else ""
             console.print(
-                f"[green]stage {event.stage} done[/] in {event.seconds:.0f} s: loss {event.first_loss:.3f} → "
+                f"[green]stage {event.stage} done[/] in {event.seconds:.0f} s{since}: loss {event.first_loss:.3f} → "
                 f"{event.last_loss:.3f}; checkpoint {escape(event.checkpoint)}",
                 soft_wrap=True,
             )
@@ -123,36 +127,38 @@ class TrainingDisplay:
 
     def _step(self, step: StepDone) -> None:
         self._losses.append(step.loss)
-        self._seconds.append(step.step_s)
+        self._pace.step_done()
         if self._live:
             self._live.update(self._panel(step))
             return
         assert self._stage is not None
         last = step.step == self._stage.num_steps - 1
-        if step.step == 0 or last or time.monotonic() - self._last_line > 5.0:
-            self._last_line = time.monotonic()
+        if step.step == 0 or last or self._clock() - self._last_line > 5.0:
+            self._last_line = self._clock()
             console.print(
                 f"{step.stage} step {step.step + 1}/{self._stage.num_steps} loss {step.loss:.4f} "
-                f"grad {step.grad_norm:.3f} lr {step.lr:.2e} tok/s {step.tokens_per_s:,.0f} "
-                f"context {self._stage.seq_len:,} ramp {step.ramp_progress:.0%} mem {step.peak_gib:.1f} GiB "
-                f"eta {self._eta(step)}",
+                f"grad {step.grad_norm:.3f} lr {step.lr:.2e} "
+                f"tok/s {self._pace.tokens_per_s():,.0f} ({step.tokens_per_s:,.0f} in the step) "
+                f"context {self._stage.seq_len:,} ramp {step.ramp_progress:.0%} peak mem {step.peak_gib:.1f} GiB "
+                f"eta {_eta(self._pace.left(step))}",
                 soft_wrap=True,
             )
-
-    def _eta(self, step: StepDone) -> str:
-        assert self._stage is not None
-        seconds = (self._stage.num_steps - step.step - 1) * sum(self._seconds) / len(self._seconds)
-        minutes, rest = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
     def _panel(self, step: StepDone) -> Panel:
         assert self._stage is not None
         grid = Table.grid(padding=(0, 3))
         for row in (
             (f"loss [bold]{step.loss:.4f}[/]", f"grad norm {step.grad_norm:.3f}", f"lr {step.lr:.2e}"),
-            (f"{step.tokens_per_s:,.0f} tokens/s", f"{step.step_s:.2f} s/step", f"peak {step.peak_gib:.1f} GiB"),
-            (f"context {self._stage.seq_len:,}", f"decay ramp {step.ramp_progress:.0%}", f"eta {self._eta(step)}"),
+            (
+                f"{self._pace.tokens_per_s():,.0f} tokens/s",
+                f"{step.step_s:.2f} s in the step: {step.tokens_per_s:,.0f} tokens/s",
+                f"peak {step.peak_gib:.1f} GiB",
+            ),
+            (
+                f"context {self._stage.seq_len:,}",
+                f"decay ramp {step.ramp_progress:.0%}",
+                f"eta {_eta(self._pace.left(step))}",
+            ),
         ):
             grid.add_row(*row)
         return Panel(
@@ -164,6 +170,21 @@ class TrainingDisplay:
             title=f"{step.stage}  step {step.step + 1:,} of {self._stage.num_steps:,}",
             title_align="left",
         )
+
+
+def _eta(left: Left | None) -> str:
+    """``~1:02:03 (stage ~0:12) + 5 stage ends``: of the command, of the stage if others follow, and what is not counted."""
+    if left is None:
+        return "not known yet"
+    stage, command = _clock(left.stage_s), _clock(left.command_s)
+    ends = f" + {left.ends} stage end{'s' * (left.ends > 1)}" if left.ends else ""
+    return f"~{command}{ends}" if stage == command else f"~{command} (stage ~{stage}){ends}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _settings_changed(event: SettingsChanged) -> None:
@@ -206,6 +227,11 @@ def _stage_started(event: StageStarted) -> None:
         + (f", from {min(old):.1f} to {max(old):,.0f} over {event.ramp_steps} steps" if event.ramp_steps else ""),
     ]
     lines.append(f"activations {event.activations}")
+    if event.later:
+        lines.append(
+            f"eta counts {', '.join(event.later.stages)} in: {event.later.cost_in_steps:,.0f} steps of this stage by "
+            f"{event.later.basis}"
+        )
     core = event.mix.get("core")
     if core:
         classes = event.mix.get("length_classes", {})

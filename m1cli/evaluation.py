@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from m1_stages.events import NeedleMap, PositionLoss, StageEvaluated
+from m1_stages.event_values import NeedleMap, PositionLoss
+from m1_stages.events import StageEvaluated
 
 _COLOURS = ((120, 30, 40), (178, 110, 20), (30, 120, 60))
 """Background colours (red, green, blue) at a recall of 0, a half and 1."""

@@ -17,6 +17,7 @@ from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError, EnvironmentProblem
 from m1_stages.plan.estimate import Compared, Plan, StageEstimate, make_plan
 from m1_stages.plan.hardware import gpu_named
+from m1_stages.plan.run_measurements import WARM_UP_STEPS
 from m1_stages.plan.search import LayoutEstimate
 from m1cli.console import console
 
@@ -281,23 +282,37 @@ def _measured(compared: list[Compared]) -> None:
     table = _table(
         "Measured in this run",
         "stage",
-        ["steps", "s/step", "estimate", "off by", "with mix", "GiB", "estimate", "off by"],
+        ["steps", "s/step", "estimate", "off by", "with mix", "peak GiB", "estimate", "off by"],
     )
     for x in compared:
         table.add_row(
             x.measured.stage,
             f"{x.measured.steps:,}",
-            _seconds(x.measured.step_s),
+            "-" if x.measured.step_s is None else _seconds(x.measured.step_s),
             _seconds(x.estimate.time.total),
-            f"{x.time_deviation:+.0%}",
-            f"{x.mix_time_deviation:+.0%}",
+            _off_by(x.time_deviation),
+            _off_by(x.mix_time_deviation),
             f"{x.measured.peak_gib:.1f}",
             f"{x.estimate.memory.peak:.1f}",
-            f"{x.memory_deviation:+.0%}",
+            _off_by(x.memory_deviation),
         )
     console.print()
     console.print(table)
-    console.print("[dim]Estimates for one document a row, and for documents of the mix, on the GPU named above.[/]")
+    console.print(
+        "[dim]Estimates for one document a row, and for documents of the mix, on the GPU named above. Memory is what torch "
+        'allocates at most, as a run shows it: compare it with "peak in torch", not with "needed".[/]'
+    )
+    for x in compared:
+        if x.measured.step_s is None:
+            console.print(
+                f"[dim]stage {x.measured.stage}: the time of a step is not compared: the run has {x.measured.steps} of them, "
+                f"and the first {WARM_UP_STEPS} are warm-up[/]",
+                soft_wrap=True,
+            )
+
+
+def _off_by(deviation: float | None) -> str:
+    return "-" if deviation is None else f"{deviation:+.0%}"
 
 
 def _hours(hours: float | None) -> str:

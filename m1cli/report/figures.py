@@ -50,7 +50,7 @@ def layer_norms(history: History) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             x=[s["global_step"] for s in steps],
-            z=[[math.log10(max(s["layer_grad_norms"][n], 1e-12)) for s in steps] for n in range(_layers(steps))],
+            z=[[_log10(s["layer_grad_norms"][n : n + 1]) for s in steps] for n in range(_layers(steps))],
             colorscale="Viridis",
             colorbar={"title": "log10"},
             hovertemplate="step %{x}, layer %{y}: 10^%{z:.2f}<extra></extra>",
@@ -95,13 +95,16 @@ def half_lives(history: History) -> go.Figure:
 def expert_load(history: History) -> go.Figure:
     """Draw the share of each expert per layer, averaged over the last 20 steps of the run."""
     rows = [s["expert_load"] for steps in history.steps.values() for s in steps if s["expert_load"]][-20:]
+    rows = [
+        row for row in rows if _shape(row) == _shape(rows[-1])
+    ]  # a run that was started over may have another model
     load = [
-        [sum(r[layer][e] for r in rows) / len(rows) for e in range(len(rows[0][0]))] for layer in range(len(rows[0]))
+        [sum(r[layer][e] for r in rows) / len(rows) for e in range(experts)]
+        for layer, experts in enumerate(_shape(rows[-1]) if rows else [])
     ]
-    even = 1 / len(load[0])
     figure = go.Figure(
         go.Heatmap(
-            z=[[share / even for share in row] for row in load],
+            z=[[share * len(row) for share in row] for row in load],
             colorscale="RdBu_r",
             zmid=1.0,
             zmin=0.0,
@@ -236,11 +239,24 @@ def _styled(figure: go.Figure, title: str, height: int = 380) -> go.Figure:
 
 
 def _smoothed(values: list[float], weight: float = 0.8) -> list[float]:
+    """Return the exponential moving average; a value that is not finite is a gap and does not count."""
     smooth, scale, out = 0.0, 0.0, []
     for value in values:
+        if not math.isfinite(value):
+            out.append(math.nan)
+            continue
         smooth, scale = weight * smooth + (1 - weight) * value, weight * scale + 1 - weight
         out.append(smooth / scale)
     return out
+
+
+def _log10(norm: list[float]) -> float:
+    """Return the logarithm of the one norm in the list, NaN where there is none."""
+    return math.log10(max(norm[0], 1e-12)) if norm else math.nan
+
+
+def _shape(load: list[list[float]]) -> list[int]:
+    return [len(row) for row in load]
 
 
 def _stage_title(stage: dict[str, Any]) -> str:
@@ -248,7 +264,7 @@ def _stage_title(stage: dict[str, Any]) -> str:
 
 
 def _layers(steps: list[Record]) -> int:
-    return len(steps[0]["layer_grad_norms"]) if steps else 0
+    return max((len(s["layer_grad_norms"]) for s in steps), default=0)
 
 
 def _rows(stages: list[Record]) -> int:

@@ -57,7 +57,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         (figures.data_mix(history), figures.length_mix(history)),
         (figures.expert_load(history), figures.over_tokens(history, "aux_loss", "Balance loss")),
         (
-            figures.over_tokens(history, "tokens_per_s", "Tokens per second"),
+            figures.over_tokens(history, "tokens_per_s", "Tokens per second in the steps, without saves and waiting"),
             figures.over_tokens(history, "lr", "Learning rate"),
         ),
     ]
@@ -159,6 +159,7 @@ def _stage_table(history: History) -> str:
             f"{_mean(steps[:5]):.3f}" if steps else "",
             f"{_mean(steps[-5:]):.3f}" if steps else "",
             f"{sum(s['step_s'] for s in steps):,.0f} s",
+            f"{history.clock_s.get(name, 0.0):,.0f} s",
             "done" if done else "unfinished",
         ]
         rows.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
@@ -171,7 +172,8 @@ def _stage_table(history: History) -> str:
         "tokens",
         "loss, first 5",
         "loss, last 5",
-        "time",
+        "time in steps",
+        "by the clock",
         "",
     )
     return f"<table><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>{''.join(rows)}</table>"
@@ -254,6 +256,7 @@ def _events(history: History) -> str:
                 f"rank {r['rank']} kept the others waiting: {r['seconds']:.2f} s instead of {r['median']:.2f} s"
             ),
             "SaveFailed": lambda r: f"checkpoint at step {r['step']} not written: {r['reason']}",
+            "EventsDelayed": lambda r: f"events could not be written for a while: {r['reason']}",
             "RunStopped": lambda r: f"stopped: {r['reason']}",
         }[kind](record)
         lines.append(f"<li>{escape(text)}</li>")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from m1_data.chat.dataset import SFTStats
+from m1_data.sampling.mix_report import Share
 from m1_stages.errors import DataError
+from m1_stages.event_types import checked
 from m1_stages.events import Record, read_events
 from m1_stages.run_dir import METRICS
 
-_LISTED = (
+LISTED = (
     "CheckpointRejected",
     "SaveFailed",
     "EventsDelayed",
@@ -19,6 +22,25 @@ _LISTED = (
     "RolledBack",
     "StragglerNoticed",
 )
+"""Events that have a line each in the report's list."""
+_TIMED = ("StageStarted", "StepDone", "StageFinished")
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    source: str
+    bucket: str
+    epochs: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """What the report shows of a stage's mix, out of ``MixReport.as_dict``."""
+
+    length_classes: dict[str, Share]
+    domains: dict[str, Share]
+    core: Share
+    epochs: list[_Passes]
 
 
 @dataclass(slots=True)
@@ -35,6 +57,8 @@ class History:
     """The last ``StageDrawn`` of each stage."""
     evaluated: dict[str, Record] = field(default_factory=dict)
     """The last ``StageEvaluated`` of each stage."""
+    clock_s: dict[str, float] = field(default_factory=dict)
+    """Seconds by the clock of each stage, from its start to its last save: steps, those repeated too, saves, waiting."""
     held: dict[str, int] = field(default_factory=dict)
     """Steps of each stage in which the guard held the decay ramp, too many for a line each."""
     other: list[Record] = field(default_factory=list)
@@ -54,37 +78,77 @@ def read_history(run_dir: Path) -> History:
     """Read a run's events.
 
     Raises:
-        DataError: there is no such file, nothing in it, or a damaged line that is not the last.
+        DataError: there is no such file, nothing in it, a damaged line that is not the last, or lines that do not belong
+            together.
     """
     path = run_dir / METRICS
     if not path.is_file():
         raise DataError("this run has reported nothing yet", where=str(path), fix="run m1 pretrain first")
-    history, steps = History(), {}
+    history, steps, last = History(), {}, 0.0
     for record in read_events(path):
         kind = record["event"]
+        if kind in _TIMED:
+            now = _time_of(record, path)
+            if kind != "StageStarted":
+                history.clock_s[record["stage"]] = history.clock_s.get(record["stage"], 0.0) + now - last
+            last = now
         if kind == "StepDone":
             steps[record["global_step"]] = record
         elif kind == "StageStarted":
-            history.stages[record["stage"]] = record
+            history.stages[record["stage"]] = _drawable(record, path)
             if record["step"]:
                 history.other.append(record)
         elif kind == "StageFinished":
             history.finished[record["stage"]] = record
         elif kind == "StageDrawn":
-            history.drawn[record["stage"]] = record
+            history.drawn[record["stage"]] = _drawable(record, path)
         elif kind == "StageEvaluated":
             history.evaluated[record["stage"]] = _rectangular(record, path)
         elif kind == "RunStarted":
             history.starts.append(record)
         elif kind == "GuardNoticed" and record["action"] == "apply" and record["ramp"] != "reverse":
             history.held[record["stage"]] = history.held.get(record["stage"], 0) + 1
-        elif kind in _LISTED or (kind == "RunStopped" and record["exit_code"]):
+        elif kind in LISTED or (kind == "RunStopped" and record["exit_code"]):
             history.other.append(record)
     for _, record in sorted(steps.items()):
         history.steps.setdefault(record["stage"], []).append(record)
     if not steps:
         raise DataError("this run has not finished a step yet", where=str(path), fix="run m1 pretrain first")
+    missing = [f"StageStarted of stage {stage}" for stage in history.steps if stage not in history.stages]
+    missing += ["RunStarted"] * (not history.starts)
+    if missing:
+        raise DataError(
+            f"the events are damaged: there are steps, and no {missing[0]}",
+            where=str(path),
+            fix="restore the file from a copy, or move it away: the next m1 pretrain begins a new one",
+        )
     return history
+
+
+def _time_of(record: Record, path: Path) -> float:
+    time = record.get("time")
+    if not isinstance(time, (int, float)):
+        raise DataError(f"an event {record['event']} without its time", where=str(path), fix="remove that line")
+    return time
+
+
+def _drawable(stage: Record, path: Path) -> Record:
+    """Refuse a stage whose decay rates or mix cannot be: both are drawn."""
+    mix = stage["mix"]
+    try:
+        if "length_classes" in mix:
+            mix = checked(_Mix, mix)
+        elif "read" in mix:
+            mix = checked(SFTStats, mix)
+        if any(not rate > 0 for row in stage.get("slopes_new", []) for rate in row):
+            raise ValueError("slopes_new has a decay rate that is not above 0")
+    except ValueError as error:
+        raise DataError(
+            f"the {stage['event']} of stage {stage['stage']} is damaged: {error}",
+            where=str(path),
+            fix="remove that line",
+        ) from error
+    return stage | {"mix": mix}
 
 
 def _rectangular(evaluated: Record, path: Path) -> Record:

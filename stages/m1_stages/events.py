@@ -14,7 +14,9 @@ from typing import Any, get_args
 import orjson
 
 from m1_stages.errors import DataError
-from m1_stages.event_types import check_types
+from m1_stages.event_history import as_of_today
+from m1_stages.event_types import checked
+from m1_stages.event_values import LaterStages, NeedleMap, PositionLoss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +73,8 @@ class StageStarted:
     """The inputs of recomputed layers wait in host memory."""
     activations: str
     """What becomes of the activations, in words, with the reason."""
+    later: LaterStages | None = None
+    """What the same command trains after this stage; None: nothing, or the run is of a version that did not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +103,9 @@ class StepDone:
     layer_grad_norms: list[float]
     lr: float
     step_s: float
+    """Seconds of the step alone: without saves and evaluation, and without what else lies between two steps."""
     tokens_per_s: float
+    """Tokens of the step over ``step_s``."""
     ramp_progress: float
     trained_tokens: int
     metrics: dict[str, float]
@@ -273,42 +279,6 @@ class StageEvaluated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NeedleMap:
-    """Needle documents of every length and depth; ``[length][depth]``, means over samples."""
-
-    lengths: list[int]
-    """Tokens."""
-    depths: list[float]
-    samples: int
-    haystack: str
-    """What the needles were hidden in."""
-    recall: list[list[float]]
-    exact: list[list[float]]
-    """Share of values that are right in every token."""
-    loss: list[list[float]]
-    """Mean loss of the value's tokens, nats."""
-    control_recall: list[float]
-    """``[length]``: the same questions with nothing hidden, what guessing gives."""
-    control_loss: list[float]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PositionLoss:
-    """Loss of held-out documents by the number of tokens before the predicted one; a value per bucket."""
-
-    first: list[int]
-    """Smallest number of tokens before; a bucket ends where the next begins, the last one at the context."""
-    loss: list[float]
-    """Mean, nats."""
-    near_loss: list[float]
-    """Loss of the same tokens when the documents are cut into pieces of ``near_tokens``: without the far context."""
-    tokens: list[int]
-    documents: list[int]
-    """Documents that reach into the bucket."""
-    near_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class GateForced:
     """A stage starts although the one before recalls too little."""
 
@@ -352,18 +322,9 @@ Sink = Callable[[Event], None]
 Record = dict[str, Any]
 """An event as plain values, with its name under ``event`` and its time under ``time``."""
 
-_RENAMED_EVENTS = {"StepLeftOut": "StepExcluded"}
-_RENAMED_FIELDS = {
-    "StageStarted": {"takes_over": "starts_from"},
-    "GuardNoticed": {"usual": "median"},
-    "RolledBack": {"left_out": "excluded_steps"},
-    "StragglerNoticed": {"usual": "median"},
-}
-"""Old to new names, by the new name of the event: files of runs from before a renaming stay readable."""
-
 
 def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
-    """Read a ``metrics.jsonl`` in order, with today's names of events and fields.
+    """Read a ``metrics.jsonl`` in order, with today's names of events and fields; numbers that were not finite are NaN.
 
     The torn last line of a run that was killed is skipped; a missing file has no events.
 
@@ -378,7 +339,7 @@ def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            record = _with_present_names(orjson.loads(line))
+            record = _checked(as_of_today(orjson.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if skip_damaged or number == len(lines):
                 continue
@@ -386,11 +347,6 @@ def read_events(path: Path, *, skip_damaged: bool = False) -> Iterator[Record]:
         yield record
 
 
-def _with_present_names(record: Record) -> Record:
-    name: str = record["event"]
-    name = _RENAMED_EVENTS.get(name, name)
-    fields = _RENAMED_FIELDS.get(name, {})
-    present = {fields.get(key, key): value for key, value in record.items()} | {"event": name}
-    if (kind := _EVENTS.get(name)) is not None:
-        check_types(kind, present)
-    return present
+def _checked(record: Record) -> Record:
+    kind = _EVENTS.get(record["event"])
+    return record if kind is None else checked(kind, record)

@@ -44,7 +44,7 @@ class Project:
 
     def __init__(self, folder: Path, *, steps: int = 64) -> None:
         folder.mkdir()
-        self.folder, self.run_dir = folder, folder / "run"
+        self.folder, self.run_dir, self.stopped = folder, folder / "run", 0
         make_run(folder)
         text = (folder / "m1.toml").read_text().replace("save_every_steps = 100", "save_every_steps = 2")
         text = text.replace("[stages.32k]\ntokens = 6144", f"[stages.32k]\nmax_epochs = 1000\ntokens = {1024 * steps}")
@@ -75,12 +75,17 @@ class Project:
 
     def start_and_hold(self) -> subprocess.Popen[str]:
         """Start training and wait until it holds the lock of the run."""
+        self.stopped = len(self.events("RunStopped"))
         process, path, deadline = self.start(), self.run_dir / "run.lock", time.monotonic() + 120
         while not (path.exists() and f"-{process.pid}-" in path.read_text()):
             assert time.monotonic() < deadline, "the lock was not taken"
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         return process
+
+    def is_at_work(self, process: subprocess.Popen[str]) -> bool:
+        """Whether the process has not come to its end; afterwards it still takes a moment to leave."""
+        return process.poll() is None and len(self.events("RunStopped")) == self.stopped
 
     def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + 120
@@ -184,15 +189,15 @@ def test_a_second_command_at_twenty_moments(project: Project, uncut: dict[str, t
     rng, process, tried = random.Random(name), project.start_and_hold(), 0
     arguments, code = (WRITERS[name], 8) if name in WRITERS else READERS[name]
     while tried < 20:
-        if process.poll() is not None:
-            assert process.returncode in (0, 75), process.communicate()
-            if process.returncode == 0:
+        if not project.is_at_work(process):
+            assert process.wait(60) in (0, 75, -signal.SIGTERM), process.communicate()
+            if project.events("RunStopped")[-1]["exit_code"] == 0:
                 _equals(project, uncut)
                 project.next_run()
             process = project.start_and_hold()
         time.sleep(rng.uniform(0.0, 0.5))
         done = project.m1(*arguments)
-        if process.poll() is None:  # otherwise it is not known whether they met
+        if project.is_at_work(process):  # otherwise it is not known whether they met
             exported = (
                 name == "export"
                 and done.returncode == 0

@@ -15,6 +15,7 @@ from support.tiny_checkpoint import tensors_of
 from support.tiny_run import make_run, prepare_data
 
 from m1_stages.checkpoint.manifest import read_manifest
+from m1_stages.config import STAGE_NAMES
 
 
 def train(config: Path, stages: str, out: Path, stop_at: int = -1, settings: Sequence[str] = ()) -> int:
@@ -63,6 +64,12 @@ def test_cut_and_continued(
     assert train(config, "all", out) == 0
     assert steps(out) == expected
     assert expected[-1][1] == 19
+    later = {event["stage"]: event["later"] for event in events_of(out, "StageStarted")}
+    assert {stage: x["stages"] if x else [] for stage, x in later.items()} == {
+        stage: list(STAGE_NAMES[n + 1 :]) for n, stage in enumerate(STAGE_NAMES)
+    }
+    # Two steps of 1m have twice the tokens of those of 512k, and attend to a little more.
+    assert 4.0 < later["512k"]["cost_in_steps"] < 4.6
     final = sorted((config.parent / "run" / "checkpoints").glob("step_*"))[-1]
     mine, theirs = tensors_of(final), tensors_of(checkpoints / final.name)
     assert mine.keys() == theirs.keys()

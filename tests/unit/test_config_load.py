@@ -89,6 +89,9 @@ def test_origins_name_file_line_preset_flag_and_default(tmp_path: Path) -> None:
         ('preset = "tiny"\n[evaluate]\nenabled = false\ngate = 0.5', "nothing is measured", 4, "gate = 0"),
         ('preset = "tinny"', "preset is 'tinny'", 1, 'set preset = "tiny"'),
         ('preset = "tiny"\nseed = = 3', "not valid TOML", 2, "correct that line"),
+        ('preset = "tiny"\n[run]\nseed = ' + "9" * 400, "run.seed is an integer of more than 64 bits", 3, "correct that line"),
+        ('preset = "tiny"\n[run]\nseed = -0x' + "f" * 5000, "not valid TOML", 3, "correct that line"),
+        ('preset = "tiny"\n[run]\nseed = [0x' + "f" * 5000 + "]", "run.seed.0 is an integer of more than 64 bits", 3, ""),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path: Path, text: str, what: str, line: int, fix: str) -> None:
@@ -135,6 +138,19 @@ def test_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
 def test_malformed_override(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"key\.path=value"):
         load_config(write(tmp_path, 'preset = "tiny"'), [text])
+
+
+def test_toml_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = write(tmp_path, 'preset = "tiny"\nseed = ' + "[" * 3000)
+    with pytest.raises(ConfigError, match="not valid TOML: it is nested too deeply") as caught:
+        load_config(path)
+    assert caught.value.where == str(path)
+    path = write(tmp_path, 'preset = "tiny"\n')
+    with pytest.raises(ConfigError, match=r"run.seed.0.*nested more than 16 levels deep"):
+        load_config(path, ["run.seed=" + "[" * 100 + "]" * 100])
+    path.write_text(path.read_text() + ".".join("x" * 3000) + " = 1")
+    with pytest.raises(ConfigError, match=r"x\.x is nested more than 16 levels deep"):
+        load_config(path)
 
 
 def test_override_types_and_order(tmp_path: Path) -> None:

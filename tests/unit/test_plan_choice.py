@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from support.plans import m1_plan, resolved
+from support.records import record
 
 from m1_stages.config import STAGE_NAMES
 from m1_stages.errors import ConfigError
+from m1_stages.events import RunStarted, StageStarted, StepDone
 from m1_stages.plan.estimate import make_plan
 from m1_stages.plan.hardware import gpu_named
 from m1_stages.plan.memory import Activations
@@ -138,17 +140,12 @@ def test_json_has_everything_and_only_numbers(tmp_path: Path) -> None:
 
 def test_measured_steps_stand_beside_the_estimate(tmp_path: Path) -> None:
     stage = resolved(tmp_path, "700m").config
-    begun = {
-        "event": "StageStarted",
-        "stage": "32k",
-        "seq_len": 32_768,
-        "global_batch_rows": stage.global_batch_rows("32k"),
-    }
+    begun = {"stage": "32k", "seq_len": 32_768, "global_batch_rows": stage.global_batch_rows("32k")}
     sizes = {"world": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
     events = [
-        {"event": "RunStarted", "device": "cuda", "topology": sizes},
-        begun,
-        *({"event": "StepDone", "stage": "32k", "step_s": 100.0 if i < 3 else 4.0, "peak_gib": 15.0} for i in range(8)),
+        record(RunStarted, device="cuda", topology=sizes),
+        record(StageStarted, **begun),
+        *(record(StepDone, stage="32k", step_s=100.0 if i < 3 else 4.0, peak_gib=15.0) for i in range(8)),
     ]
     (tmp_path / "run").mkdir()
     text = "\n".join(json.dumps(event) for event in events) + '\n{"torn'
@@ -159,13 +156,13 @@ def test_measured_steps_stand_beside_the_estimate(tmp_path: Path) -> None:
     assert first is not None
     assert (first.measured.steps, first.measured.step_s, first.measured.peak_gib) == (8, 4.0, 15.0)
     assert first.time_deviation == pytest.approx(plan.stages[0].layouts[0].time.total / 4.0 - 1)
-    assert not first.estimate.activations.recompute, "nothing was said: as it is configured"
+    assert not first.estimate.activations.recompute
     assert plan.not_compared == {}
     done = m1_plan("--gpu", "h200", cwd=tmp_path)
     assert "Measured in this run" in done.stdout, done.stderr
     assert f"{first.memory_deviation:+.0%}" in done.stdout
-    said = text.replace('"seq_len"', '"recompute": true, "offload_activations": true, "seq_len"')
-    (tmp_path / "run" / "metrics.jsonl").write_text(said)
+    events[1] |= {"recompute": True, "offload_activations": True}
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(json.dumps(event) for event in events))
     compared = make_plan(resolved(tmp_path, "700m"), gpu_named("h200")).stages[0].compared
     assert compared is not None
     assert compared.estimate.activations == Activations(recompute=True, offload=True)
@@ -174,16 +171,19 @@ def test_measured_steps_stand_beside_the_estimate(tmp_path: Path) -> None:
 def test_why_a_stage_that_ran_is_not_compared(tmp_path: Path) -> None:
     sizes = {"world": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
     cases = {
-        "it ran on a cpu, and estimates are for GPUs": ("cpu", 8, 32_768),
-        "it has 3 steps, and the first 3 are warm-up": ("cuda", 3, 32_768),
-        "it ran with 32 rows of 4,096 tokens a step": ("cuda", 8, 4096),
+        "it ran on a cpu, and estimates are for GPUs": ("cpu", 8, 32_768, {}),
+        "it has finished no step": ("cuda", 0, 32_768, {}),
+        "metrics.jsonl does not say in which layout it ran": ("cuda", 8, 4096, {"dp": 0}),
+        "metrics.jsonl has a step without time or memory": ("cuda", 8, 4096, {"step_s": None}),
+        "it ran with 32 rows of 4,096 tokens a step": ("cuda", 8, 4096, {}),
     }
     (tmp_path / "run").mkdir()
-    for why, (device, steps, seq_len) in cases.items():
+    for why, (device, steps, seq_len, odd) in cases.items():
+        measured = {"step_s": 4.0, "peak_gib": 15.0} | {key: odd[key] for key in odd if key == "step_s"}
         events = [
-            {"event": "RunStarted", "device": device, "topology": sizes},
-            {"event": "StageStarted", "stage": "32k", "seq_len": seq_len, "global_batch_rows": 32},
-            *({"event": "StepDone", "stage": "32k", "step_s": 4.0, "peak_gib": 15.0} for _ in range(steps)),
+            record(RunStarted, device=device, topology=sizes | {key: odd[key] for key in odd if key in sizes}),
+            record(StageStarted, stage="32k", seq_len=seq_len, global_batch_rows=32),
+            *(record(StepDone, stage="32k", **measured) for _ in range(steps)),
         ]
         (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(json.dumps(event) for event in events))
         plan = make_plan(resolved(tmp_path, "700m"), gpu_named("h200"))
@@ -191,6 +191,35 @@ def test_why_a_stage_that_ran_is_not_compared(tmp_path: Path) -> None:
         assert plan.stages[0].compared is None
     done = m1_plan("--gpu", "h200", cwd=tmp_path)
     assert f"stage 32k of this run is not compared: {why}" in done.stdout
+
+
+def test_memory_is_compared_from_the_first_step_and_time_after_the_warm_up(tmp_path: Path) -> None:
+    rows = resolved(tmp_path, "700m").config.global_batch_rows("32k")
+    sizes = {"world": 1, "tp": 1, "pp": 1, "cp": 1, "ep": 1, "etp": 1, "dp": 1}
+    events = [
+        record(RunStarted, device="cuda", topology=sizes),
+        record(StageStarted, stage="32k", seq_len=32_768, global_batch_rows=rows),
+        record(StepDone, stage="32k", step_s=9.0, peak_gib=20.0),
+        *(record(StepDone, stage="32k", step_s=9.0, peak_gib=10.0) for _ in range(2)),
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(json.dumps(event) for event in events))
+    plan = make_plan(resolved(tmp_path, "700m"), gpu_named("h200"))
+    first = plan.stages[0].compared
+    assert first is not None
+    assert (first.measured.steps, first.measured.step_s, first.measured.peak_gib) == (3, None, 20.0)
+    assert (first.time_deviation, first.mix_time_deviation) == (None, None)
+    assert first.memory_deviation == pytest.approx(first.estimate.memory.peak / 20.0 - 1)
+    assert plan.not_compared == {}
+    done = m1_plan("--gpu", "h200", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"20.0 │ {first.estimate.memory.peak:8.1f} │ {first.memory_deviation:+6.0%} │" in done.stdout
+    assert (
+        "stage 32k: the time of a step is not compared: the run has 3 of them, and the first 3 are warm-up"
+        in done.stdout
+    )
+    as_json = json.loads(m1_plan("--gpu", "h200", "--json", cwd=tmp_path).stdout)["stages"][0]["measured"]
+    assert (as_json["step_s"], as_json["time_deviation"], as_json["peak_gib"]) == (None, None, 20.0)
 
 
 def test_the_command_is_quick_and_loads_nothing_heavy(tmp_path: Path) -> None:

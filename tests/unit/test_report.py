@@ -4,66 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import orjson
 import pytest
 from rich.console import Console
+from support.records import record
+from support.run_events import MIX
+from support.run_events import run_started as started
+from support.run_events import stage_started as stage
+from support.run_events import step_done as step
 
-from m1_stages.decay import released_slopes
 from m1_stages.errors import DataError
+from m1_stages.event_values import NeedleMap, PositionLoss
 from m1_stages.events import (
+    Event,
     GateForced,
     GuardNoticed,
-    NeedleMap,
-    PositionLoss,
-    RunStarted,
+    RunStopped,
     StageEvaluated,
     StageFinished,
-    StageStarted,
-    StepDone,
     StepRepeated,
 )
 from m1_stages.metrics_file import JsonLines
 from m1cli.evaluation import evaluation_view
-from m1cli.report.figures import needle_maps, position_losses
+from m1cli.report.figures import expert_load, layer_norms, needle_maps, over_tokens, position_losses
 from m1cli.report.html import write_report
-from m1cli.report.read import read_history
-
-SLOPES = released_slopes(8, 4)
-MIX = {
-    "core": {"wanted": 0.7, "reached": 0.63},
-    "domains": {"code": {"wanted": 0.7, "reached": 0.63}, "general": {"wanted": 0.3, "reached": 0.37}},
-    "length_classes": {"short": {"wanted": 1.0, "reached": 1.0}},
-}
-
-
-def started() -> RunStarted:
-    return RunStarted(
-        command="m1", run_dir="run", config_sha256="c", preset="tiny", device="cpu", precision="fp32", world_size=1,
-        topology={"world": 1}, parameters=2_000_000, active_parameters=500_000, versions={"torch": "2.13.0"},
-        backends={}, resumed_from="", data=[],
-    )  # fmt: skip
-
-
-def stage(name: str, step: int = 0) -> StageStarted:
-    return StageStarted(
-        stage=name, step=step, num_steps=10, seq_len=128, context_tokens=32_768, rope_base=1e6, global_batch_rows=4,
-        tokens=5_120, lr_peak=1e-3, lr_final=1e-4, decay_policy="relax", ramp_steps=0, slopes_old=SLOPES, slopes_new=SLOPES,
-        softmax_layers=[7], mix=MIX, title="stage 32k", starts_from="random weights", recompute=False, offload_activations=False,
-        activations="kept: on a CPU",
-    )  # fmt: skip
-
-
-def step(name: str, n: int, offset: int = 0, loss: float | None = None) -> StepDone:
-    return StepDone(
-        stage=name, step=n, global_step=offset + n, tokens_seen=512 * (offset + n + 1),
-        loss=7.0 - 0.1 * n if loss is None else loss,
-        aux_loss=0.02, grad_norm=0.5, layer_grad_norms=[0.1] * 8, lr=1e-3, step_s=0.5, tokens_per_s=1024.0,
-        half_lives=[*[[1.0, 2.0]] * 7, []], ramp_progress=0.0,
-        trained_tokens=512, metrics={}, expert_load=[[0.25] * 4] * 8, peak_gib=1.0, sample_ids=[0, 1, 2, 3],
-    )  # fmt: skip
+from m1cli.report.read import LISTED, read_history
 
 
 def write_run(folder: Path) -> None:
@@ -110,11 +81,29 @@ def test_the_page_stands_alone_and_shows_the_values(tmp_path: Path) -> None:
     assert f"{last_five:.3f}" in text
 
 
+def test_time_by_the_clock_has_saves_and_repeated_steps_in_it(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines() if not line.endswith('"gl')]
+    for n, event in enumerate(records):
+        # Each step takes 2 s; between the two processes there is an hour; the last save takes 9 s.
+        event["time"] = 100.0 + 2 * n + 3600 * (n >= 9) + 7 * (event["event"] == "StageFinished")
+    path.write_text("".join(json.dumps(event) + "\n" for event in records))
+    assert read_history(tmp_path).clock_s == {"32k": 7 * 2 + 5 * 2 + 9.0}
+    page = write_report(tmp_path, None, tmp_path / "report.html").read_text()
+    assert "<td>5 s</td><td>33 s</td><td>done</td>" in page, "ten steps of 0.5 s, and what the clock says"
+    del records[2]["time"]
+    path.write_text("".join(json.dumps(event) + "\n" for event in records))
+    with pytest.raises(DataError, match="StepDone without its time"):
+        read_history(tmp_path)
+
+
 def test_the_page_names_dropped_conversations(tmp_path: Path) -> None:
     write_run(tmp_path)
     mix = {
         "read": 900, "conversations": 15, "rows": 12, "tokens": 800, "trained_tokens": 300, "padding_share": 0.25,
         "unwanted": 0, "unused_keys": {"<id>": 900}, "dropped_over_length": 885, "truncated": 0, "dropped_untrained": 0,
+        "core_share": math.nan, "core_target": 0.7, "without_domain": 900, "reflections": 0, "dropped_held_out": 0,
     }  # fmt: skip
     lines = JsonLines(tmp_path / "metrics.jsonl")
     lines(dataclasses.replace(stage("sft"), mix=mix))
@@ -179,6 +168,75 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_history(tmp_path)
     assert caught.value.where.endswith("metrics.jsonl:1")
+
+
+def append(folder: Path, *events: dict[str, Any]) -> None:
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.writelines(orjson.dumps({"time": 0.0} | event) + b"\n" for event in events)
+
+
+def test_every_event_worth_a_line_has_one(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    kinds = [kind for kind in get_args(Event) if kind.__name__ in LISTED]
+    assert len(kinds) == len(LISTED)
+    append(tmp_path, *(record(kind) for kind in kinds), record(RunStopped, reason="out of time", exit_code=75))
+    page = write_report(tmp_path, None, tmp_path / "r.html").read_text()
+    events = page.split("<h2>Events</h2>")[1].count("<li>")
+    assert events == len(LISTED) + 2, "one for the stage that was continued"
+    assert "events could not be written for a while" in page
+
+
+def test_steps_that_were_not_finite_or_of_another_model_are_gaps(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    append(
+        tmp_path,
+        dataclasses.asdict(step("32k", 10, loss=math.nan)) | {"event": "StepDone", "grad_norm": math.nan},
+        dataclasses.asdict(step("32k", 11))
+        | {"event": "StepDone", "layer_grad_norms": [0.1, math.nan], "expert_load": [[0.75, 0.25], [0.5]]},
+        dataclasses.asdict(step("32k", 12)) | {"event": "StepDone", "expert_load": None},
+    )
+    write_report(tmp_path, None, tmp_path / "r.html")
+    history = read_history(tmp_path)
+    smoothed = over_tokens(history, "loss", "", smooth=True).data[1].y
+    assert [n for n, value in enumerate(smoothed) if math.isnan(value)] == [10]
+    rows = layer_norms(history).data[0].z
+    assert [n for n, value in enumerate(rows[0]) if math.isnan(value)] == []
+    assert [n for n, value in enumerate(rows[1]) if math.isnan(value)] == [11]
+    assert [n for n, value in enumerate(rows[7]) if math.isnan(value)] == [11]
+    assert [list(row) for row in expert_load(history).data[0].z] == [[1.5, 0.5], [0.5]]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"mix": {"length_classes": {}}}, "domains is missing"),
+        ({"mix": MIX | {"core": {"wanted": "\x1b", "reached": 1.0}}}, r"core.wanted is '\\x1b', which is not float"),
+        ({"mix": MIX | {"epochs": [{"source": "web", "bucket": []}]}}, r"epochs\[0\].epochs is missing"),
+        ({"mix": {"read": 1}}, "conversations is missing"),
+        ({"slopes_new": [[0.5, 0.0]]}, "a decay rate that is not above 0"),
+        ({"slopes_new": [[math.nan]]}, "a decay rate that is not above 0"),
+    ],
+    ids=range(6),
+)
+def test_a_stage_that_cannot_be_drawn_is_refused(damage: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    append(tmp_path, dataclasses.asdict(stage("32k")) | {"event": "StageStarted"} | damage)
+    with pytest.raises(DataError, match=f"StageStarted of stage 32k is damaged: .*{message}") as caught:
+        write_report(tmp_path, None, tmp_path / "r.html")
+    assert caught.value.where == str(tmp_path / "metrics.jsonl")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("RunStarted", "RunStarted"), ("StageStarted", "StageStarted of stage 32k")]
+)
+def test_steps_without_their_beginning_are_refused(kind: str, what: str, tmp_path: Path) -> None:
+    write_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if f'"{kind}"' not in line))
+    with pytest.raises(DataError, match=f"there are steps, and no {what}"):
+        read_history(tmp_path)
 
 
 def test_what_the_guard_did_is_in_the_list_of_events(tmp_path: Path) -> None:

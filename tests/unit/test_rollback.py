@@ -20,7 +20,7 @@ def loaded(global_step: int) -> TrainState:
     )
 
 
-def record(to: int, excluded: list[int], ramp: float) -> RollbackRecord:
+def record(to: int, excluded: tuple[int, ...], ramp: float) -> RollbackRecord:
     return RollbackRecord("128k", "data", to, excluded, "spike", ramp)
 
 
@@ -32,10 +32,10 @@ def record(to: int, excluded: list[int], ramp: float) -> RollbackRecord:
 def test_ramp_and_budget_are_those_of_the_run_that_rolled_back(
     global_step: int, ramp: float, skipped: list[int]
 ) -> None:
-    state = apply_rollback_exclusions(loaded(global_step), [record(10, [3], 0.9), record(14, [4, 5], 0.2)])
+    state = apply_rollback_exclusions(loaded(global_step), [record(10, (3,), 0.9), record(14, (4, 5), 0.2)])
     assert (state.ramp_progress, state.guard.skipped, state.excluded_steps) == (ramp, skipped, [1, 3, 4, 5])
 
 
 def test_the_ramp_is_never_put_forward() -> None:
-    assert apply_rollback_exclusions(loaded(14), [record(14, [4], 0.9)]).ramp_progress == 0.5
+    assert apply_rollback_exclusions(loaded(14), [record(14, (4,), 0.9)]).ramp_progress == 0.5
     assert apply_rollback_exclusions(loaded(14), []) == loaded(14)

@@ -31,6 +31,11 @@ RENAMED = {
 }
 """Keys of earlier versions, ``section.key``, and those that replace them; an old key is refused with its new name."""
 
+_DEEPEST = 16
+"""Levels of tables and lists; the schema has four."""
+_MOST_CHARACTERS = 60
+"""Of a key in a message."""
+
 _HEADER = re.compile(r"^\s*\[(\[)?\s*([^\]]+?)\s*\]")
 _KEY = re.compile(r"""^\s*((?:[A-Za-z0-9_-]+|"[^"]*")(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"))*)\s*=""")
 
@@ -93,6 +98,7 @@ class _Layer:
 
     def __init__(self, name: str, values: dict[str, Any], lines: dict[str, int]) -> None:
         self.name, self.values, self.lines = name, values, lines
+        self._refuse_immense(values, "", 0)
 
     @classmethod
     def read(cls, path: Path) -> _Layer:
@@ -110,11 +116,25 @@ class _Layer:
     @classmethod
     def _parse(cls, name: str, text: str) -> _Layer:
         try:
-            return cls(name, tomllib.loads(text), _key_lines(text))
-        except tomllib.TOMLDecodeError as error:
+            return cls(name, _toml(text), _key_lines(text))
+        except ValueError as error:
             line = re.search(r"line (\d+)", str(error))
             where = f"{name}:{line[1]}" if line else name
             raise ConfigError(f"not valid TOML: {error}", where=where, fix="correct that line") from error
+
+    def _refuse_immense(self, value: Any, key: str, depth: int) -> None:
+        """Refuse what no key takes and no message could show."""
+        what = ""
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            what = "is an integer of more than 64 bits"
+        elif depth > _DEEPEST:
+            what = f"is nested more than {_DEEPEST} levels deep"
+        if what:
+            shown = key[:_MOST_CHARACTERS]
+            raise ConfigError(f"{shown} {what}", where=f"{self.origin(key)}, key {shown}", fix="correct that line")
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, item in items:
+            self._refuse_immense(item, f"{key}.{name}" if key else str(name), depth + 1)
 
     def origin(self, key: str) -> str:
         """Return ``file:line`` of ``key``, or of its nearest parent table, or the file."""
@@ -124,6 +144,18 @@ class _Layer:
                 return f"{self.name}:{line}"
             parts.pop()
         return self.name
+
+
+def _toml(text: str) -> dict[str, Any]:
+    """Parse ``text``.
+
+    Raises:
+        ValueError: it is no TOML, or nested more deeply than the parser follows.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def _key_lines(text: str) -> dict[str, int]:
@@ -152,8 +184,8 @@ def _override(text: str) -> _Layer:
     if not equals or not all(parts):
         raise ConfigError(f"--set {text!r} is not of the form key.path=value", fix="for example: --set run.seed=7")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _toml(f"value = {raw}")["value"]
+    except ValueError:
         value = raw.strip()
     values: Any = value
     for part in reversed(parts):

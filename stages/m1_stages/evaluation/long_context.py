@@ -20,7 +20,7 @@ from m1_data.arrays import Ints
 from m1_data.sampling.loader import PackedBatch, Segment, collate, zigzag
 from m1_data.sampling.needles import VALUE_TOKENS, Haystack, needle_document
 from m1_data.seeded_random import derive_seed
-from m1_stages.events import NeedleMap, PositionLoss
+from m1_stages.event_values import NeedleMap, PositionLoss
 from m1_stages.runtime.ddp import TrainableModel
 from m1_stages.runtime.device import Device
 from m1_stages.runtime.parallel import Topology

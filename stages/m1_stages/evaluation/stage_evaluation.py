@@ -17,7 +17,8 @@ from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
 from m1_stages.evaluation.long_context import Subject, loss_by_position, needle_map
 from m1_stages.evaluation.results import needle_lengths, write_result
-from m1_stages.events import NeedleMap, PositionLoss, Sink, StageEvaluated
+from m1_stages.event_values import NeedleMap, PositionLoss
+from m1_stages.events import Sink, StageEvaluated
 
 
 def evaluate_stage(

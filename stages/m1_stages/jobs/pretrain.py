@@ -53,7 +53,7 @@ def run(
         if fresh:
             start_over_from(opened, plans[0].stage)
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
-        for plan in plans:
+        for number, plan in enumerate(plans):
             rows = stage_rows(resolved, plan, data.training)
             state = restore_stage(opened, resolved, plan, rows)
             if state.stage_step == 0:
@@ -62,7 +62,8 @@ def run(
                 plan = plan.starting_from(state.ramp_from)
             if state.stage_step < plan.num_steps:
                 mix = rows.forecast(data.manifest.mixes) if opened.topology.rank == 0 else {}
-                decision = announce_stage(opened, resolved, plan, mix, state)
+                later = [x for x in plans[number + 1 :] if not opened.checkpointer.finals(x.stage)]
+                decision = announce_stage(opened, resolved, plan, mix, state, later=later)
                 with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
                     state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
                 _report_drawn(opened, plan, rows, state)

@@ -16,6 +16,7 @@ from m1_stages.plan.run_measurements import Measured, read_measured
 from m1_stages.plan.search import LayoutEstimate, Machine, estimate_layout, fastest_layouts
 from m1_stages.plan.shapes import Parameters, count_parameters
 from m1_stages.plan.stage_workload import StageWorkload, model_with_vocab, stage_workloads
+from m1_stages.plan.timing import StepTime
 
 RELEASED_TOTAL = 456_089_655_296
 """Parameters of the released model: only for its shape do published FLOP ratios mean anything."""
@@ -30,19 +31,22 @@ class Compared:
     """For the layout that ran, its activations kept or recomputed as they were."""
 
     @property
-    def time_deviation(self) -> float:
-        """Estimated over measured time of a step, minus 1, when every row is one document."""
-        return self.estimate.time.total / self.measured.step_s - 1
+    def time_deviation(self) -> float | None:
+        """Estimated over measured time of a step, minus 1, when every row is one document; None when no time was measured."""
+        return self._time_deviation(self.estimate.time)
 
     @property
-    def mix_time_deviation(self) -> float:
-        """Estimated over measured time of a step, minus 1, with documents of the mix."""
-        return self.estimate.mix_time.total / self.measured.step_s - 1
+    def mix_time_deviation(self) -> float | None:
+        """Estimated over measured time of a step, minus 1, with documents of the mix; None when no time was measured."""
+        return self._time_deviation(self.estimate.mix_time)
 
     @property
     def memory_deviation(self) -> float:
-        """Estimated over measured peak memory, minus 1."""
+        """Estimated over measured peak memory, minus 1; both are what torch allocates, without ``Memory.reserve``."""
         return self.estimate.memory.peak / self.measured.peak_gib - 1
+
+    def _time_deviation(self, estimate: StepTime) -> float | None:
+        return None if self.measured.step_s is None else estimate.total / self.measured.step_s - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,13 +161,11 @@ def fewest_gpus(parallel: ParallelConfig) -> int:
 
 
 def _compared(m: ModelConfig, workload: StageWorkload, ran: Measured, machine: Machine) -> Compared:
-    policy = machine.memory_policy
-    if ran.activations is not None:
-        policy = replace(
-            policy,
-            recompute="always" if ran.activations.recompute else "never",
-            offload_activations=ran.activations.offload,
-        )
+    policy = replace(
+        machine.memory_policy,
+        recompute="always" if ran.activations.recompute else "never",
+        offload_activations=ran.activations.offload,
+    )
     return Compared(
         measured=ran, estimate=estimate_layout(m, workload, ran.layout, replace(machine, memory_policy=policy))
     )

@@ -6,6 +6,8 @@ Sizes: FLOP/s and bytes/s in plain units, memory in GiB, shares between 0 and 1,
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
 from dataclasses import dataclass
 
 from m1_stages.errors import ConfigError
@@ -81,6 +83,13 @@ def gpu_named(name: str) -> Gpu:
         where="--gpu",
         fix=f"did you mean {hint[0]}?" if hint else "choose the nearest of them",
     )
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """Return the GPU that a driver calls ``name``, like ``NVIDIA A100-SXM4-80GB``; None when there is no such GPU here."""
+    words = re.findall("[a-z0-9]+", name.lower())
+    names = [*words, *map("".join, itertools.pairwise(words))]  # "RTX 4090" is two words
+    return next((GPUS[word] for word in names if word in GPUS), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

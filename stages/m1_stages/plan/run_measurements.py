@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,8 +14,9 @@ from m1_stages.plan.layout import Layout, layout_from_sizes
 from m1_stages.plan.memory import Activations
 from m1_stages.run_dir import METRICS
 
+_AXES = ("tp", "pp", "cp", "ep", "etp", "dp")
 WARM_UP_STEPS = 3
-"""Excluded from the median: kernels are compiled and memory is claimed in them."""
+"""Excluded from the time of a step: kernels are compiled in them. The peak of memory counts from the first step on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +29,11 @@ class Measured:
     rows: int
     layout: Layout
     """Distributed optimizer, uneven layers and dispatcher are not in the events: they are assumed as configured."""
-    activations: Activations | None
-    """Whether activations were recomputed and offloaded; None in runs that did not say."""
-    step_s: float
-    """Median seconds of a step."""
+    activations: Activations
+    step_s: float | None
+    """Median seconds of a step; None when all steps are warm-up."""
     peak_gib: float
+    """Peak in torch since the stage began, all steps counted."""
 
 
 def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Measured], dict[str, str]]:
@@ -53,10 +55,16 @@ def read_measured(run_dir: Path, parallel: ParallelConfig) -> tuple[dict[str, Me
             found[record["stage"]][2].append(record)
     excluded = {}
     for name, (start, _, steps) in found.items():
-        if start.get("device") != "cuda":
-            excluded[name] = f"it ran on a {start.get('device', 'device unknown')}, and estimates are for GPUs"
-        elif len(steps) <= WARM_UP_STEPS:
-            excluded[name] = f"it has {len(steps)} steps, and the first {WARM_UP_STEPS} are warm-up"
+        if not start:
+            excluded[name] = f"{METRICS} does not say where it ran"
+        elif start["device"] != "cuda":
+            excluded[name] = f"it ran on a {start['device']}, and estimates are for GPUs"
+        elif not steps:
+            excluded[name] = "it has finished no step"
+        elif any(start["topology"].get(axis, 0) < 1 for axis in _AXES):
+            excluded[name] = f"{METRICS} does not say in which layout it ran"
+        elif not all(0 < step[key] < math.inf for step in steps for key in ("step_s", "peak_gib")):
+            excluded[name] = f"{METRICS} has a step without time or memory"
     measured = {
         name: _summary(start, begun, steps, parallel)
         for name, (start, begun, steps) in found.items()
@@ -74,9 +82,7 @@ def _summary(
         seq_len=begun["seq_len"],
         rows=begun["global_batch_rows"],
         layout=layout_from_sizes(parallel, start["topology"]),
-        activations=Activations(recompute=begun["recompute"], offload=begun["offload_activations"])
-        if "recompute" in begun
-        else None,
-        step_s=median(step["step_s"] for step in steps[WARM_UP_STEPS:]),
+        activations=Activations(recompute=begun["recompute"], offload=begun["offload_activations"]),
+        step_s=median(step["step_s"] for step in steps[WARM_UP_STEPS:]) if len(steps) > WARM_UP_STEPS else None,
         peak_gib=max(step["peak_gib"] for step in steps),
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from m1_stages.config import ModelConfig
+from m1_stages.config import Config, ModelConfig
 from m1_stages.plan.flops import training_flops
 from m1_stages.plan.hardware import CALIBRATION, GIB, Gpu
-from m1_stages.plan.layout import Layout, enumerate_layouts
+from m1_stages.plan.layout import Layout, accepts, enumerate_layouts
 from m1_stages.plan.memory import Activations, Memory
-from m1_stages.plan.memory_policy import MemoryPolicy, choose_activations
+from m1_stages.plan.memory_policy import MemoryPolicy, choose_activations, memory_policy_of
 from m1_stages.plan.shapes import count_parameters
-from m1_stages.plan.stage_workload import StageWorkload
+from m1_stages.plan.stage_workload import StageWorkload, model_with_vocab, stage_workloads
 from m1_stages.plan.timing import StepTime, StepTimeModel
 
 
@@ -72,6 +72,29 @@ def estimate_layout(m: ModelConfig, workload: StageWorkload, layout: Layout, mac
         mfu=tokens_per_s * training_flops(m, workload.row_pairs).total / peak,
         fits=machine.holds(choice.memory),
     )
+
+
+def step_costs(
+    config: Config, stages: Collection[str], layout: Layout, gpu: Gpu | None
+) -> tuple[dict[str, float], str]:
+    """Estimate what a step of each of ``stages`` costs with documents of the mix; only ratios mean anything.
+
+    Returns:
+        By stage, the seconds of a step on ``gpu``, or its FLOPs where the GPU is not known or ``layout`` does not hold all of
+        the stages; and which of them it is, in words.
+    """
+    m, workloads = model_with_vocab(config), [w for w in stage_workloads(config) if w.stage in stages]
+    if gpu is None or not all(accepts(m, layout, workload) for workload in workloads):
+        flops = {w.stage: training_flops(m, w.mix_pairs).total * w.tokens_per_step for w in workloads}
+        return flops, "the FLOPs that m1 plan counts"
+    machine = Machine(
+        gpu=gpu,
+        gpus=layout.gpus,
+        memory_policy=memory_policy_of(config),
+        distributed_optimizer=layout.distributed_optimizer,
+    )
+    seconds = {w.stage: estimate_layout(m, w, layout, machine).mix_time.total for w in workloads}
+    return seconds, f"the times of a step that m1 plan estimates for {gpu.name}"
 
 
 def fastest_layouts(

@@ -34,6 +34,10 @@ class Device:
     backend: Literal["gloo", "nccl"]
     why: str
 
+    def gpu_name(self) -> str:
+        """Name that the driver gives the GPU; empty on a CPU."""
+        return torch.cuda.get_device_name(self.torch_device) if self.name == "cuda" else ""
+
     def reset_peak_memory(self) -> None:
         """Start a new peak on a GPU, so that a stage does not report the one before; a process on a CPU keeps its peak."""
         if self.name == "cuda":

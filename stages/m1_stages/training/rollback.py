@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from m1_data.plain_values import from_plain
 from m1_data.storage.durable import write_when_there_is_room
 from m1_stages.curriculum import StagePlan
 from m1_stages.errors import CheckpointError, NumericStop
@@ -32,27 +33,31 @@ class RollbackRecord:
     stage: str
     data_fingerprint: str
     to_global_step: int
-    excluded_steps: list[int]
+    excluded_steps: tuple[int, ...]
     """Steps of the stage."""
     reason: str
     ramp_progress: float = 1.0
     """Progress of the decay ramp when the spike was met."""
 
 
-def read_rollbacks(run_dir: Path, stage: str, data_fingerprint: str) -> list[RollbackRecord]:
-    """Roll backs of ``stage`` on this data, the same on every rank.
+def read_rollbacks(run_dir: Path, stage: str, data_fingerprint: str, num_steps: int) -> list[RollbackRecord]:
+    """Roll backs of ``stage``, which has ``num_steps`` steps, on this data, the same on every rank.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     found: list[RollbackRecord] | str = from_rank_0(_read(run_dir) if rank() == 0 else None)
+    if isinstance(found, list):
+        found = [record for record in found if (record.stage, record.data_fingerprint) == (stage, data_fingerprint)]
+        if outside := [step for record in found for step in record.excluded_steps if step >= num_steps]:
+            found = f"it excludes step {outside[0]} of stage {stage}, which has {num_steps} steps"
     if isinstance(found, str):
         raise CheckpointError(
             f"the record of roll backs is damaged: {found}",
             where=str(run_dir / ROLLBACKS),
             fix="restore it from a copy, or remove it: samples that were excluded are then trained on again",
         )
-    return [record for record in found if (record.stage, record.data_fingerprint) == (stage, data_fingerprint)]
+    return found
 
 
 def apply_rollback_exclusions(state: TrainState, records: list[RollbackRecord]) -> TrainState:
@@ -82,7 +87,7 @@ def roll_back(run: Run, plan: StagePlan, rows: Rows, state: TrainState, verdict:
     skipped = state.guard.skipped
     spike = max(first_step, skipped[-max(1, state.guard.consecutive) :][0] - run.guard.exclude_before)
     where = f"stage {plan.stage}, step {state.stage_step}"
-    done = read_rollbacks(run.run_dir, plan.stage, rows.fingerprint)
+    done = read_rollbacks(run.run_dir, plan.stage, rows.fingerprint, plan.num_steps)
     if len(done) >= run.guard.max_rollbacks:
         raise NumericStop(
             f"{verdict.reason}: the stage was rolled back {len(done)} times already",
@@ -111,7 +116,7 @@ def roll_back(run: Run, plan: StagePlan, rows: Rows, state: TrainState, verdict:
     steps = {*range(spike, skipped[-1] + 1), *skipped}
     excluded = sorted(set(state.excluded_steps) | {s - first_step for s in steps if s >= loaded.global_step})
     record = RollbackRecord(
-        plan.stage, rows.fingerprint, loaded.global_step, excluded, verdict.reason, state.ramp_progress
+        plan.stage, rows.fingerprint, loaded.global_step, tuple(excluded), verdict.reason, state.ramp_progress
     )
     store.rename_newer(committed, plan.stage)
     run_together(lambda: _append(run.run_dir, record) if rank() == 0 else None)
@@ -150,13 +155,20 @@ def _read(run_dir: Path) -> list[RollbackRecord] | str:
     if not path.exists():
         return []
     try:
-        return [_record(values) for values in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        records = list(from_plain(tuple[RollbackRecord, ...], _with_present_names(values)))
+        if outside := [record.ramp_progress for record in records if not 0 <= record.ramp_progress <= 1]:
+            raise ValueError(f"ramp_progress is {outside[0]}, which is not between 0 and 1")
+        return records
+    except (OSError, ValueError, RecursionError) as error:
         return str(error)
 
 
-def _record(values: dict[str, Any]) -> RollbackRecord:
-    return RollbackRecord(**{_FORMER_FIELDS.get(name, name): value for name, value in values.items()})
+def _with_present_names(values: Any) -> Any:
+    """The same values; fields of records have their names of today."""
+    if isinstance(values, list):
+        return [_with_present_names(item) for item in values]
+    return {_FORMER_FIELDS.get(k, k): v for k, v in values.items()} if isinstance(values, dict) else values
 
 
 def _append(run_dir: Path, record: RollbackRecord) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from m1_data.sampling.stage_draw import order_version
@@ -11,7 +12,11 @@ from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.curriculum import SFT, StagePlan
 from m1_stages.errors import CheckpointError, DataError, NumericStop
 from m1_stages.evaluation.results import read_result
+from m1_stages.event_values import LaterStages
 from m1_stages.events import GateForced, StageStarted
+from m1_stages.plan.hardware import gpu_of_device
+from m1_stages.plan.layout import layout_from_sizes
+from m1_stages.plan.search import step_costs
 from m1_stages.runtime.collectives import from_rank_0
 from m1_stages.training.recompute_choice import RecomputeDecision, choose_recompute
 from m1_stages.training.rollback import apply_rollback_exclusions, forget_rollbacks, read_rollbacks
@@ -59,7 +64,7 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
     finished = loaded.meta.stage == plan.stage and loaded.meta.stage_final
     if state.stage != plan.stage:
         state = enter_stage(plan, rows.fingerprint, state)
-    state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint))
+    state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint, plan.num_steps))
     if not finished:
         refuse_other_order(plan, state, rows.fingerprint)
     if state.data_fingerprint != rows.fingerprint and (not finished or plan.stage == SFT):
@@ -126,9 +131,20 @@ def pass_gate(run: Run, resolved: Resolved, plan: StagePlan, *, force: bool) -> 
 
 
 def announce_stage(
-    run: Run, resolved: Resolved, plan: StagePlan, mix: dict[str, Any], state: TrainState
+    run: Run,
+    resolved: Resolved,
+    plan: StagePlan,
+    mix: dict[str, Any],
+    state: TrainState,
+    *,
+    later: Sequence[StagePlan] = (),
 ) -> RecomputeDecision:
-    """Choose what becomes of the stage's activations, and report what the stage changes and what it starts from."""
+    """Choose what becomes of the stage's activations, and report what the stage changes and what it starts from.
+
+    Args:
+        mix: what all rows of the stage hold.
+        later: the stages that the same command trains after this one.
+    """
     decision = choose_recompute(resolved.config, plan, run.topology, run.device)
     run.model.set_recompute(decision.activations.recompute, offload=decision.activations.offload)
     if state.stage_step:
@@ -160,6 +176,15 @@ def announce_stage(
             recompute=decision.activations.recompute,
             offload_activations=decision.activations.offload,
             activations=str(decision),
+            later=_later_stages(run, resolved, plan, later) if later else None,
         )
     )
     return decision
+
+
+def _later_stages(run: Run, resolved: Resolved, plan: StagePlan, later: Sequence[StagePlan]) -> LaterStages:
+    names = [x.stage for x in later]
+    layout = layout_from_sizes(resolved.config.parallel, run.topology.sizes())
+    costs, basis = step_costs(resolved.config, [plan.stage, *names], layout, gpu_of_device(run.device.gpu_name()))
+    steps = sum(x.num_steps * costs[x.stage] for x in later) / costs[plan.stage]
+    return LaterStages(stages=names, cost_in_steps=steps, basis=basis)
