@@ -23,7 +23,7 @@ Files = dict[str, tuple[int, str]]
 class Snapshot:
     """This rank's part of a checkpoint in torch_dist format: one file.
 
-    Constructing it plans with the other ranks and writes ``common.pt`` (rank 0); the directory exists and is empty.
+    Constructing it plans with the other ranks; the directory exists and is empty.
 
     Args:
         sharded_state_dict: as ``dist_checkpointing.save`` takes it; it belongs to Megatron afterwards.
