@@ -26,7 +26,7 @@ from m1_stages.config import ParallelConfig
 from m1_stages.errors import CheckpointError
 from m1_stages.runtime import device, parallel
 
-FILES = [".metadata", "common.pt", "__0_0.distcp", "metadata.json", MANIFEST]
+FILES = [".metadata", "__0_0.distcp", "metadata.json", MANIFEST]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,7 +122,7 @@ def test_a_shard_of_another_step_is_refused(saved: CheckpointStore) -> None:
 
 def test_when_nothing_is_left_it_stops_and_says_so(saved: CheckpointStore) -> None:
     for step in (10, 20):
-        (saved.root / f"step_{step:08d}" / "common.pt").write_bytes(b"")
+        (saved.root / f"step_{step:08d}" / "metadata.json").write_bytes(b"")
     for _ in range(2):  # also the second time, when everything is in quarantine already
         with pytest.raises(CheckpointError, match="there are checkpoints, and none can be used") as caught:
             load(CheckpointStore(saved.root))
@@ -155,13 +155,15 @@ def torch_saved(value: Any, proof: Path) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("name", [*FILES, "object in a shard", "tensor in a shard", "LATEST"])
+PLANTED = {"object in a shard": "extra", "tensor in a shard": "layer1", "plain values in a shard": "common_state"}
+
+
+@pytest.mark.parametrize("name", [*FILES, *PLANTED, "common.pt", "LATEST"])
 def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, name: str) -> None:
-    """31: even with a manifest that matches."""
+    """31: even with a manifest that matches. Megatron-Core 0.16.1 wrote ``common.pt``, and where there is one it is read."""
     proof, checkpoint = tmp_path / "proof", newest(saved)
-    if name.endswith("in a shard"):
-        key = "extra" if name.startswith("object") else "layer1"
-        plant_object(checkpoint / "__0_0.distcp", key, torch_saved(Evil(proof), proof))
+    if name in PLANTED:
+        plant_object(checkpoint / "__0_0.distcp", PLANTED[name], torch_saved(Evil(proof), proof))
     elif name == "LATEST":
         (saved.root / name).write_bytes(pickle.dumps(Evil(proof)))
     elif name in ("common.pt", "__0_0.distcp"):
@@ -169,7 +171,7 @@ def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, n
     else:
         (checkpoint / name).write_bytes(pickle.dumps(Evil(proof)))
     if name not in (MANIFEST, "LATEST"):
-        rehash(checkpoint)
+        rehash(checkpoint, name)
     seen: list[str] = []
     store = CheckpointStore(saved.root, on_rejected=lambda path, reason, moved: seen.append(reason))
     if name in ("metadata.json", "__0_0.distcp"):  # no pickle is looked for there: not the checkpoint's own content
@@ -180,7 +182,7 @@ def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, n
     assert not proof.exists()
     if name == ".metadata":
         assert "posix.system is not allowed" in seen[0]
-    if name == "common.pt" or name.endswith("in a shard"):
+    if name in ("common.pt", *PLANTED):
         assert "refused to unpickle it" in seen[0]
 
 
