@@ -53,6 +53,13 @@ def test_psutil_is_declared() -> None:
     assert not any(line.startswith("psutil") for line in requires("megatron-core") or ()), "ours may go now"
 
 
+def test_a_part_that_one_rank_refuses_is_refused_by_all(tmp_path: Path) -> None:
+    """Each rank reads for itself, and without a word to the other each would go on with another checkpoint."""
+    seen = run_on_ranks(2, "distributed.saving_worker:one_part_refused", {"folder": str(tmp_path)}, timeout_s=60)
+    assert seen == [{"step": 1, "mine": 1, "ran": False}] * 2
+    assert (tmp_path / "step_00000002.quarantined-1").is_dir()
+
+
 def test_background_saves_of_two_ranks(tmp_path: Path) -> None:
     """Nothing is committed before both have written; what goes wrong on one is told by both, and the next save works."""
     seen = run_on_ranks(2, "distributed.saving_worker:background_saves", {"folder": str(tmp_path)})

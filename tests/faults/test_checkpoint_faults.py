@@ -11,13 +11,11 @@ import pickle
 import random
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from support.planted import Evil, plant_object, torch_saved
 from support.tiny_checkpoint import load, meta, rehash, save, state
 
 from m1_stages.checkpoint import CheckpointStore
@@ -127,32 +125,6 @@ def test_when_nothing_is_left_it_stops_and_says_so(saved: CheckpointStore) -> No
         with pytest.raises(CheckpointError, match="there are checkpoints, and none can be used") as caught:
             load(CheckpointStore(saved.root))
         assert "step_00000010.quarantined-1, step_00000020.quarantined-1" in caught.value.where
-
-
-class Evil:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return (os.system, (f"touch {self.target}",))
-
-
-def plant_object(shard: Path, name: str, evil: bytes) -> None:
-    """Put a pickle where the shard of ``shard.parent`` keeps the object or tensor ``name``."""
-    index = shard.parent / ".metadata"
-    metadata = pickle.loads(index.read_bytes())
-    (entry,) = (info for key, info in metadata.storage_data.items() if key.fqn.split("/")[0] == name)
-    data = bytearray(shard.read_bytes())
-    entry.offset, entry.length = len(data), len(evil)
-    shard.write_bytes(data + evil)
-    index.write_bytes(pickle.dumps(metadata))
-
-
-def torch_saved(value: Any, proof: Path) -> bytes:
-    path = proof.with_suffix(".pt")
-    torch.save(value, path)
-    assert zipfile.is_zipfile(path)
-    return path.read_bytes()
 
 
 PLANTED = {"object in a shard": "extra", "tensor in a shard": "layer1", "plain values in a shard": "common_state"}

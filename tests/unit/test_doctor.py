@@ -73,10 +73,10 @@ def test_versions_out_of_range_are_named_with_who_needs_them(monkeypatch: pytest
     monkeypatch.setattr(importlib.metadata, "version", version)
     wrong = [finding for finding in doctor._check_packages(with_gpu=False) if not finding.ok]
     details = [finding.detail for finding in wrong]
-    assert "megatron-core 0.15.0, m1 needs ==0.16.1" in details
+    assert "megatron-core 0.15.0, m1 needs ==0.19.2" in details
     assert "numpy is missing, m1 needs it" in details
     assert any(detail.startswith("tokenizers 0.22.0, transformers needs") for detail in details), details
-    assert any("pip install 'megatron-core==0.16.1'" in finding.fix for finding in wrong)
+    assert any("pip install 'megatron-core==0.19.2'" in finding.fix for finding in wrong)
 
 
 def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_another_installation_is_not_to_be_renamed(tmp_path: Path, monkeypatch: 
     stray = doctor._check_shadowed_imports(work)
     assert (stray.ok, stray.fix) == (False, f"take {site} out of PYTHONPATH")
     (site / "torch-2.13.0.dist-info").mkdir()
-    (site / "megatron_core-0.16.1.dist-info").mkdir()
+    (site / "megatron_core-0.19.2.dist-info").mkdir()
     assert doctor._check_shadowed_imports(work).ok
 
 
@@ -177,7 +177,7 @@ def test_every_problem_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     broken(doctor.importlib.util, "module_from_spec")
     found = doctor._check_megatron_helpers()
     assert (found.ok, "broken" in found.detail) == (False, True)
-    assert "--force-reinstall --no-deps megatron-core==0.16.1" in found.fix
+    assert "--force-reinstall --no-deps megatron-core==0.19.2" in found.fix
 
 
 def test_it_does_not_import_torch_itself() -> None:

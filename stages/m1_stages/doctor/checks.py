@@ -108,7 +108,7 @@ def _check_psutil() -> Finding:
 def _check_megatron_helpers() -> Finding:
     """Check that Megatron's compiled helpers load; only the extension is loaded, because importing its package imports torch."""
     name = "megatron's compiled helpers"
-    reinstall = f"{_PIP} --force-reinstall --no-deps megatron-core==0.16.1"
+    reinstall = f"{_PIP} --force-reinstall --no-deps megatron-core==0.19.2"
     try:
         files = importlib.metadata.files("megatron-core") or []
         path = next(str(f.locate()) for f in files if f.name.startswith("helpers_cpp.") and f.suffix == ".so")
@@ -116,7 +116,7 @@ def _check_megatron_helpers() -> Finding:
         assert spec is not None
         importlib.util.module_from_spec(spec)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(name=name, ok=False, detail="megatron-core is missing", fix=f"{_PIP} megatron-core==0.16.1")
+        return Finding(name=name, ok=False, detail="megatron-core is missing", fix=f"{_PIP} megatron-core==0.19.2")
     except StopIteration:
         detail = f"the wheel has none for Python {sys.version_info[0]}.{sys.version_info[1]}"
         return Finding(name=name, ok=False, detail=detail, fix=reinstall)

@@ -28,7 +28,7 @@ class HybridModel(GPTModel):
     """``model(batch)`` gives the loss of every token; slopes and RoPE base are set from outside.
 
     The head computes in fp32. In bf16 its stored weight is bf16 like the others (with an fp32 master in the optimizer): an
-    fp32 weight among them trains, but Megatron 0.16.1 cannot save it (``Float16OptimizerWithFloat16Params`` numbers the
+    fp32 weight among them trains, but Megatron 0.19.2 cannot save it (``Float16OptimizerWithFloat16Params`` numbers the
     float16 parameters only, ``DistributedOptimizer`` fails on the sizes).
     """
 
