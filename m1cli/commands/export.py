@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError
 from m1_stages.run_dir import EXPORT_PREFIX
 from m1cli.console import console
+from m1cli.library_notes import hide_library_notes
 
 if TYPE_CHECKING:
     from m1_stages.checkpoint import Committed
@@ -116,9 +116,8 @@ def _show_notes(job: Export) -> None:
 
 
 def _verify(job: Export, target: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"megatron\..*")  # about Transformer Engine and Apex
-        seen = job.verify(target)
+    hide_library_notes()
+    seen = job.verify(target)
     console.print(
         f"verified: all {seen.tensors:,} tensors read back equal the checkpoint's bit by bit, configuration and tokenizer files "
         f"too; {seen.sentences} sentences give the same tokens",

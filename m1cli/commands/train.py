@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from m1cli.console import is_rank_0
 from m1cli.display import TrainingDisplay
 from m1cli.errors import show
 from m1cli.launch import LAUNCHER, adopt_slurm, die_with_launcher, is_worker, num_processes, run_ranks
+from m1cli.library_notes import hide_library_notes
 
 _LAUNCHER_ENDS_US_S = 3.0
 
@@ -84,9 +84,7 @@ def _start(resolved: Resolved, train: Callable[[list[Sink]], None]) -> None:
     elif (world := num_processes(resolved)) > 1:
         code = run_ranks(sys.argv[1:], world, resolved.run_dir)
         raise typer.Exit(code)
-    warnings.filterwarnings("ignore", module=r"megatron\..*")  # about Transformer Engine and Apex, which we do without
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # Megatron's old calls
-    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")  # each process has set its one device
+    hide_library_notes()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with _reading_data(resolved), TrainingDisplay() as display:
 

@@ -89,12 +89,6 @@ def _batched_messages(original: Function, *args: Any, **kwargs: Any) -> Any:
     return config
 
 
-def _outputs_freed(original: Function, *args: Any, **kwargs: Any) -> Any:
-    config = original(*args, **kwargs)
-    config.deallocate_pipeline_outputs = True
-    return config
-
-
 def _balance_over_ranks(original: Function, router: Router, *args: Tensor) -> Tensor:
     return original(router, *args) / (router.tp_group.size() * router.cp_group.size())  # type: ignore[no-any-return]
 
@@ -121,7 +115,6 @@ PATCHES: dict[str, tuple[Any, str, Function]] = {
     "every rank takes the first heads' slopes": (LightningAttention, "set_slopes", _first_heads),
     "every stage takes the first layers' slopes": (HybridModel, "set_slopes", _first_layers),
     "batched messages": (chunks, "transformer_config", _batched_messages),
-    "outputs freed while they are sent": (chunks, "transformer_config", _outputs_freed),
     "balance loss over TP x CP": (Router, "_balance_loss", _balance_over_ranks),
     "parameters used before they are gathered": (ddp, "_wait_before_use", _nothing),
     "parameters not gathered after the last update": (ddp.TrainableModel, "gather_parameters", _nothing),

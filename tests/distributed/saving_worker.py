@@ -79,6 +79,36 @@ def save_without_psutil(job: dict[str, Any]) -> list[str]:
         return sorted(path.name for path in Path(job["folder"]).iterdir())
 
 
+def one_part_refused(job: dict[str, Any]) -> dict[str, Any]:
+    """Which of two checkpoints a rank loads when the newer one has a planted object that only rank 1 reads."""
+    from support.planted import Evil, plant_object, torch_saved
+    from support.tiny_checkpoint import meta, rehash
+
+    from m1_stages.checkpoint import CheckpointStore
+    from m1_stages.runtime.collectives import barrier
+
+    torch.set_num_threads(1)
+    topology = parallel.start(ParallelConfig(), device=device.use("cpu"), seed=1)
+    try:
+        from megatron.core.dist_checkpointing import ShardedObject
+
+        def state(value: int) -> dict[str, Any]:
+            return {"mine": ShardedObject(f"of rank {topology.rank}", value, (1,), (0,))}
+
+        store, proof = CheckpointStore(Path(job["folder"])), Path(job["folder"]) / "proof"
+        for step in (1, 2):
+            newest = store.save(state(step), meta(step))
+        if topology.rank == 1:
+            plant_object(newest / "__1_0.distcp", "of rank 1", torch_saved(Evil(proof), proof))
+            rehash(newest)
+        barrier()
+        found = store.load_first_verified(store.committed(), lambda: state(0))
+        assert found is not None
+        return {"step": found[0].meta.global_step, "mine": found[1]["mine"], "ran": proof.exists()}
+    finally:
+        parallel.stop()
+
+
 def background_saves(job: dict[str, Any]) -> list[Any]:
     """What a rank sees of background saves when rank 1 is slow, then fails, then is stuck."""
     import builtins

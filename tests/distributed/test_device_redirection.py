@@ -14,8 +14,9 @@ TRAIN = {
     "torch.cuda.Stream",
     "torch.cuda.current_device",
     'device="cuda"',
+    "torch.cuda.current_stream",
 }
-DISPATCH = {"torch.cuda.current_stream", "torch.cuda.stream", "token_dispatcher.maybe_move_tensor_to_cpu"}
+DISPATCH = {"torch.cuda.stream", "token_dispatcher.maybe_move_tensor_to_cpu"}
 """Only with expert parallelism are tokens dispatched."""
 MESSAGES = {"torch.cuda.synchronize"}
 """After a message between pipeline stages."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import filled_once, run_on_ranks
+from support.tiny_checkpoint import contents_of
 from support.tiny_run import make_run
 
 from m1_stages.checkpoint.manifest import read_manifest
@@ -93,8 +94,7 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def train_state(folder: Path, name: str, step: int) -> dict[str, Any]:
-    path = folder / name / "checkpoints" / f"step_{step:08d}" / "common.pt"
-    state: dict[str, Any] = torch.load(path, weights_only=False)["train_state"]
+    state: dict[str, Any] = contents_of(folder / name / "checkpoints" / f"step_{step:08d}")["common"]["train_state"]
     return state
 
 

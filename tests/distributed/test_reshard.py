@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.ranks import filled_once, run_on_ranks
+from support.tiny_checkpoint import contents_of
 
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.decay import released_slopes
@@ -131,13 +132,6 @@ def checkpoint(folder: Path, job: str) -> Path:
 
 def contents(folder: Path, job: str) -> dict[str, Any]:
     """Everything in the job's checkpoint by global key: full tensors, and the plain values beside them."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    path = checkpoint(folder, job)
-    state: dict[str, Any] = {}
-    _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -147,8 +141,7 @@ def contents(folder: Path, job: str) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    walk("", state)
-    walk("common", torch.load(path / "common.pt", weights_only=False))
+    walk("", contents_of(checkpoint(folder, job)))
     return flat
 
 

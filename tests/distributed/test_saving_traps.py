@@ -35,9 +35,9 @@ def test_one_step_counter_for_all_parameters_is_found(tmp_path: Path) -> None:
 
 
 def test_saving_without_psutil_does_not_hang(tmp_path: Path) -> None:
-    """Megatron's own writers are processes that die of it, and the save waits for them for ever; ours need none."""
+    """Megatron's own writers die of it, and the save waits for those of a second file for ever; ours need none."""
     (answer,) = run_on_ranks(1, "distributed.saving_worker:save_without_psutil", {"folder": str(tmp_path)})
-    assert answer == [".metadata", "__0_0.distcp", "common.pt", "metadata.json"]
+    assert answer == [".metadata", "__0_0.distcp", "metadata.json"]
 
 
 def test_starting_without_psutil_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,6 +51,13 @@ def test_psutil_is_declared() -> None:
     """megatron-core needs it and does not say so."""
     assert any(line.startswith("psutil") and "extra" not in line for line in requires("m1cli") or ())
     assert not any(line.startswith("psutil") for line in requires("megatron-core") or ()), "ours may go now"
+
+
+def test_a_part_that_one_rank_refuses_is_refused_by_all(tmp_path: Path) -> None:
+    """Each rank reads for itself, and without a word to the other each would go on with another checkpoint."""
+    seen = run_on_ranks(2, "distributed.saving_worker:one_part_refused", {"folder": str(tmp_path)}, timeout_s=60)
+    assert seen == [{"step": 1, "mine": 1, "ran": False}] * 2
+    assert (tmp_path / "step_00000002.quarantined-1").is_dir()
 
 
 def test_background_saves_of_two_ranks(tmp_path: Path) -> None:

@@ -11,13 +11,11 @@ import pickle
 import random
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from support.planted import Evil, plant_object, torch_saved
 from support.tiny_checkpoint import load, meta, rehash, save, state
 
 from m1_stages.checkpoint import CheckpointStore
@@ -26,7 +24,7 @@ from m1_stages.config import ParallelConfig
 from m1_stages.errors import CheckpointError
 from m1_stages.runtime import device, parallel
 
-FILES = [".metadata", "common.pt", "__0_0.distcp", "metadata.json", MANIFEST]
+FILES = [".metadata", "__0_0.distcp", "metadata.json", MANIFEST]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,46 +120,22 @@ def test_a_shard_of_another_step_is_refused(saved: CheckpointStore) -> None:
 
 def test_when_nothing_is_left_it_stops_and_says_so(saved: CheckpointStore) -> None:
     for step in (10, 20):
-        (saved.root / f"step_{step:08d}" / "common.pt").write_bytes(b"")
+        (saved.root / f"step_{step:08d}" / "metadata.json").write_bytes(b"")
     for _ in range(2):  # also the second time, when everything is in quarantine already
         with pytest.raises(CheckpointError, match="there are checkpoints, and none can be used") as caught:
             load(CheckpointStore(saved.root))
         assert "step_00000010.quarantined-1, step_00000020.quarantined-1" in caught.value.where
 
 
-class Evil:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> Any:
-        return (os.system, (f"touch {self.target}",))
+PLANTED = {"object in a shard": "extra", "tensor in a shard": "layer1", "plain values in a shard": "common_state"}
 
 
-def plant_object(shard: Path, name: str, evil: bytes) -> None:
-    """Put a pickle where the shard of ``shard.parent`` keeps the object or tensor ``name``."""
-    index = shard.parent / ".metadata"
-    metadata = pickle.loads(index.read_bytes())
-    (entry,) = (info for key, info in metadata.storage_data.items() if key.fqn.split("/")[0] == name)
-    data = bytearray(shard.read_bytes())
-    entry.offset, entry.length = len(data), len(evil)
-    shard.write_bytes(data + evil)
-    index.write_bytes(pickle.dumps(metadata))
-
-
-def torch_saved(value: Any, proof: Path) -> bytes:
-    path = proof.with_suffix(".pt")
-    torch.save(value, path)
-    assert zipfile.is_zipfile(path)
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("name", [*FILES, "object in a shard", "tensor in a shard", "LATEST"])
+@pytest.mark.parametrize("name", [*FILES, *PLANTED, "common.pt", "LATEST"])
 def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, name: str) -> None:
-    """31: even with a manifest that matches."""
+    """31: even with a manifest that matches. Megatron-Core 0.16.1 wrote ``common.pt``, and where there is one it is read."""
     proof, checkpoint = tmp_path / "proof", newest(saved)
-    if name.endswith("in a shard"):
-        key = "extra" if name.startswith("object") else "layer1"
-        plant_object(checkpoint / "__0_0.distcp", key, torch_saved(Evil(proof), proof))
+    if name in PLANTED:
+        plant_object(checkpoint / "__0_0.distcp", PLANTED[name], torch_saved(Evil(proof), proof))
     elif name == "LATEST":
         (saved.root / name).write_bytes(pickle.dumps(Evil(proof)))
     elif name in ("common.pt", "__0_0.distcp"):
@@ -169,7 +143,7 @@ def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, n
     else:
         (checkpoint / name).write_bytes(pickle.dumps(Evil(proof)))
     if name not in (MANIFEST, "LATEST"):
-        rehash(checkpoint)
+        rehash(checkpoint, name)
     seen: list[str] = []
     store = CheckpointStore(saved.root, on_rejected=lambda path, reason, moved: seen.append(reason))
     if name in ("metadata.json", "__0_0.distcp"):  # no pickle is looked for there: not the checkpoint's own content
@@ -180,7 +154,7 @@ def test_a_planted_pickle_runs_nothing(saved: CheckpointStore, tmp_path: Path, n
     assert not proof.exists()
     if name == ".metadata":
         assert "posix.system is not allowed" in seen[0]
-    if name == "common.pt" or name.endswith("in a shard"):
+    if name in ("common.pt", *PLANTED):
         assert "refused to unpickle it" in seen[0]
 
 

@@ -1,6 +1,7 @@
-"""A checkpoint of version 0.1.0 that is kept in the repository still loads; one of another format is refused by name.
+"""Checkpoints of version 0.1.0 that are kept in the repository still load; one of another format is refused by name.
 
-Number 7 of docs/reliability.md. ``frozen/make.py`` wrote it; a change of the format needs a new one beside it, not instead.
+Number 7 of docs/reliability.md. ``frozen/make.py`` and ``support/frozen_sharded.py`` wrote them, with Megatron-Core 0.16.1; a
+change of the format needs a new one beside them, not instead.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.ranks import run_on_ranks
 
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.checkpoint import manifest as manifest_module
@@ -52,6 +54,25 @@ def test_it_still_loads(run_dir: Path) -> None:
     wrong = [name for name, tensor in values.items() if not torch.equal(tensor, make.expected(name, tensor))]
     assert wrong == []
     assert len({float(tensor.sum()) for tensor in values.values()}) > len(values) // 2, "they differ from each other"
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"), [(4, {"tensor": 2, "pipeline": 2, "expert": 2}), (1, {})], ids=["TP2 PP2 EP2", "one process"]
+)
+def test_that_of_four_ranks_still_loads(world: int, sizes: dict[str, int], tmp_path: Path) -> None:
+    """bf16 weights, fp32 masters and both moments of TP2 PP2 EP2, in the same layout and in another."""
+    written = read_manifest(FROZEN / "four-ranks" / "step_00000007").meta
+    assert written.versions["megatron-core"] == "0.16.1"
+    assert (written.topology["tp"], written.topology["pp"], written.topology["ep"]) == (2, 2, 2)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(FROZEN / "four-ranks", checkpoints)
+    job = {"folder": str(tmp_path), "checkpoints": str(checkpoints), "parallel": sizes}
+    ranks = run_on_ranks(world, "support.frozen_sharded:read", job)
+    assert [rank["wrong"] for rank in ranks] == [[]] * world
+    assert len({name for rank in ranks for name in rank["names"]}) == 72, (
+        "18 weights, each with a master and both moments"
+    )
+    assert [(rank["steps"], rank["position"]) for rank in ranks] == [([7.0], True)] * world
 
 
 def test_another_format_is_refused_by_name_and_left_alone(run_dir: Path) -> None:

@@ -321,7 +321,7 @@ def test_retention_counts_checkpoints_that_are_known_to_be_good(root: Path) -> N
     assert [c.meta.global_step for c in second.committed()] == [3, 2, 1], "one verified checkpoint is not two"
     save(second, 4)
     assert [c.meta.global_step for c in second.committed()] == [4, 3]
-    (root / "step_00000004" / "common.pt").unlink()
+    (root / "step_00000004" / "metadata.json").unlink()
     save(second, 5)
     assert [c.meta.global_step for c in second.committed()] == [5, 4, 3]
     shutil.rmtree(root / "step_00000005")
@@ -344,7 +344,7 @@ def test_killed_while_removing_an_old_one(root: Path, monkeypatch: pytest.Monkey
         save(store, step)
 
     def dies(path: Path, **options: Any) -> None:
-        (path / "common.pt").unlink()
+        (path / "metadata.json").unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(store_module.shutil, "rmtree", dies)

@@ -49,15 +49,16 @@ def load(store: CheckpointStore) -> int | None:
     return step
 
 
-def rehash(checkpoint: Path) -> None:
-    """Make the manifest agree with the files again: whoever plants a file can also write a manifest."""
+def rehash(checkpoint: Path, planted: str = "") -> None:
+    """Make the manifest agree with the files again, a ``planted`` one too: whoever plants a file can also write a manifest."""
     committed = read_manifest(checkpoint)
-    files = {name: ((checkpoint / name).stat().st_size, sha256_of(checkpoint / name)) for name in committed.files}
+    names = {*committed.files, planted} if (checkpoint / planted).is_file() else committed.files
+    files = {name: ((checkpoint / name).stat().st_size, sha256_of(checkpoint / name)) for name in names}
     (checkpoint / MANIFEST).write_text(manifest_text(committed.meta, files))
 
 
-def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, weights and both Adam moments among them, read without Megatron."""
+def contents_of(checkpoint: Path) -> dict[str, Any]:
+    """Everything in a checkpoint by global key, read without Megatron; plain values (step, decay rates) are at "common"."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -65,6 +66,12 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     nested: dict[str, Any] = {}
     reader = FileSystemReader(checkpoint)
     _load_state_dict(nested, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    (nested["common"],) = nested.pop("common_state/shard_0_1")
+    return nested
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, weights and both Adam moments among them."""
     flat: dict[str, torch.Tensor] = {}
 
     def walk(prefix: str, value: Any) -> None:
@@ -73,5 +80,5 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             flat[prefix] = value
 
-    walk("", nested)
+    walk("", contents_of(checkpoint))
     return flat

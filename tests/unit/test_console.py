@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from m1_stages.errors import ConfigError
 from m1cli import console as module
 from m1cli.console import Stream, _SafeConsole, visible
 from m1cli.errors import show
+from m1cli.library_notes import hide_library_notes
 
 HOSTILE = "a\x1b]0;title\x07b\x1b[2Jc\rd\x9b31me\u202ef\x00g\x7fh\udcff"
 SHOWN = r"a\x1b]0;title\x07b\x1b[2Jc\x0dd\x9b31me\u202ef\x00g\x7fh\xff"
@@ -189,3 +192,15 @@ def test_nohup_lets_a_command_outlive_its_terminal() -> None:
         "with StopRequest() as stop:\n    signal.raise_signal(signal.SIGHUP)\n    assert not stop.received\n" \
         "    signal.raise_signal(signal.SIGTERM)\n    assert stop.received == 'SIGTERM'\n"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_notes_of_libraries_are_hidden_and_their_errors_are_not() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        hide_library_notes()
+        for module in ("megatron.core.models.backends", "m1_stages.model"):
+            warnings.warn_explicit(f"from {module}", UserWarning, "file.py", 1, module=module)
+    assert [str(warning.message) for warning in seen] == ["from m1_stages.model"]
+    for name in ("megatron.core.models.gpt.gpt_model", "torch.utils.cpp_extension"):
+        shown = [logging.getLogger(name).isEnabledFor(level) for level in (logging.WARNING, logging.ERROR)]
+        assert shown == [False, True], name

@@ -12,15 +12,6 @@ MODEL = ModelConfig(
 )  # fmt: skip
 
 
-def test_a_cpu_keeps_pipeline_outputs_until_gloo_has_sent_them() -> None:
-    """With overlapped sends their buffers would be freed while gloo still reads them; NCCL's sends are in stream order."""
-    from m1_stages.model.spec import transformer_config
-
-    for sizes in (ParallelConfig(), ParallelConfig(pipeline=4), ParallelConfig(pipeline=2, virtual_pipeline=2)):
-        assert transformer_config(MODEL, sizes, bf16=False, on_cpu=True).deallocate_pipeline_outputs is False
-        assert transformer_config(MODEL, sizes, bf16=False, on_cpu=False).deallocate_pipeline_outputs is True
-
-
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("pipeline", [2, 4])
 def test_a_plain_pipeline_sends_in_batches(pipeline: int, on_cpu: bool) -> None:

@@ -23,7 +23,7 @@ Files = dict[str, tuple[int, str]]
 class Snapshot:
     """This rank's part of a checkpoint in torch_dist format: one file.
 
-    Constructing it plans with the other ranks and writes ``common.pt`` (rank 0); the directory exists and is empty.
+    Constructing it plans with the other ranks; the directory exists and is empty.
 
     Args:
         sharded_state_dict: as ``dist_checkpointing.save`` takes it; it belongs to Megatron afterwards.
@@ -35,10 +35,14 @@ class Snapshot:
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
         filesystem_async._results_queue = queue.Queue()
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        strategy = TorchDistSaveShardedStrategy(thread_count=1)
         with without_collectives(world()):
             request = dist_checkpointing.save(
-                sharded_state_dict, str(directory), sharded_strategy=strategy, async_sharded_save=True
+                sharded_state_dict,
+                str(directory),
+                sharded_strategy=strategy,
+                async_sharded_save=True,
+                async_strategy="mcore",
             )
         self._finish = request.finalize_fns
         self._transforms: Any = None

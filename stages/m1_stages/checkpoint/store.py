@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
 import re
 import shutil
 import uuid
@@ -16,6 +15,7 @@ from typing import Any
 
 from m1_data.storage.durable import flush, write_atomically
 from m1_stages.checkpoint.files import sha256_of
+from m1_stages.checkpoint.loading import load_verified
 from m1_stages.checkpoint.manifest import (
     MANIFEST,
     CheckpointMeta,
@@ -24,9 +24,8 @@ from m1_stages.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
-from m1_stages.checkpoint.single_process import without_collectives
 from m1_stages.checkpoint.snapshot import Files, Snapshot
-from m1_stages.checkpoint.unpickle import check_metadata, objects_restricted
+from m1_stages.checkpoint.unpickle import check_metadata
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together, world
@@ -236,18 +235,11 @@ class CheckpointStore:
             CheckpointError: there are checkpoints, and none can be used. What a verified checkpoint raises while it is
                 loaded (no memory, another shape) is not its fault and passes through.
         """
-        from megatron.core import dist_checkpointing
-        from torch.distributed.checkpoint.api import CheckpointException
-
         reasons = self._quarantine_broken_manifests()
         for candidate in candidates:
             try:
                 self.verify(candidate)
-                try:
-                    with without_collectives(world()), objects_restricted():
-                        return candidate, dist_checkpointing.load(build(), str(candidate.path))
-                except (pickle.UnpicklingError, CheckpointException) as error:
-                    raise _refused(error) from error
+                return candidate, load_verified(candidate.path, build)
             except CheckpointError as error:
                 reasons.append(f"{candidate.path.name}: {error.what}")
                 self._quarantine(candidate.path, error.what)
@@ -388,12 +380,3 @@ def _complete(committed: Committed) -> bool:
         return all((committed.path / name).stat().st_size == size for name, (size, _) in committed.files.items())
     except OSError:
         return False
-
-
-def _refused(error: BaseException) -> BaseException:
-    """The error of a checkpoint that must not be unpickled; any other error as it is."""
-    found = [error, *(wrapped for wrapped, _ in getattr(error, "failures", {}).values())]
-    for one in found:
-        if isinstance(one, pickle.UnpicklingError):
-            return CheckpointError(f"refused to unpickle it: {str(one).splitlines()[0]}")
-    return error

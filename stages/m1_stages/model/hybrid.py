@@ -8,19 +8,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
-)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from m1_data.sampling.loader import PackedBatch
 from m1_kernels import HostInputs, linear_cross_entropy
@@ -30,24 +24,11 @@ from m1_stages.model.packed_seq_params import PackedSeqParams
 from m1_stages.model.spec import block_spec
 
 
-def _mark_sharded_weights(module: nn.Module) -> None:
-    """Tell the gradient norm which weights are shards.
-
-    Megatron sets these attributes while it initialises weights, which we do ourselves; without them tensor-parallel ranks
-    above 0 are missing from the norm, and clipping goes wrong.
-    """
-    for part in module.modules():
-        if isinstance(part, (ColumnParallelLinear, VocabParallelEmbedding)):
-            set_tensor_model_parallel_attributes(part.weight, True, 0, 1)
-        elif isinstance(part, RowParallelLinear):
-            set_tensor_model_parallel_attributes(part.weight, True, 1, 1)
-
-
 class HybridModel(GPTModel):
     """``model(batch)`` gives the loss of every token; slopes and RoPE base are set from outside.
 
     The head computes in fp32. In bf16 its stored weight is bf16 like the others (with an fp32 master in the optimizer): an
-    fp32 weight among them trains, but Megatron 0.16.1 cannot save it (``Float16OptimizerWithFloat16Params`` numbers the
+    fp32 weight among them trains, but Megatron 0.19.2 cannot save it (``Float16OptimizerWithFloat16Params`` numbers the
     float16 parameters only, ``DistributedOptimizer`` fails on the sizes).
     """
 
@@ -70,7 +51,6 @@ class HybridModel(GPTModel):
         self.model_config = model
         self._groups = groups
         self._host: HostInputs | None = None
-        _mark_sharded_weights(self)
 
     def set_slopes(self, slopes: list[list[float]]) -> None:
         """Set the decay rates, [num_layers][num_heads] tokens^-1; rows of softmax layers are ignored."""

@@ -27,9 +27,14 @@ class Router(MegatronRouter):
     trained tokens of the global batch later.
     """
 
-    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+    ) -> None:
         assert pg_collection is not None
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.top_k = config.moe_router_topk
         self.trained_tokens = 0
         """Trained tokens of the current micro-batch on this data-parallel rank; the layer sets them."""
@@ -96,9 +101,9 @@ class Router(MegatronRouter):
 class MixtureOfExperts(MoELayer):
     """Megatron's MoE layer; where every expert is on this rank, tokens are not dispatched at all."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
         parts = MoESubmodules(router=Router, experts=GroupedExperts)
-        super().__init__(config, parts, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+        super().__init__(config, parts, pg_collection=pg_collection, **kwargs)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """Map [tokens, 1, hidden] to [tokens, 1, hidden]."""
@@ -148,6 +153,7 @@ class GroupedExperts(nn.Module):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         assert pg_collection is not None

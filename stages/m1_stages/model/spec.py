@@ -71,7 +71,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, bf16: bo
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=not on_cpu,
+        deallocate_pipeline_outputs=True,
     )
 
 

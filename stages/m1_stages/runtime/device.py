@@ -1,6 +1,6 @@
 """CPU or GPU, and the one place that lets Megatron-Core run without CUDA.
 
-Megatron-Core 0.16.1 calls ``torch.cuda`` directly for devices, random state and streams. On a machine without CUDA those
+Megatron-Core 0.19.2 calls ``torch.cuda`` directly for devices, random state and streams. On a machine without CUDA those
 calls are answered for the CPU. The redirection is installed before ``megatron.core`` is imported, is never active where
 CUDA exists, and counts what it answers (``hits``), so that an upgrade that adds a call shows in a test.
 """

@@ -30,7 +30,7 @@ class ReadyGradients:
         """[num_layers + 1] fp64 on the device, the same on every rank: sum of squares of each decoder layer's gradient, and
         of everything else (embedding, final norm, head). One reduction per process group, no copy to the host.
 
-        What counts is what Megatron counts (``get_main_grads_for_grad_norm``): no replica of a tensor-parallel parameter,
+        What counts is what Megatron counts (``get_grads_for_grad_norm``): no replica of a tensor-parallel parameter,
         no shared one; with the distributed optimizer every rank has its own shard.
         """
         from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
@@ -39,13 +39,13 @@ class ReadyGradients:
         sums: dict[Any, Tensor] = {}
         for part, pairs in self._parts:
             group = part.get_grad_stats_parallel_group()
-            tp_group = getattr(part, "tp_group", None)
+            groups = {name: getattr(part, name, None) for name in ("tp_group", "expert_tp_group")}
             counted = [
                 (layer, main.grad)
                 for layer, main in pairs
                 if main.grad is not None
                 and param_is_not_shared(main)
-                and param_is_not_tensor_parallel_duplicate(main, tp_group)
+                and param_is_not_tensor_parallel_duplicate(main, **groups)
             ]
             total = sums.get(group)
             if total is None:
@@ -86,7 +86,7 @@ def _pairs(part: Any, layer_of: dict[int, int]) -> list[tuple[int, Any]]:
 def _main_parameters(part: Any) -> Iterator[tuple[Any, Any]]:
     """Pairs of (model parameter, what the optimizer updates in its place: itself, an fp32 copy, or a shard of either).
 
-    Source: Megatron-Core 0.16.1, ``optimizer.py`` and ``distrib_optimizer.py``, where the groups are parallel lists.
+    Source: Megatron-Core 0.19.2, ``optimizer.py`` and ``distrib_optimizer.py``, where the groups are parallel lists.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params

@@ -38,7 +38,7 @@ class Optimizer:
 
         config = OptimizerConfig(
             optimizer="adam",
-            lr=1.0,
+            lr=1.0,  # constants: Megatron tells the parameter groups of a loaded state by them
             min_lr=0.0,
             weight_decay=optim.weight_decay,
             adam_beta1=optim.beta1,
