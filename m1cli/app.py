@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from m1_stages.runtime.signals import leaving_with_its_own_exit_code
 from m1cli.console import visible
 from m1cli.errors import EXIT_CODES, reported
 
@@ -316,4 +317,5 @@ def demo(
 
 def main() -> None:
     """Run the ``m1`` command."""
-    app()
+    with leaving_with_its_own_exit_code():
+        app()

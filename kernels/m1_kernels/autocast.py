@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def without_autocast(function: F) -> F:
+def without_autocast[F: Callable[..., Any]](function: F) -> F:
     """Wrap the ``forward`` or ``backward`` of an autograd function so that autocast does not reach its matrix products.
 
     ``torch.amp.custom_fwd`` does the same for one device type, which must be named when the class is written.

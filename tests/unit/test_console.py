@@ -154,18 +154,20 @@ def test_the_command_line_is_repeated_in_escapes(tmp_path: Path) -> None:
 STOPPED = """
 import sys, time
 import typer
+from m1_stages.runtime.signals import leaving_with_its_own_exit_code
 from m1cli.errors import reported
-try:
-    with reported(debug=False):
-        try:
-            print("ready", flush=True)
-            time.sleep(60)
-        except Exception:
-            print("swallowed")
-        finally:
-            print("cleaned up", flush=True)
-except typer.Exit as left:
-    sys.exit(left.exit_code)
+with leaving_with_its_own_exit_code():
+    try:
+        with reported(debug=False):
+            try:
+                print("ready", flush=True)
+                time.sleep(60)
+            except Exception:
+                print("swallowed")
+            finally:
+                print("cleaned up", flush=True)
+    except typer.Exit as left:
+        sys.exit(left.exit_code)
 """
 
 
@@ -184,6 +186,16 @@ def test_a_stopped_command_cleans_up_and_says_one_line(number: signal.Signals) -
     assert "run the same command again" in err
     assert process.returncode == 75
     assert "Traceback" not in err
+
+
+def test_a_signal_while_python_leaves_changes_nothing() -> None:
+    code = "import atexit, os, signal, sys\nfrom m1_stages.runtime.signals import leaving_with_its_own_exit_code\n" \
+        "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 15)\n" \
+        "sys.late = Late()\n" \
+        "with leaving_with_its_own_exit_code():\n    sys.exit(75)\n"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 75
+    without = code.replace("with leaving_with_its_own_exit_code():\n    ", "")
+    assert subprocess.run([sys.executable, "-c", without], timeout=60).returncode == -15
 
 
 def test_nohup_lets_a_command_outlive_its_terminal() -> None:

@@ -9,12 +9,28 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """A person, a batch system that needs the machine, or a terminal that is gone asks the run to stop."""
 _SAME_REQUEST_S = 1.0
+
+
+@contextmanager
+def leaving_with_its_own_exit_code() -> Iterator[None]:
+    """Around all that a process does: afterwards a stop request, or its twin, does not change how the process ends.
+
+    Python gives signals back their default when it takes itself down, and a signal that arrives then would end a process
+    that has saved and reported with -15. SIGINT is left alone, so that a person can end one that hangs there.
+    """
+    try:
+        yield
+    finally:
+        for number in STOP_SIGNALS:
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
