@@ -107,6 +107,19 @@ def test_a_holder_elsewhere_is_gone_when_it_is_silent_for_a_minute(tmp_path: Pat
         assert [entry.name for entry in tmp_path.iterdir()] == ["run.lock"]
 
 
+def test_the_mark_of_a_killed_reader_is_swept_by_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "data.lock"
+    with held_by_another(path, "reading"), held_by_another(path, "reading") as killed:
+        killed.kill()
+        killed.wait()
+        assert len(list(tmp_path.iterdir())) == 2
+        with reading(path, "the data"):
+            names = [entry.name for entry in tmp_path.iterdir()]
+            assert len(names) == 2
+            assert not [name for name in names if f"-{killed.pid}-" in name]
+            assert [name for name in names if f"-{os.getpid()}-" in name]
+
+
 def test_a_number_that_was_given_to_another_process_is_no_holder(tmp_path: Path) -> None:
     me = this_process()
     left_behind(tmp_path / "run.lock", age_s=0, process=f"{me.machine}-{me.pid}-{me.started + 1}")

@@ -158,6 +158,9 @@ def reading(path: Path, what: str) -> Iterator[None]:
         InUse: a writer is at work there.
     """
     mark: Lock | None = None
+    with suppress(OSError, ConfigError):
+        for left in _marks(path):
+            _removed_if_stale(left)  # of a reader that was killed
     with suppress(OSError):
         mark = Lock(path.with_name(f"{path.name}.reader-{this_process()}-{uuid.uuid4().hex[:8]}"))
     try:
