@@ -50,7 +50,7 @@ oldest: ## the suite with the oldest versions that pyproject.toml allows
 	VERSIONS=oldest sh tools/set_up.sh $(VENV)-oldest $(PYTHON)
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n auto --dist worksteal -m "not gpu and not faults"
 
-faults: setup ## fault campaigns: flipped bits, kills, full disks, second commands (about 20 minutes)
+faults: setup ## fault campaigns: flipped bits, kills, full disks, second commands (about two hours)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 
 mutate: setup ## change the sources one place at a time; says which changes no test notices (about 20 minutes)

@@ -1,6 +1,6 @@
 """SIGKILL to the real command at moments of every kind: five stages, their evaluations, and what lies between them.
 
-Each campaign goes on until so many processes were killed as it promises. Number 51 of docs/reliability.md.
+Each campaign goes on until so many processes were killed as it promises. Number 64 of docs/reliability.md.
 """
 
 from __future__ import annotations
