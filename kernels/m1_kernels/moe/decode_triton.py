@@ -1,7 +1,7 @@
 """The mixture of experts for few tokens: each weight is read once, by the program that multiplies with it.
 
-A program has some rows of one expert's matrix. It finds the slots (token and place among its experts) that chose the expert, 16 at
-a time, and multiplies their tokens with its rows. An expert that nobody chose is not read. Offsets of weights are 64-bit.
+A program has some rows of one expert's matrix. It finds the slots (token and place among its experts) that chose the expert,
+16 at a time, and multiplies their tokens with its rows. An expert that nobody chose is not read. Offsets of weights are 64-bit.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def _members(rank, start, count, SLOTS: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def _up(
-    x, w13, weights, index, inner, first, slots, x_row, I, C,
+    x, w13, weights, index, inner, first, slots, x_row, INNER, C,
     K: tl.constexpr, SLOTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """inner [slots, I] = silu(w1 x) * (w3 x) * weight. Grid (experts here, I / N)."""
+    """inner [slots, INNER] = silu(w1 x) * (w3 x) * weight. Grid (experts here, INNER / N)."""
     expert = tl.program_id(0)
     count, rank = _slots_of(index, expert + first, slots, SLOTS)
     row = tl.program_id(1) * N + tl.arange(0, N)
-    gate_at = w13 + (expert.to(tl.int64) * 2 * I + row[:, None]) * C
-    up_at = gate_at + I.to(tl.int64) * C
+    gate_at = w13 + (expert.to(tl.int64) * 2 * INNER + row[:, None]) * C
+    up_at = gate_at + INNER.to(tl.int64) * C
     for start in range(0, count, M):
         slot, there = _members(rank, start, count, SLOTS, M)
         gate = tl.zeros([M, N], tl.float32)
@@ -68,34 +68,38 @@ def _up(
             part = tl.load(
                 x + (slot // K)[:, None] * x_row + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0
             )
-            inside = (row < I)[:, None] & (c < C)[None, :]
-            gate += tl.dot(part, tl.trans(tl.load(gate_at + c[None, :], mask=inside, other=0.0)), input_precision="ieee")
+            inside = (row < INNER)[:, None] & (c < C)[None, :]
+            gate += tl.dot(
+                part, tl.trans(tl.load(gate_at + c[None, :], mask=inside, other=0.0)), input_precision="ieee"
+            )
             up += tl.dot(part, tl.trans(tl.load(up_at + c[None, :], mask=inside, other=0.0)), input_precision="ieee")
         scale = tl.load(weights + slot, mask=there, other=0.0)
         out = gate * tl.sigmoid(gate) * up * scale[:, None]
         tl.store(
-            inner + slot[:, None] * I + row[None, :], out.to(inner.dtype.element_ty),
-            mask=there[:, None] & (row < I)[None, :],
+            inner + slot[:, None] * INNER + row[None, :], out.to(inner.dtype.element_ty),
+            mask=there[:, None] & (row < INNER)[None, :],
         )  # fmt: skip
 
 
 @triton.jit
 def _down(
-    inner, w2, index, out, first, slots, I, C,
+    inner, w2, index, out, first, slots, INNER, C,
     SLOTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [slots, C] = w2 inner. Grid (experts here, C / N)."""
     expert = tl.program_id(0)
     count, rank = _slots_of(index, expert + first, slots, SLOTS)
     row = tl.program_id(1) * N + tl.arange(0, N)
-    weight_at = w2 + (expert.to(tl.int64) * C + row[:, None]) * I
+    weight_at = w2 + (expert.to(tl.int64) * C + row[:, None]) * INNER
     for start in range(0, count, M):
         slot, there = _members(rank, start, count, SLOTS, M)
         total = tl.zeros([M, N], tl.float32)
-        for at in range(0, I, BLOCK):
+        for at in range(0, INNER, BLOCK):
             c = at + tl.arange(0, BLOCK)
-            part = tl.load(inner + slot[:, None] * I + c[None, :], mask=there[:, None] & (c < I)[None, :], other=0.0)
-            weight = tl.load(weight_at + c[None, :], mask=(row < C)[:, None] & (c < I)[None, :], other=0.0)
+            part = tl.load(
+                inner + slot[:, None] * INNER + c[None, :], mask=there[:, None] & (c < INNER)[None, :], other=0.0
+            )
+            weight = tl.load(weight_at + c[None, :], mask=(row < C)[:, None] & (c < INNER)[None, :], other=0.0)
             total += tl.dot(part, tl.trans(weight), input_precision="ieee")
         tl.store(
             out + slot[:, None] * C + row[None, :], total.to(out.dtype.element_ty),

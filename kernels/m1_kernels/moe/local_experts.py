@@ -60,7 +60,9 @@ def mix_local_experts(
         return mix_experts(x, w13, w2, weights, index, keep=False)
     local = index - first
     here = (local >= 0) & (local < experts)
-    if choose_expert_backend(x.device, x.dtype).name == "grouped-mm":  # other ranks' rows are sorted behind the last expert
+    if (
+        choose_expert_backend(x.device, x.dtype).name == "grouped-mm"
+    ):  # other ranks' rows are sorted behind the last expert
         order = expert_order(torch.where(here, local, experts), experts)
         rows = x.index_select(0, order.token)
         gate_up = expert_product(rows, w13.flatten(1, 2).transpose(1, 2), order.ends)

@@ -183,9 +183,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: i
     return varlen_attention(q, k, v, lengths, (before + lengths[0], *lengths[1:]))
 
 
-def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...]
-) -> Tensor:
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...]) -> Tensor:
     """One flash kernel for all documents, which aligns queries with the last keys of their document.
 
     Args:

@@ -35,7 +35,9 @@ def chunk_attention(
     """
     seen = tuple(start + length for start, length in zip(starts, lengths, strict=True))
     if sum(lengths) != q.shape[0] or max(seen) > keys.shape[1]:
-        raise ValueError(f"documents of {lengths} tokens up to {seen} do not fit {q.shape[0]} queries, {keys.shape[1]} keys")
+        raise ValueError(
+            f"documents of {lengths} tokens up to {seen} do not fit {q.shape[0]} queries, {keys.shape[1]} keys"
+        )
     of = [(keys[slot, :end], values[slot, :end]) for slot, end in zip(slots, seen, strict=True)]
     if choose_softmax_backend(q.device, q.dtype).name == "per-document":
         parts = zip(q.split(list(lengths)), of, strict=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -14,34 +13,11 @@ from m1_stages.errors import ConfigError, EnvironmentProblem
 from m1_stages.generation.decoder import Block, Decoder, SlotRule, rules_on
 from m1_stages.generation.forward import IncrementalModel, PrefillChunk
 from m1_stages.generation.replica import Replica, device_copy
-from m1_stages.generation.request import Completion, Decode, Request, Update
+from m1_stages.generation.request import Completion, Decode, EngineOptions, Request, Update
 from m1_stages.generation.sampling import Mode, choose_tokens, uniforms
 from m1_stages.generation.sequence import Sequence
 from m1_stages.generation.states import SlotStates, state_bytes
 from m1_stages.model.hybrid import HybridModel
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineOptions:
-    """Sizes of an engine.
-
-    Raises:
-        ConfigError: a size below 1.
-    """
-
-    slots: int = 64
-    """Answers that are written at the same time."""
-    capacity: int
-    """Most tokens of a prompt and its answer together."""
-    prefill_tokens: int = 32_768
-    """Prompt tokens that are read between two blocks of decoding steps; a longer prompt is read in pieces."""
-    steps: int = 8
-    """Decoding steps that a CUDA device takes before the host looks at their tokens."""
-
-    def __post_init__(self) -> None:
-        for name in ("slots", "capacity", "prefill_tokens", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be 1 or more", where="engine options")
 
 
 class Engine:
@@ -71,7 +47,7 @@ class Engine:
     ) -> None:
         self.options, self.weights, self._decode = options, weights, decode
         self.model = IncrementalModel(model)
-        self._replica = replica
+        self.replica = replica
         on_gpu = self.model.device.type == "cuda"
         try:
             sizes = {"slots": options.slots, "capacity": options.capacity, "tp": self.model.tp_group.size()}
@@ -106,7 +82,7 @@ class Engine:
         """Queue a request; returns its number, which updates repeat.
 
         Raises:
-            ConfigError: prompt and answer do not fit, an id is not in the vocabulary, or there are stop strings and no ``decode``.
+            ConfigError: prompt and answer do not fit, an id is not in the vocabulary, or stop strings without ``decode``.
         """
         vocab, capacity = self.model.config.vocab_size, self.options.capacity
         if len(request.prompt) + request.max_tokens > capacity:
@@ -116,8 +92,10 @@ class Engine:
                 fix=f"shorten the prompt, or ask for at most {max(0, capacity - len(request.prompt)):,} tokens",
             )
         for what, ids in (("prompt", request.prompt), ("stop ids", request.stop_ids)):
-            if len(ids) and not (0 <= min(ids) and max(ids) < vocab):
-                raise ConfigError(f"the {what} go from {min(ids)} to {max(ids)}, and the vocabulary from 0 to {vocab - 1}")
+            if len(ids) and not (min(ids) >= 0 and max(ids) < vocab):
+                raise ConfigError(
+                    f"the {what} go from {min(ids)} to {max(ids)}, and the vocabulary from 0 to {vocab - 1}"
+                )
         if request.stop_strings and self._decode is None:
             raise ConfigError("stop strings need text, and this engine was given no decode", fix="use stop ids")
         if request.min_tokens > 1:
@@ -225,7 +203,7 @@ class Engine:
             device_copy([s.forced(1)[0] for s in sequences], torch.int64, device),
             Mode.of([rule.sampling for rule in rules]),
         )
-        tokens, logprobs = self._replica.agree(*chosen)
+        tokens, logprobs = self.replica.agree(*chosen)
         for sequence in sequences:
             self.states.recurrent[:, sequence.slot] = self._reading.pop(sequence)
             self._running[sequence.slot] = sequence
@@ -282,6 +260,4 @@ class Engine:
 
 def _rule(request: Request) -> SlotRule:
     held_back = sorted(request.stop_ids) if request.min_tokens > 1 else []
-    return SlotRule(
-        sampling=request.sampling, stop_ids=held_back, from_length=len(request.prompt) + request.min_tokens
-    )
+    return SlotRule(sampling=request.sampling, stop_ids=held_back, from_length=len(request.prompt) + request.min_tokens)

@@ -1,8 +1,8 @@
 """The forward pass that continues from states, over the modules and weights of a training model.
 
 It uses the weights of Megatron's modules and not their forward methods: those shard the tokens over the tensor-parallel ranks
-(sequence parallelism) and send tokens to their experts, which takes a number of rows that only the device knows. Here all ranks of
-a group hold the same tokens and add up their shares. So a CUDA graph can hold a decoding step, and the model can be one in training.
+(sequence parallelism) and send tokens to their experts, whose numbers only the device knows. Here all ranks of a group hold the
+same tokens and add up their shares. So a CUDA graph can hold a decoding step, and the model can be one in training.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ class IncrementalModel:
             if whole:
                 out = causal_attention(q[None], k[None], v[None], doc_lengths=tuple(chunk.lengths))[0]
             else:
-                out = chunk_attention(
-                    q, keys, values, slots=chunk.slots, starts=chunk.starts, lengths=chunk.lengths
-                )
+                out = chunk_attention(q, keys, values, slots=chunk.slots, starts=chunk.starts, lengths=chunk.lengths)
             return self._row_parallel(out.flatten(1), module), None
 
         return self._layers(chunk.tokens, lightning, softmax)

@@ -56,9 +56,7 @@ def open_engine(
             device=device.name,
         )
         load_weights(model, committed)
-        yield Engine(
-            model[0], options, replica=Replica.of(layout), decode=decode, weights=committed.path.name
-        )
+        yield Engine(model[0], options, replica=Replica.of(layout), decode=decode, weights=committed.path.name)
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(
             f"out of memory: {str(error).splitlines()[0][:200]}",

@@ -53,12 +53,10 @@ class Replica:
 def generation_layout(parallel: ParallelConfig) -> ParallelConfig:
     """Return the layout in which a model that was trained in ``parallel`` generates.
 
-    Tensor and expert parallelism stay. Pipeline and context parallelism become 1: a checkpoint can be loaded in any layout. Further
-    processes are replicas.
+    Tensor and expert parallelism stay. Pipeline and context parallelism become 1: a checkpoint can be loaded in any layout.
+    Further processes are replicas.
     """
-    return replace(
-        parallel, pipeline=1, virtual_pipeline=1, pipeline_layers=(), context=1, dispatcher="allgather"
-    )
+    return replace(parallel, pipeline=1, virtual_pipeline=1, pipeline_layers=(), context=1, dispatcher="allgather")
 
 
 def device_copy(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from m1_stages.errors import ConfigError
-from m1_stages.generation.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled"]
 Decode = Callable[[Sequence[int]], str]
 """Turns token ids into text; bytes that are no UTF-8 become U+FFFD."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are chosen. The probabilities are those of ``logits / temperature``.
+
+    Raises:
+        ConfigError: a value that no distribution has.
+    """
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the ``top_k`` likeliest tokens; 0: all. Ties with the last of them stay in."""
+    top_p: float = 1.0
+    """Only the fewest likeliest tokens that together have at least this probability, after ``top_k``. Ties stay in."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, good, want in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (off)"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+        ):
+            if not good:
+                raise ConfigError(f"{name} is {value}; it has to be {want}", where=f"sampling, {name}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,3 +151,26 @@ class Update:
     """New text that no later token can change; empty when the engine cannot decode."""
     completion: Completion | None
     """Set in the last update."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Sizes of an engine.
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    slots: int = 64
+    """Answers that are written at the same time."""
+    capacity: int
+    """Most tokens of a prompt and its answer together."""
+    prefill_tokens: int = 32_768
+    """Prompt tokens that are read between two blocks of decoding steps; a longer prompt is read in pieces."""
+    steps: int = 8
+    """Decoding steps that a CUDA device takes before the host looks at their tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "capacity", "prefill_tokens", "steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it has to be 1 or more", where="engine options")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -14,36 +13,10 @@ import torch
 from torch import Tensor
 
 from m1_data.seeded_random import derive_seed, random_uint64
-from m1_stages.errors import ConfigError
+from m1_stages.generation.request import Sampling
 
 _GOLDEN = 0x9E3779B97F4A7C15
 """The step of splitmix64, by which ``random_uint64`` counts."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How tokens are chosen. The probabilities are those of ``logits / temperature``.
-
-    Raises:
-        ConfigError: a value that no distribution has.
-    """
-
-    temperature: float = 1.0
-    """0 takes the likeliest token."""
-    top_k: int = 0
-    """Only the ``top_k`` likeliest tokens; 0: all. Ties with the last of them stay in."""
-    top_p: float = 1.0
-    """Only the fewest likeliest tokens that together have at least this probability, after ``top_k``. Ties stay in."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value, good, want in (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (off)"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-        ):
-            if not good:
-                raise ConfigError(f"{name} is {value}; it has to be {want}", where=f"sampling, {name}")
 
 
 class Mode(IntEnum):

@@ -35,7 +35,9 @@ class Sequence:
         """Index of the first token of the reasoning, or -1."""
         self._closed = -1
         """Index of the first token behind the reasoning's last one, or -1."""
-        self._forced = range(len(thinking.forced)) if thinking and thinking.is_open and not thinking.budget else range(0)
+        self._forced = (
+            range(len(thinking.forced)) if thinking and thinking.is_open and not thinking.budget else range(0)
+        )
 
     @property
     def next_index(self) -> int:

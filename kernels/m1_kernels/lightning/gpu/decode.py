@@ -31,9 +31,7 @@ def _step(
     tl.store(o + (sequence * H + head) * V + cols, out.to(o.dtype.element_ty))
 
 
-def decode_triton(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, silu: bool = False
-) -> Tensor:
+def decode_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, silu: bool = False) -> Tensor:
     """q, k [B, H, K], v [B, H, V], state [B, H, K, V] fp32, changed in place; returns o [B, H, V].
 
     ``silu``: q, k, v go through SiLU first, in fp32.
