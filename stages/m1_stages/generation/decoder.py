@@ -107,7 +107,7 @@ class Decoder:
 
     @torch.no_grad()
     def _step(self, mode: Mode) -> None:
-        hidden = self.model.decode(self.token, self.length, self.states)
+        hidden = self.model.decode(self.token, self.length, self._active > 0, self.states)
         chosen = choose_tokens(
             self.model.logits(hidden),
             self._device_rules,

@@ -116,13 +116,19 @@ class IncrementalModel:
         return self._layers(chunk.tokens, lightning, softmax)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, positions: Tensor, states: SlotStates) -> Tensor:
-        """Read one token of every slot at its position, both [slots] int64; returns final hidden states [slots, hidden].
+    def decode(self, tokens: Tensor, positions: Tensor, active: Tensor, states: SlotStates) -> Tensor:
+        """Read one token of every slot; returns final hidden states [slots, hidden]. The states advance by the token.
 
-        The states advance by the token. On a CUDA device nothing waits for the host.
+        On a CUDA device nothing waits for the host.
+
+        Args:
+            tokens, positions: [slots] int64.
+            active: [slots] bool. The results of other slots mean nothing. Their recurrent states change, their caches do not,
+                except for the last row, which no answer reads: prompts are being read into them.
         """
         slot = torch.arange(states.slots, device=self.device)
-        lengths = positions + 1
+        rows = torch.where(active, positions, states.capacity - 1)
+        lengths = torch.where(active, positions + 1, 1)
 
         def lightning(module: LightningAttention, index: int, number: int, x: Tensor) -> tuple[Tensor, None]:
             parts = F.linear(x, module.linear_in.weight).view(-1, module.num_heads, 4, module.head_dim)
@@ -135,7 +141,7 @@ class IncrementalModel:
         def softmax(module: SoftmaxAttention, index: int, number: int, x: Tensor) -> tuple[Tensor, None]:
             q, k, v = self._heads(module, x, positions)
             keys, values = states.keys[index], states.values[index]
-            keys[slot, positions], values[slot, positions] = k, v
+            keys[slot, rows], values[slot, rows] = k, v
             return self._row_parallel(decode_attention(q, keys, values, lengths).flatten(1), module), None
 
         return self._layers(tokens, lightning, softmax)
