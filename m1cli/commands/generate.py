@@ -106,10 +106,11 @@ def _generate(resolved: Resolved, options: GenerateOptions, prompts: list[Prompt
         closing.callback(encoder.close)
         show = _Answers(task, prompts, options, out, closing)
         stopped = run(resolved, task, encoder, options, on_update=show.update, on_answer=show.answer)
-        show.summary(stopped)
-    if stopped == signal.SIGINT.name:
-        raise typer.Exit(130)
-    if stopped:
+    if stopped in ("", signal.SIGINT.name):
+        show.summary(interrupted=bool(stopped))
+        if stopped:
+            raise typer.Exit(130)
+    else:
         raise Preempted(
             f"stopped on {stopped}; {show.finished} of {show.total} answers were finished"
             + (f" and are in {out}" if out else ""),
@@ -166,18 +167,16 @@ class _Answers:
             console.print(f"[bold]{answer.prompt + 1}{sample}[/] [dim]{escape(short)}[/]", soft_wrap=True)
             console.print(escape(answer.completion.text), soft_wrap=True)
 
-    def summary(self, stopped: str) -> None:
+    def summary(self, *, interrupted: bool) -> None:
         """Say what was done, on a terminal or beside a file."""
         seconds = time.perf_counter() - self._begun
-        if stopped and self._streams:
+        if interrupted and self._streams:
             console.print()
-        if self._out is None and not console.is_terminal and not stopped:
+        if self._out is None and not console.is_terminal and not interrupted:
             return
         where = f" in {escape(str(self._out))}" if self._out is not None else ""
-        colour = "yellow" if stopped else "dim"
-        word = "interrupted: " if stopped == signal.SIGINT.name else ""
         console.print(
-            f"[{colour}]{word}{self.finished} of {self.total} answers{where}, {self._tokens:,} tokens, "
-            f"{self._tokens / max(seconds, 1e-9):,.0f} tokens/s with loading[/]",
+            f"[{'yellow' if interrupted else 'dim'}]{'interrupted: ' if interrupted else ''}{self.finished} of {self.total} "
+            f"answers{where}, {self._tokens:,} tokens, {self._tokens / max(seconds, 1e-9):,.0f} tokens/s with loading[/]",
             soft_wrap=True,
         )

@@ -84,7 +84,8 @@ def lightning_decode_layer(
     if backend.name == "triton":
         from m1_kernels.lightning.gpu.decode import decode_triton
 
-        out = decode_triton(*parts[:, :, :3].unbind(2), log_decay, state, silu=True)
+        q, k, v = parts[:, :, :3].unbind(2)
+        out = decode_triton(q, k, v, log_decay, state, silu=True)
     else:
         q, k, v = F.silu(parts[:, :, :3]).unbind(2)
         out = lightning_decode(q, k, v, log_decay, state)

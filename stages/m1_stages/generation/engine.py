@@ -237,7 +237,7 @@ class Engine:
         """Hand the tokens of the oldest block to their answers, and free the slots of those that are finished."""
         block, sequences = self._blocks.popleft()
         tokens, logprobs = block.wait()
-        finished = []
+        finished: list[Sequence] = []
         for column, sequence in sequences.items():
             sequence.in_flight -= len(tokens)
             for row in range(len(tokens)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class Replica:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         size = math.lcm(parallel.tensor, parallel.expert * parallel.expert_tensor)
         groups = [list(range(first, first + size)) for first in range(0, world, size)]
-        made = [dist.new_group(ranks) if size > 1 else None for ranks in groups]
+        made: list[Any] = [dist.new_group(ranks) if size > 1 else None for ranks in groups]
         index = rank // size
         return cls(
             index=index, count=len(groups), is_first=rank % size == 0, first_rank=index * size, group=made[index]
