@@ -18,7 +18,7 @@ The bandwidth bound of a step that gives B rows a token, with weights of w bytes
 The bandwidth is the maker's figure for the GPU (printed); beside it stands the copy rate that a copy of 4 GiB reaches here.
 
 Prefill is one prompt of ``--prefill`` tokens, read at once and in pieces of a quarter, against the forward pass of training over
-the same tokens (loss of every token, no gradients). Checked, else the exit code is 1: the probabilities of 64 drawn tokens of four
+the same tokens (loss of every token, no gradients). Checked, else the exit code is 1: the probabilities of drawn tokens of four
 prompts against the forward pass of training (correlation at least 0.999), and in fp32 the greedy tokens of transformers.
 """
 
