@@ -12,6 +12,7 @@ from m1_kernels.moe.local_experts import mix_local_experts, route
 from m1_kernels.norm.rms_norm import add_rms_norm
 from m1_kernels.recompute import recomputed
 from m1_kernels.restoring import recomputing
+from m1_kernels.sampling.choose import choose_tokens
 from m1_kernels.softmax_attention.attention import causal_attention, choose_softmax_backend
 from m1_kernels.softmax_attention.cached import chunk_attention, decode_attention
 from m1_kernels.softmax_attention.rotary import apply_rotary
@@ -27,6 +28,7 @@ __all__ = [
     "choose_elementwise_backend",
     "choose_expert_backend",
     "choose_softmax_backend",
+    "choose_tokens",
     "chunk_attention",
     "decode_attention",
     "explain_backend",
