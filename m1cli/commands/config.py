@@ -91,7 +91,9 @@ def show_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
     for key, value in _flat(resolved):
         origin = resolved.origins.get(key, "default")
         style = "dim" if origin == "default" else "cyan" if origin.startswith(("preset", "recipe")) else "bold green"
-        console.print(f"[{style}]{escape(f'{key} = {toml_value(value)}'):<60}[/]  [dim]{escape(origin)}[/]", soft_wrap=True)
+        console.print(
+            f"[{style}]{escape(f'{key} = {toml_value(value)}'):<60}[/]  [dim]{escape(origin)}[/]", soft_wrap=True
+        )
     console.print(f"\n[dim]sha256 {resolved.sha256}[/]")
 
 

@@ -93,7 +93,9 @@ class Snapshot:
             file: Any
             with HashedFile(Path(path), report_progress) as file:
                 written[number] = [
-                    _write_item(self._transforms, file, self._values(item, value), item, key, SerializationFormat.TORCH_SAVE)
+                    _write_item(
+                        self._transforms, file, self._values(item, value), item, key, SerializationFormat.TORCH_SAVE
+                    )
                     for item, value in [*data, *tensors]
                 ]
                 hashes[key] = file.commit()

@@ -94,9 +94,7 @@ def run(
             CheckpointStore(checkpoints),
             tensors,
             _meta(resolved, config, tensors.slopes(), record),
-            TrainState(
-                stage=IMPORT, slopes=tensors.slopes(), contexts={IMPORT: config.max_positions}
-            ).as_dict(),
+            TrainState(stage=IMPORT, slopes=tensors.slopes(), contexts={IMPORT: config.max_positions}).as_dict(),
             _counted(folder.num_bytes, on_progress),
         )
         if fresh:
@@ -200,6 +198,7 @@ def _copy_companions(source: Path, out: Path, folder: SourceFolder, config: Sour
     record = {
         "source": source.resolve().name,
         "index_sha256": folder.sha256,
+        "rope_base": config.rope_base,
         "model_type": config.model_type,
         "architectures": list(config.architectures),
         "tensors": len(folder.entries),

@@ -151,9 +151,10 @@ def announce_stage(
     run.model.set_recompute(decision.activations.recompute, offload=decision.activations.offload)
     imported = run.checkpointer.imported
     if plan.starts_from == IMPORT and not state.stage_step:
+        kept = "stays" if plan.rope_base == imported["rope_base"] else "becomes"
         starts_from = (
-            f"the imported {imported.get('source')}: its weights, with a fresh optimizer; the RoPE base stays "
-            f"{plan.rope_base / 1e6:g}M, and decay rates {'move from its own' if plan.ramp_steps else 'are its own'}"
+            f"the imported {imported['source']}: its weights, with a fresh optimizer; the RoPE base {kept} "
+            f"{plan.rope_base / 1e6:g}M, the decay rates {'move from its own' if plan.ramp_steps else 'stay its own'}"
         )
     elif state.stage_step:
         starts_from = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"

@@ -259,7 +259,9 @@ class _Reader:
         channels = next(iter(said.values()), head_dim)
         for key, value in said.items():
             if value != channels:
-                self.refuse(key, f"it means {value:g} rotated channels of {head_dim}, and {next(iter(said))} {channels:g}")
+                self.refuse(
+                    key, f"it means {value:g} rotated channels of {head_dim}, and {next(iter(said))} {channels:g}"
+                )
             if not 0 < value <= head_dim or value % 2:
                 self.refuse(key, f"rotated channels must be even and at most head_dim = {head_dim}")
         return int(channels)

@@ -72,7 +72,9 @@ class SourceFolder:
         files = sorted(set(self.index.place.values())) if self.index else [self._single()]
         if missing := [name for name in files if not (path / name).is_file()]:
             raise CheckpointError(
-                f"{len(missing)} of {len(files)} weight files are missing, {missing[0]} first", where=str(path), fix=_FIX
+                f"{len(missing)} of {len(files)} weight files are missing, {missing[0]} first",
+                where=str(path),
+                fix=_FIX,
             )
         self.file_of: dict[str, str] = {}
         self.entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -155,7 +157,8 @@ class SourceFolder:
                 raise _damaged(self.path / file, f"{name} is in this file, and {INDEX} does not say so")
         if self.index.total_size not in (None, self.num_bytes):
             raise _damaged(
-                self.index.path, f"its total_size is {self.index.total_size:,}, and the files hold {self.num_bytes:,} bytes"
+                self.index.path,
+                f"its total_size is {self.index.total_size:,}, and the files hold {self.num_bytes:,} bytes",
             )
 
 
