@@ -88,9 +88,9 @@ def model_lines(model: ModelConfig) -> list[str]:
 
 
 def _dry_run(source: Path, preset: str | None) -> None:
+    from m1_stages.hf.safetensors_writer import INDEX
     from m1_stages.hf.source.config_json import CONFIG
     from m1_stages.hf.source.dry_run import check_folder, check_index, has_weights
-    from m1_stages.hf.safetensors_writer import INDEX
 
     index = source / INDEX if source.is_dir() else source
     beside = index.parent / CONFIG

@@ -35,9 +35,9 @@ def stages_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
     console.print(f"[dim]A stage takes over {TAKES_OVER}; data order and learning rates are its own.[/]")
     if (imported := imported_checkpoint(resolved.run_dir)) is not None:
         record = imported.meta.extra["import"]
-        console.print(f"Imported: {escape(record['source'])} (index {record['index_sha256'][:_SHORT_HASH]}, {record['tensors']:,} "
-                      f"tensors). The first stage that is trained starts from it; no RoPE base goes below its "
-                      f"{record['rope_base'] / 1e6:g}M.", highlight=False)  # fmt: skip
+        index = record["index_sha256"][:_SHORT_HASH]
+        console.print(f"Imported: {escape(record['source'])} (index {index}). The first stage that is trained starts from it; "
+                      f"no RoPE base goes below its {record['rope_base'] / 1e6:g}M.", highlight=False)  # fmt: skip
     for stage in chain:
         for gate in stage["forced_gates"]:
             if gate["stage"] == stage["stage"]:
