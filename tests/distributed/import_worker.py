@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from m1_stages.checkpoint import CheckpointStore
 from m1_stages.config.load import load_config
 from m1_stages.decay import released_slopes
 from m1_stages.runtime import device
+from m1_stages.training.run import Run
 from m1_stages.training.session import open_session
 from m1_stages.training.train_state import TrainState
 
 
-def work(job: dict[str, Any]) -> float:
-    """Load ``job["load"]`` if there is one, make a step that changes nothing, save; returns the loss.
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """Load ``job["load"]`` if there is one, make a step that changes nothing, and save; then train, load and train again.
 
-    The learning rate is 0: moments come into being, master weights are written back, and all values stay.
+    In the first step the learning rate is 0: moments come into being, masters are written back, and all values stay.
     """
     torch.set_num_threads(1)
     device.use("cpu")
@@ -34,7 +36,19 @@ def work(job: dict[str, Any]) -> float:
             state.stage = "32k"
         loss = train(run, state, 0.0)
         run.checkpointer.save_now(state, stage_final=True)
-        return loss
+        return {
+            "loss": loss,
+            "twice": [trained_anew(run, folder / job["load"]) for _ in range(2)] if job["load"] else [],
+        }
+
+
+def trained_anew(run: Run, other: Path) -> str:
+    """A hash of this rank's weights two steps after the import was loaded, as when a run is rolled back to it."""
+    state = restored(run, other)
+    for _ in range(2):
+        train(run, state)
+    values = b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in run.model.parameters())
+    return hashlib.sha256(values).hexdigest()
 
 
 def _tokenizer_of(run_dir: Path) -> str:

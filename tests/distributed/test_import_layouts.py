@@ -47,13 +47,15 @@ TAKEN: dict[str, tuple[str, int, list[str]]] = {
 }
 """What each job starts from (the export of another job, or a folder with the released dtypes), processes and settings."""
 
+Seen = dict[str, list[dict[str, Any]]]
+
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
-    """The checkpoints of all jobs, and their losses on every rank."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Seen]:
+    """The folder with the checkpoints of all jobs, and what every rank of each saw."""
 
     def fill(folder: Path) -> None:
-        losses: dict[str, list[float]] = {}
+        seen: dict[str, list[dict[str, Any]]] = {}
         (folder / "m1.toml").write_text(CONFIG)
         model = load_config(folder / "m1.toml").config.model
         tokenizer = make_tokenizer(folder / "tokenizer")
@@ -61,7 +63,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
 
         def work(name: str, world: int, settings: list[str], load: str, seed: int) -> None:
             job = {"name": name, "set": settings, "load": load, "seed": seed, "folder": str(folder)}
-            losses[name] = run_on_ranks(world, "distributed.import_worker:work", job)
+            seen[name] = run_on_ranks(world, "distributed.import_worker:work", job)
 
         for name, (world, sizes) in LAYOUTS.items():
             work(name, world, sizes, "", 1)
@@ -72,10 +74,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
             import_model.run(resolved, folder / f"hf {name}")
         for seed, (name, (made, world, sizes)) in enumerate(TAKEN.items(), 2):
             work(name, world, sizes, f"import {made}", seed)
-        (folder / "losses.json").write_text(json.dumps(losses))
+        (folder / "seen.json").write_text(json.dumps(seen))
 
     folder = filled_once(tmp_path_factory, "import", fill)
-    return folder, json.loads((folder / "losses.json").read_text())
+    return folder, json.loads((folder / "seen.json").read_text())
 
 
 def checkpoint(folder: Path, job: str) -> Path:
@@ -99,7 +101,7 @@ def tensors(folder: Path, job: str, prefix: str = "") -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("name", [name for name in TAKEN if " from " in name])
-def test_weights_are_bit_equal(ran: tuple[Path, dict[str, list[float]]], name: str) -> None:
+def test_weights_are_bit_equal(ran: tuple[Path, Seen], name: str) -> None:
     folder, _ = ran
     mine, theirs = tensors(folder, name), tensors(folder, TAKEN[name][0])
     assert len(theirs) == 66
@@ -115,9 +117,7 @@ def test_weights_are_bit_equal(ran: tuple[Path, dict[str, list[float]]], name: s
 
 
 @pytest.mark.parametrize("name", [name for name in TAKEN if name.startswith("bf16")])
-def test_master_weights_start_from_the_imported_fp32_values(
-    ran: tuple[Path, dict[str, list[float]]], name: str
-) -> None:
+def test_master_weights_start_from_the_imported_fp32_values(ran: tuple[Path, Seen], name: str) -> None:
     folder, _ = ran
     model = load_config(folder / "m1.toml").config.model
     source = released_tensors(model)
@@ -134,10 +134,18 @@ def test_master_weights_start_from_the_imported_fp32_values(
     assert rounded == model.num_layers, "the routers, which bf16 does not hold"
 
 
-def test_all_layouts_begin_with_the_same_loss(ran: tuple[Path, dict[str, list[float]]]) -> None:
-    _, losses = ran
+def test_all_layouts_begin_with_the_same_loss(ran: tuple[Path, Seen]) -> None:
+    losses = {name: [rank["loss"] for rank in ranks] for name, ranks in ran[1].items()}
     fp32 = [loss for name, seen in losses.items() if not name.startswith("bf16") for loss in seen]
     assert max(fp32) - min(fp32) < 1e-6, losses
     bf16 = [loss for name, seen in losses.items() if name.startswith("bf16") for loss in seen]
     assert max(bf16) - min(bf16) < 3e-3, losses
     assert abs(min(bf16) - min(fp32)) > 0.01, "other weights have another loss"
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_loaded_again_it_trains_with_a_fresh_optimizer(ran: tuple[Path, Seen], name: str) -> None:
+    """As when a run is rolled back to it: no moment and no step of the first time is left."""
+    for rank in ran[1][name]:
+        first, again = rank["twice"]
+        assert first == again
