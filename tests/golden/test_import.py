@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -176,7 +177,11 @@ def test_peak_memory_is_under_two_tensors_and_a_shard(tmp_path: Path) -> None:
     assert shard < 1.05 * largest
     del tensors
     script = PEAK.format(model=dataclasses.asdict(model), small=dataclasses.asdict(small), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     peak = 1024 * int(done.stdout.split("peak ")[1])
     assert peak < 2 * largest + shard + (8 << 20), (peak / largest, shard / largest)
