@@ -12,7 +12,7 @@ import torch
 from m1_stages.errors import ConfigError, NumericStop
 from m1_stages.generation import EngineOptions, Repetition, Request, Sampling, Thinking
 from m1_stages.generation.decoder import IDLE, SlotRule, rules_on
-from m1_stages.generation.sampling import Mode, choose_tokens, sequence_seed, uniforms
+from m1_stages.generation.sampling import sequence_seed, uniforms
 from m1_stages.generation.sequence import Sequence
 from m1_stages.generation.text import TextStream
 
@@ -20,17 +20,15 @@ CPU = torch.device("cpu")
 PROBS = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
 
 
-def drawn(sampling: Sampling, numbers: list[float], mode: Mode | None = None, probs: torch.Tensor = PROBS) -> list[int]:
+def drawn(sampling: Sampling, numbers: list[float], probs: torch.Tensor = PROBS) -> list[int]:
     """The token for each uniform number."""
     n = len(numbers)
     rules = rules_on(CPU, [SlotRule(sampling=sampling, stop_ids=(), from_length=0)] * n)
-    token, _ = choose_tokens(
+    token, _ = rules.choose(
         probs.log().expand(n, -1) + 3.0,
-        rules,
         torch.ones(n, dtype=torch.int64),
         torch.tensor(numbers, dtype=torch.float64),
         torch.full((n,), -1),
-        Mode.of([sampling]) if mode is None else mode,
     )
     return token.tolist()
 
@@ -66,15 +64,16 @@ def test_top_k_and_top_p_leave_out_the_unlikely() -> None:
     assert drawn(Sampling(top_k=1), [0.1, 0.9], probs=tied) == [0, 3]
 
 
-def test_a_higher_mode_chooses_the_same() -> None:
-    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(4))
-    numbers = uniforms(5, 0, 50).tolist()
-    probs = logits[0].softmax(-1)
-    assert drawn(Sampling(), numbers, Mode.SAMPLED, probs) == drawn(Sampling(), numbers, Mode.FILTERED, probs)
-    greedy = Sampling(temperature=0.0)
-    assert {*drawn(greedy, numbers, Mode.FILTERED, probs), *drawn(greedy, numbers, probs=probs)} == {
-        int(probs.argmax())
-    }
+def test_rows_do_not_depend_on_each_other() -> None:
+    probs = torch.randn(5000, generator=torch.Generator().manual_seed(4)).softmax(-1)
+    kinds = [Sampling(), Sampling(top_p=0.7), Sampling(temperature=0.0), Sampling(top_k=9, temperature=0.6)]
+    numbers = uniforms(5, 0, 4)
+    rules = rules_on(CPU, [SlotRule(sampling=kind, stop_ids=(), from_length=0) for kind in kinds])
+    logits = probs.log().expand(4, -1) + 3.0
+    token, _ = rules.choose(logits, torch.ones(4).long(), torch.from_numpy(numbers), torch.full((4,), -1))
+    alone = [drawn(kind, [number], probs)[0] for kind, number in zip(kinds, numbers.tolist(), strict=True)]
+    assert token.tolist() == alone
+    assert alone[2] == int(probs.argmax())
 
 
 def test_forced_and_banned_tokens() -> None:
@@ -82,8 +81,8 @@ def test_forced_and_banned_tokens() -> None:
     logits = PROBS.log().expand(2, -1)
 
     def choose(lengths: int, forced: list[int]) -> tuple[list[int], list[float]]:
-        token, logprob = choose_tokens(
-            logits, rules, torch.tensor([lengths] * 2), torch.zeros(2).double(), torch.tensor(forced), Mode.GREEDY
+        token, logprob = rules.choose(
+            logits, torch.tensor([lengths] * 2), torch.zeros(2).double(), torch.tensor(forced)
         )
         return token.tolist(), logprob.tolist()
 

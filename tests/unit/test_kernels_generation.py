@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from m1_kernels import (
     BackendChoice,
     causal_attention,
+    choose_tokens,
     chunk_attention,
     decode_attention,
     lightning_attention,
@@ -23,6 +24,7 @@ from m1_kernels import (
 )
 from m1_kernels.lightning import carried
 from m1_kernels.moe import decode_triton as few
+from m1_kernels.sampling import choose_triton
 from m1_kernels.softmax_attention import decode_triton as split_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -127,3 +129,43 @@ def few_share(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tensor
 
 def local_share(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tensor, first: int) -> Tensor:
     return mix_local_experts(x, w13, w2, weights, index, first=first, num_experts=4)
+
+
+def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_triton, "BLOCK", 64)
+    rows, vocab = 12, 300
+    logits = (random(rows, vocab).cpu() * 3).contiguous()
+    logits[:, 7] = logits[:, 290] = logits.amax(1)  # ties for the highest, in two blocks
+    logits[5, 100:] = float("-inf")
+    number = torch.arange(rows)
+    asked = {
+        "temperature": torch.tensor([0, 1, 0.5, 1, 1, 2, 1, 1, 0, 1, 0.7, 1], dtype=torch.float32),
+        "top_k": torch.tensor([0, 0, 0, 5, 0, 0, 1, 40, 3, 0, 300, 2]),
+        "top_p": torch.tensor([1, 1, 1, 1, 0.8, 1, 1, 0.5, 0.5, 1e-9, 0.99, 1], dtype=torch.float64),
+        "banned": torch.stack([number * 0 + 7, number * 0 + 290, number], dim=1),
+        "bans": number % 3 == 0,
+        "forced": torch.where(number == 9, 7, -1),
+    }
+    logprobs = logits.log_softmax(1)
+    for uniform in (0.0, 0.3, 0.77, 1 - 2**-53):
+        asked["uniform"] = torch.full((rows,), uniform, dtype=torch.float64)
+        token, logprob = choose_tokens(logits.clone(), **asked)
+        on_device = [
+            x.to(DEVICE)
+            for x in (
+                logits.clone(),
+                *(asked[n] for n in ["temperature", "top_k", "top_p", "uniform", "banned", "bans", "forced"]),
+            )
+        ]
+        got, got_logprob = choose_triton.choose_tokens_triton(*on_device)
+        assert got.tolist() == token.tolist()
+        assert float((got_logprob.cpu() - logprobs.gather(1, token[:, None])[:, 0]).abs().max()) < 1e-5
+        assert float((got_logprob.cpu() - logprob).abs().max()) < 1e-5
+        assert (token[0], token[8], token[9]) == (
+            logits[0].index_fill(0, torch.tensor([0, 7, 290]), -9e9).argmax(),
+            7,
+            7,
+        )
+    logits[2, 3] = float("nan")
+    on_device[0] = logits.to(DEVICE)
+    assert choose_triton.choose_tokens_triton(*on_device)[1].isnan().nonzero().tolist() == [[2]]

@@ -36,6 +36,25 @@ def _above(row, key, highest, scale, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _likeliest(row, vocab, BLOCK: tl.constexpr):
+    """The highest logit, the first token that has it, and the sum of exp(logit - highest) in fp64, in one pass."""
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], -3.4e38, tl.float32)  # finite: the difference of two infinities is not a number
+    best_at = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        at = start + lane
+        x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
+        higher = tl.maximum(best, x)
+        total = total * tl.exp(best - higher) + tl.exp(x - higher)
+        best_at = tl.where(x > best, at, best_at)
+        best = higher
+    highest = tl.max(best, 0)
+    token = tl.min(tl.where(best == highest, best_at, vocab), 0).to(tl.int64)
+    return highest, token, tl.sum((total * tl.exp(best - highest)).to(tl.float64), 0)
+
+
+@triton.jit
 def _choose(
     logits, temperature, top_k, top_p, uniform, banned, bans, forced, tokens, logprobs, stride, vocab, B,
     BANS: tl.constexpr, BLOCK: tl.constexpr,
@@ -43,13 +62,8 @@ def _choose(
     """tokens [rows] int64 and logprobs [rows] fp32; banned logits are overwritten. Grid rows."""
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * stride
-    highest = tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        highest = tl.maximum(highest, tl.load(row + at, mask=at < vocab, other=float("-inf")))
-    top = tl.max(highest, 0)
-    _, mass = _above(row, 0, top, 1.0, vocab, BLOCK)
-    log_sum = top + tl.log(mass).to(tl.float32)
+    highest, token, mass = _likeliest(row, vocab, BLOCK)
+    log_sum = highest + tl.log(mass).to(tl.float32)
     taken = tl.load(forced + number)
     taken_logit = tl.load(row + tl.maximum(taken, 0))
     if tl.load(bans + number) != 0:
@@ -57,15 +71,7 @@ def _choose(
         ids = tl.load(banned + number * B + place, mask=place < B, other=0)
         tl.store(row + ids, tl.full([BANS], float("-inf"), tl.float32), mask=place < B)
         tl.debug_barrier()
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_at = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, vocab, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
-        best_at = tl.where(x > best, at, best_at)
-        best = tl.maximum(best, x)
-    highest_left = tl.max(best, 0)
-    token = tl.min(tl.where(best == highest_left, best_at, vocab), 0).to(tl.int64)
+        highest, token, mass = _likeliest(row, vocab, BLOCK)
     heat = tl.load(temperature + number)
     if heat > 0:
         scale = 1.0 / heat
@@ -74,19 +80,19 @@ def _choose(
         if (k > 0) & (k < vocab):
             for step in range(32):
                 key = least + (tl.full([], 1, tl.int64) << (31 - step))
-                count, _ = _above(row, key, highest_left, scale, vocab, BLOCK)
+                count, _ = _above(row, key, highest, scale, vocab, BLOCK)
                 least = tl.where(count >= k, key, least)
         p = tl.load(top_p + number)
         if p < 1:
-            _, mass = _above(row, least, highest_left, scale, vocab, BLOCK)
+            _, mass = _above(row, least, highest, scale, vocab, BLOCK)
             among = least
             least = tl.zeros([], tl.int64)
             for step in range(32):
                 key = least + (tl.full([], 1, tl.int64) << (31 - step))
-                _, part = _above(row, tl.maximum(key, among), highest_left, scale, vocab, BLOCK)
+                _, part = _above(row, tl.maximum(key, among), highest, scale, vocab, BLOCK)
                 least = tl.where(part >= p * mass, key, least)
             least = tl.maximum(least, among)
-        _, mass = _above(row, least, highest_left, scale, vocab, BLOCK)
+        _, mass = _above(row, least, highest, scale, vocab, BLOCK)
         target = tl.load(uniform + number) * mass
         before = tl.zeros([], tl.float64)
         found = tl.zeros([], tl.int32)
@@ -95,7 +101,7 @@ def _choose(
             at = start + offset
             x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
             kept = (_keys(x) >= least) & (at < vocab)
-            weight = tl.where(kept, tl.exp((x - highest_left) * scale), 0.0).to(tl.float64)
+            weight = tl.where(kept, tl.exp((x - highest) * scale), 0.0).to(tl.float64)
             part = tl.sum(weight, 0)
             last = tl.max(tl.where(kept & (weight > 0), offset, -1), 0)
             if (found == 0) & (last >= 0):  # rounding can leave the target above the last sum: then it is the last one

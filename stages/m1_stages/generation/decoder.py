@@ -1,4 +1,4 @@
-"""Decoding of all slots at once: static buffers, and on a CUDA device one graph for each mode of sampling."""
+"""Decoding of all slots at once: static buffers, and on a CUDA device one graph for a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from m1_stages.errors import ConfigError
 from m1_stages.generation.forward import IncrementalModel
 from m1_stages.generation.replica import Replica, device_copy
-from m1_stages.generation.sampling import Mode, RowRules, Sampling, choose_tokens
+from m1_stages.generation.request import Sampling
+from m1_stages.generation.sampling import RowRules
 from m1_stages.generation.states import SlotStates
 
 MOST_STOP_IDS = 8
@@ -73,9 +74,7 @@ class Decoder:
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(steps, slots, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(steps, slots, dtype=torch.float32, device=device)
-        self._graphs: dict[Mode, torch.cuda.CUDAGraph] = {}
-        if device.type == "cuda":
-            self._capture()
+        self._graph = self._captured() if device.type == "cuda" else None
 
     def start(self, slots: Sequence[int], tokens: Tensor, lengths: Sequence[int], rules: Sequence[SlotRule]) -> None:
         """Let ``slots`` go on from their first tokens [n] (on the device); ``lengths``: tokens that are in their states."""
@@ -94,27 +93,25 @@ class Decoder:
 
     def run(self, uniform: Tensor, forced: Tensor) -> Block:
         """Compute as many steps as ``uniform`` [steps, slots] fp64 and ``forced`` [steps, slots] int64 (host) have rows."""
-        steps, mode, device = len(uniform), Mode.of([rule.sampling for rule in self._rules]), self.token.device
+        steps, device = len(uniform), self.token.device
         self._uniform[:steps] = device_copy(uniform, torch.float64, device)
         self._forced[:steps] = device_copy(forced, torch.int64, device)
         self._at.zero_()
         for _ in range(steps):
-            if self._graphs:
-                self._graphs[mode].replay()
+            if self._graph is not None:
+                self._graph.replay()
             else:
-                self._step(mode)
+                self._step()
         return Block(self._tokens[:steps], self._logprobs[:steps])
 
     @torch.no_grad()
-    def _step(self, mode: Mode) -> None:
+    def _step(self) -> None:
         hidden = self.model.decode(self.token, self.length, self._active > 0, self.states)
-        chosen = choose_tokens(
+        chosen = self._device_rules.choose(
             self.model.logits(hidden),
-            self._device_rules,
             self.length + 2,
             self._uniform.index_select(0, self._at)[0],
             self._forced.index_select(0, self._at)[0],
-            mode,
         )
         token, logprob = self._replica.agree(*chosen)
         self.token.copy_(token)
@@ -129,23 +126,20 @@ class Decoder:
         for mine, new in zip(self._device_rules, rules_on(self.token.device, self._rules), strict=True):
             mine.copy_(new)
 
-    def _capture(self) -> None:
-        """Compile and allocate all that a step needs, then record the steps. No slot is in use yet."""
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Compile and allocate all that a step needs, then record one. No slot is in use yet."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for mode in Mode:
-                for _ in range(2):
-                    self._at.zero_()
-                    self._step(mode)
+            for _ in range(2):
+                self._at.zero_()
+                self._step()
         torch.cuda.current_stream().wait_stream(stream)
-        pool = None
-        for mode in Mode:
-            self._at.zero_()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._step(mode)
-            self._graphs[mode], pool = graph, graph.pool()
+        self._at.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._step()
+        return graph
 
 
 def rules_on(device: torch.device, rules: Sequence[SlotRule]) -> RowRules:

@@ -14,7 +14,7 @@ from m1_stages.generation.decoder import Block, Decoder, SlotRule, rules_on
 from m1_stages.generation.forward import IncrementalModel, PrefillChunk
 from m1_stages.generation.replica import Replica, device_copy
 from m1_stages.generation.request import Completion, Decode, EngineOptions, Request, Update
-from m1_stages.generation.sampling import Mode, choose_tokens, uniforms
+from m1_stages.generation.sampling import uniforms
 from m1_stages.generation.sequence import Sequence
 from m1_stages.generation.states import SlotStates, state_bytes
 from m1_stages.model.hybrid import HybridModel
@@ -195,13 +195,11 @@ class Engine:
         device = self.model.device
         lengths = [s.read for s in sequences]
         rules = [_rule(s.request) for s in sequences]
-        chosen = choose_tokens(
+        chosen = rules_on(device, rules).choose(
             self.model.logits(hidden),
-            rules_on(device, rules),
             device_copy([n + 1 for n in lengths], torch.int64, device),
             device_copy([uniforms(s.seed, 0, 1)[0] for s in sequences], torch.float64, device),
             device_copy([s.forced(1)[0] for s in sequences], torch.int64, device),
-            Mode.of([rule.sampling for rule in rules]),
         )
         tokens, logprobs = self.replica.agree(*chosen)
         for sequence in sequences:

@@ -1,19 +1,16 @@
-"""How the next token is chosen: greedy, or by one uniform number of its own and the inverse of the distribution function."""
+"""What the rows of a batch ask for, and the uniform number that each token has of its own."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from m1_data.seeded_random import derive_seed, random_uint64
-from m1_stages.generation.request import Sampling
+from m1_kernels import choose_tokens
 
 _GOLDEN = 0x9E3779B97F4A7C15
 """The step of splitmix64, by which ``random_uint64`` counts."""
@@ -32,6 +29,29 @@ class RowRules(NamedTuple):
     """[rows, B] int64 ids that must not be chosen before ``from_length``."""
     from_length: Tensor
     """[rows] int64."""
+
+    def choose(self, logits: Tensor, lengths: Tensor, uniform: Tensor, forced: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the next tokens by ``m1_kernels.choose_tokens``.
+
+        Args:
+            logits: [rows, vocab] fp32; they may be overwritten.
+            lengths: [rows] int64: tokens of each row with the chosen one.
+            uniform: [rows] fp64 in [0, 1).
+            forced: [rows] int64: the token that a row must take, or -1.
+
+        Returns:
+            The tokens [rows] int64 and their log-probabilities [rows] fp32, as the model gives them.
+        """
+        return choose_tokens(
+            logits,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            uniform=uniform,
+            banned=self.banned,
+            bans=lengths < self.from_length,
+            forced=forced,
+        )
 
 
 def sequence_seed(seed: int, prompt: Sequence[int] | str, sample: int) -> int:
