@@ -131,6 +131,9 @@ def local_share(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tens
     return mix_local_experts(x, w13, w2, weights, index, first=first, num_experts=4)
 
 
+ORDER = ("temperature", "top_k", "top_p", "uniform", "banned", "bans", "forced")
+
+
 def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_triton, "BLOCK", 64)
     rows, vocab = 12, 300
@@ -150,13 +153,7 @@ def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) 
     for uniform in (0.0, 0.3, 0.77, 1 - 2**-53):
         asked["uniform"] = torch.full((rows,), uniform, dtype=torch.float64)
         token, logprob = choose_tokens(logits.clone(), **asked)
-        on_device = [
-            x.to(DEVICE)
-            for x in (
-                logits.clone(),
-                *(asked[n] for n in ["temperature", "top_k", "top_p", "uniform", "banned", "bans", "forced"]),
-            )
-        ]
+        on_device = [x.to(DEVICE) for x in (logits.clone(), *(asked[name] for name in ORDER))]
         got, got_logprob = choose_triton.choose_tokens_triton(*on_device)
         assert got.tolist() == token.tolist()
         assert float((got_logprob.cpu() - logprobs.gather(1, token[:, None])[:, 0]).abs().max()) < 1e-5

@@ -1,7 +1,7 @@
 """The next token of every row in one kernel, without sorting: a program per row, which reads its logits from the L2 cache.
 
-The threshold of top-k, and that of top-p, is the largest key that leaves enough tokens, or enough probability, at or above it. Keys
-are the logits' bits, in an order that integers share; a threshold is found bit by bit. Sums of probabilities are fp64.
+The threshold of top-k, and that of top-p, is the largest key that leaves enough tokens, or enough probability, at or above it.
+Keys are the logits' bits, in an order that integers share; a threshold is found bit by bit. Sums of probabilities are fp64.
 """
 
 from __future__ import annotations
