@@ -25,11 +25,13 @@ prompts against the forward pass of training (correlation at least 0.999), and i
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -47,6 +49,7 @@ from m1_stages.runtime import parallel
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "H800": 3.35e12, "A100": 2.04e12, "B200": 8e12}
 ROPE_BASE = 1e6
 LEAST_CORRELATION = 0.999
+PARTS = ("decode", "correlation", "transformers", "prefill", "states")
 
 
 class Bench:
@@ -110,11 +113,22 @@ class Bench:
         print(
             f"{self.args.config or self.args.preset}, {self.precision}, {name}, torch {torch.__version__}, {devices_note()}"
         )
-        self._decode()
-        self._correlation()
-        if not self.args.no_transformers:
-            self._transformers()
-        self._prefill()
+        for part in self.args.only or PARTS:
+            before = set(self.results)
+            try:
+                getattr(self, f"_{part}")()
+            except Exception as error:  # the other parts are measured all the same
+                traceback.print_exc()
+                self.broken = True
+                self.results[f"{part} failed"] = f"{type(error).__name__}: {error}"
+            print(json.dumps({k: v for k, v in self.results.items() if k not in before}), flush=True)
+            self._free()
+
+    def _free(self) -> None:
+        """Give back what a part has left, so that the next one has all the memory."""
+        gc.collect()
+        if self.device.name == "cuda":
+            torch.cuda.empty_cache()
 
     def _decode(self) -> None:
         from m1_stages.generation import Request, Sampling
@@ -197,11 +211,7 @@ class Bench:
     def _transformers(self) -> None:
         from m1_stages.generation import Request, Sampling
 
-        try:
-            model, dtype = self._transformers_model()
-        except ImportError as error:
-            print(f"transformers: not measured ({error})")
-            return
+        model, dtype = self._transformers_model()
         a, ids = self.args, torch.tensor(self.prompts, device=self.device.torch_device)
 
         def generate(tokens: int) -> Tensor:
@@ -217,6 +227,8 @@ class Bench:
         first = self._timed(lambda: generate(1))
         found: list[Tensor] = []
         rate = a.batch * (tokens - 1) / (self._timed(lambda: found.append(generate(tokens))) - first)
+        if "decode greedy" not in self.results:
+            self._decode()
         ours = statistics.median(self.results["decode greedy"]["tokens_per_s"])
         engine = self.engine(slots=a.batch, capacity=a.prompt + tokens)
         asked = [Request(prompt=p, max_tokens=tokens, sampling=Sampling(temperature=0.0)) for p in self.prompts]
@@ -308,6 +320,21 @@ class Bench:
             )
             del engine
 
+    def _states(self) -> None:
+        """Bytes of the states of one answer at 1K and at 64K tokens."""
+        from m1_stages.generation.states import SlotStates
+
+        self.results["state bytes"] = {
+            str(n): SlotStates(
+                self.shape, slots=1, capacity=n, tp=1, dtype=self.model.output_layer.weight.dtype,
+                device=self.device.torch_device,
+            ).num_bytes()
+            for n in (1024, 65_536)
+        }  # fmt: skip
+        lightning = {sizes["lightning"] for sizes in self.results["state bytes"].values()}
+        self.broken |= len(lightning) > 1
+        print(f"recurrent states of an answer at 1,024 and 65,536 tokens: {sorted(lightning)} bytes")
+
     def _batch(self, text: Tensor) -> Any:
         from m1_data.sampling.loader import PackedBatch
 
@@ -360,7 +387,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of each prompt")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of each answer")
     parser.add_argument("--transformers-tokens", type=int, default=32, help="tokens of each answer of transformers")
-    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part alone; can be repeated")
     parser.add_argument("--prefill", type=int, default=131_072)
     parser.add_argument("--steps", type=int, default=8, help="decoding steps between two looks of the host")
     parser.add_argument("--repeats", type=int, default=3)

@@ -74,7 +74,11 @@ class Decoder:
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(steps, slots, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(steps, slots, dtype=torch.float32, device=device)
-        self._graph = self._captured() if device.type == "cuda" else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured_bases: tuple[float, ...] | None = None
+        if device.type == "cuda":
+            self._warm_up()
+        self.weights_changed()
 
     def start(self, slots: Sequence[int], tokens: Tensor, lengths: Sequence[int], rules: Sequence[SlotRule]) -> None:
         """Let ``slots`` go on from their first tokens [n] (on the device); ``lengths``: tokens that are in their states."""
@@ -90,6 +94,12 @@ class Decoder:
         for slot in slots:
             self._rules[slot] = IDLE
         self._rules_changed(device_copy(slots, torch.int64, self.token.device), 0)
+
+    def weights_changed(self) -> None:
+        """Record the step anew if the RoPE base is another one: the graph holds its value, and reads all else from tensors."""
+        if self.token.is_cuda and self.model.rope_bases != self._captured_bases:
+            self._graph, self._captured_bases = None, self.model.rope_bases  # the old one's memory first
+            self._graph = self._captured()
 
     def run(self, uniform: Tensor, forced: Tensor) -> Block:
         """Compute as many steps as ``uniform`` [steps, slots] fp64 and ``forced`` [steps, slots] int64 (host) have rows."""
@@ -126,8 +136,8 @@ class Decoder:
         for mine, new in zip(self._device_rules, rules_on(self.token.device, self._rules), strict=True):
             mine.copy_(new)
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """Compile and allocate all that a step needs, then record one. No slot is in use yet."""
+    def _warm_up(self) -> None:
+        """Compile and allocate all that a step needs, on a stream of its own. No slot is in use yet."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -135,7 +145,9 @@ class Decoder:
                 self._at.zero_()
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
-        self._at.zero_()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Record a step; nothing of it is computed, so answers may be under way."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()

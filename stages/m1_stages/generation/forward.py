@@ -79,6 +79,12 @@ class IncrementalModel:
         self._log_decay: list[Tensor | None] = [None] * len(self._kinds)
         self.refresh()
 
+    @property
+    def rope_bases(self) -> tuple[float, ...]:
+        """The RoPE base of each softmax layer, a plain number: a captured graph holds its value."""
+        layers = (layer.self_attention for layer in self.model.decoder.layers)
+        return tuple(module.rope_base for module in layers if isinstance(module, SoftmaxAttention))
+
     def refresh(self) -> None:
         """Take over the decay rates of the model; call it after they, or all weights, were replaced in place."""
         for number, layer in enumerate(self.model.decoder.layers):
