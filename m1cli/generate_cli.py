@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from m1_stages.errors import ConfigError
 from m1cli.errors import reported
 from m1cli.options import DEFAULT_CONFIG, ConfigOption, DebugOption, GpusOption, SetOption
 
 
 def generate(
+    ctx: typer.Context,
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none or - reads standard input.")] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
@@ -54,10 +56,33 @@ def generate(
         int | None, typer.Option(help="Most tokens of prompt and answer; default: the longest trained context.")
     ] = None,
     prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens that are read at once.")] = 32_768,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Answer OpenAI's HTTP interface instead, on one device, until Ctrl-C.")
+    ] = False,
+    host: Annotated[str, typer.Option(help="With --serve: the address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="With --serve: its port; 0 takes a free one.", min=0, max=65535)] = 8000,
     gpus: GpusOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Generate text with a checkpoint: continue prompts, or answer them as a chat."""
+    """Generate text with a checkpoint: continue prompts, answer them as a chat, or serve them over HTTP."""
+    with reported(debug):
+        refuse_unused(ctx, serve=serve)
+    if serve:
+        with reported(debug):
+            from m1cli.commands.serve import serve_command
+
+            serve_command(
+                config,
+                overrides or [],
+                stage=stage,
+                checkpoint=checkpoint,
+                host=host,
+                port=port,
+                slots=slots,
+                context=context,
+                prefill_tokens=prefill_tokens,
+            )
+        return
     with reported(debug, prints_result=out is None):
         from m1_stages.generation import Repetition, Sampling
         from m1_stages.jobs.generate_options import GenerateOptions
@@ -82,3 +107,24 @@ def generate(
             prefill_tokens=prefill_tokens,
         )
         generate_command(config, overrides or [], options, prompts or [], file, gpus=gpus, out=out, overwrite=overwrite)
+
+
+_SERVING = {"serve", "host", "port"}
+_ALSO_SERVING = {"config", "overrides", "stage", "checkpoint", "slots", "context", "prefill_tokens", "debug"}
+
+
+def refuse_unused(ctx: typer.Context, *, serve: bool) -> None:
+    """Refuse options that would have no effect: each request to a server has its own.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and ctx.params.get(name) not in (None, [], ()):
+            option = parameter.opts[0] if parameter.opts[0].startswith("-") else "a prompt"
+            if serve and name not in _SERVING | _ALSO_SERVING:
+                raise ConfigError(f"{option} has no effect with --serve", fix="leave it out: each request says it")
+            if not serve and name in _SERVING:
+                raise ConfigError(f"{option} needs --serve", fix="add --serve, or leave it out")

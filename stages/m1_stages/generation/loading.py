@@ -81,3 +81,16 @@ def load_weights(model: ModelChunks, committed: Committed) -> None:
     model.load_state_dict(state["model"])
     model.set_rope_base(float(committed.meta.extra["rope_base"]))
     model.set_slopes(committed.meta.decay["slopes"])
+
+
+def replace_weights(engine: Engine, committed: Committed, name: str) -> None:
+    """Give the engine's model the weights of another checkpoint of the same shape; answers under way go on with them.
+
+    Raises:
+        CheckpointError: a file is not what was written; the engine keeps its weights.
+    """
+    from m1_stages.model.chunks import ModelChunks
+
+    model = engine.model.model
+    load_weights(ModelChunks(model.model_config, [model]), committed)
+    engine.weights_changed(name)
