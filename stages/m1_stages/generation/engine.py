@@ -91,7 +91,7 @@ class Engine:
                 f"the context of {capacity:,}",
                 fix=f"shorten the prompt, or ask for at most {max(0, capacity - len(request.prompt)):,} tokens",
             )
-        for what, ids in (("prompt", request.prompt), ("stop ids", request.stop_ids)):
+        for what, ids in (("token ids of the prompt", request.prompt), ("stop ids", request.stop_ids)):
             if len(ids) and not (min(ids) >= 0 and max(ids) < vocab):
                 raise ConfigError(
                     f"the {what} go from {min(ids)} to {max(ids)}, and the vocabulary from 0 to {vocab - 1}"

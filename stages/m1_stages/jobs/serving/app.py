@@ -238,7 +238,7 @@ class _Shape:
         texts = [self._decode([token]) for token in tokens]
         if not self._chat:
             return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": None}
-        content = [
+        content: list[dict[str, Any]] = [
             {"token": text, "logprob": value, "bytes": None, "top_logprobs": []}
             for text, value in zip(texts, logprobs, strict=True)
         ]

@@ -6,12 +6,14 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m1_stages.errors import EnvironmentProblem
 from m1_stages.generation import Request, Update
-from m1_stages.generation.engine import Engine
 from m1_stages.generation.request import Decode
+
+if TYPE_CHECKING:  # it imports Megatron-Core, and the device is chosen first
+    from m1_stages.generation.engine import Engine
 
 _IDLE_SECONDS = 0.1
 """How long an idle engine waits for a command before it looks whether it shall stop."""
