@@ -110,9 +110,7 @@ class Bench:
     def run(self) -> None:
         """Measure and print everything."""
         name = self.device.gpu_name() or "CPU"
-        print(
-            f"{self.args.config or self.args.preset}, {self.precision}, {name}, torch {torch.__version__}, {devices_note()}"
-        )
+        print(f"{self.args.config or self.args.preset}, {self.precision}, {name}, torch {torch.__version__}")
         for part in self.args.only or PARTS:
             before = set(self.results)
             try:
@@ -363,16 +361,6 @@ class Bench:
     def _wait(self) -> None:
         if self.device.name == "cuda":
             torch.cuda.synchronize()
-
-
-def devices_note() -> str:
-    """The versions that speed depends on."""
-    try:
-        import triton
-
-        return f"triton {triton.__version__}"
-    except ImportError:
-        return "no triton"
 
 
 def main() -> None:
