@@ -82,6 +82,7 @@ def run(
         folder = SourceFolder(source)
         stack.callback(folder.close)
         tensors = SourceTensors(folder, config)
+        _refuse_unreadable(source)
         notes = [*config.notes, *_tokenizer_notes(source, config.model)]
         run_dir.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(run_dir, folder.num_bytes)
@@ -162,6 +163,15 @@ def _refuse_full_disk(run_dir: Path, needed: int) -> None:
             where=str(run_dir),
             fix="free some space, or use another run.dir",
         )
+
+
+def _refuse_unreadable(source: Path) -> None:
+    """Refuse a file beside the weights that is there and cannot be copied: leaving it out would not be noticed."""
+    for name in _COMPANIONS:
+        path = source / name
+        if (path.is_symlink() or path.exists()) and not path.is_file():
+            what = "is a link to nothing: the download is not complete" if path.is_symlink() else "is no file"
+            raise DataError(f"the source's {name} {what}", where=str(path), fix="mend it, or remove it from the source")
 
 
 def _tokenizer_notes(source: Path, model: ModelConfig) -> list[str]:

@@ -82,6 +82,8 @@ def read_source_config(folder: Path) -> SourceConfig:
     """
     path = folder / CONFIG
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # a FIFO would be waited for
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
