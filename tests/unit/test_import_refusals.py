@@ -189,6 +189,30 @@ def test_a_damaged_source_is_refused_and_leaves_nothing(tmp_path: Path, damage: 
     assert left in ([], ["run.lock"])
 
 
+def test_messages_say_what_to_do_with_a_run_and_with_quantized_weights(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "hf")
+    rewritten(**{NORM: lambda _: torch.ones(48, dtype=torch.int8)})(source, released_tensors(RELEASED))
+    with pytest.raises(CheckpointError) as quantized:
+        import_model.run(configure(tmp_path / "r"), source)
+    assert quantized.value.fix.startswith("convert the weights to bf16")
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError) as a_run:
+        import_model.run(configure(tmp_path / "r"), tmp_path / "mine")
+    assert "m1 export" in a_run.value.fix
+
+
+def test_the_cache_of_the_hub(tmp_path: Path) -> None:
+    kept = write_source(tmp_path / "blobs")
+    source = tmp_path / "models--MiniMaxAI--MiniMax-M1-80k" / "snapshots" / "1f3c"
+    source.mkdir(parents=True)
+    for path in kept.iterdir():
+        (source / path.name).symlink_to(path)
+    report = import_model.run(configure(tmp_path / "r"), source)
+    record = json.loads((report.companions / "IMPORT.json").read_text())
+    assert record["source"] == "MiniMaxAI/MiniMax-M1-80k@1f3c"
+    assert not [path for path in report.companions.iterdir() if path.is_symlink()]
+
+
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     source = write_source(tmp_path / "hf")
     for path in [*source.glob("*.safetensors"), source / "model.safetensors.index.json"]:

@@ -206,7 +206,7 @@ def _copy_companions(source: Path, out: Path, folder: SourceFolder, config: Sour
             hashes[name] = sha256_of(out / name)
             flush(out / name)
     record = {
-        "source": source.resolve().name,
+        "source": _name(source),
         "index_sha256": folder.sha256,
         "rope_base": config.rope_base,
         "model_type": config.model_type,
@@ -218,6 +218,14 @@ def _copy_companions(source: Path, out: Path, folder: SourceFolder, config: Sour
     (out / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     flush(out / MARK)
     return record
+
+
+def _name(source: Path) -> str:
+    """What the checkpoint calls the source: the folder's name, or model and commit of a folder in the Hub's cache."""
+    path = source.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return f"{path.parent.parent.name.removeprefix('models--').replace('--', '/')}@{path.name}"
+    return path.name
 
 
 def _meta(
