@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ from m1cli.library_notes import hide_library_notes
 
 if TYPE_CHECKING:
     from m1_stages.hf.source.config_json import SourceConfig
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def import_command(
@@ -47,11 +51,15 @@ def import_command(
         raise ConfigError("--preset names the model of an index, for --dry-run", fix="leave it out, or add --dry-run")
     if print_config and (dry_run or fresh):
         raise ConfigError("--print-config only prints", fix="leave out --dry-run and --fresh")
+    if str(source).startswith("~"):
+        source = source.expanduser()
     if not source.exists() or not (source.is_dir() or dry_run):
         raise ConfigError(
             "there is no such folder" if not source.exists() else "this is a file",
             where=str(source),
-            fix="name a folder with config.json and safetensors files, as the Hub stores them",
+            fix=f"m1 downloads nothing; if it is a model of the Hub: hf download {source} --local-dir FOLDER, then import FOLDER"
+            if not source.exists() and _HUB_ID.fullmatch(str(source))
+            else "name a folder with config.json and safetensors files, as the Hub stores them",
         )
     if print_config:
         _print_config(_read(source), source)
@@ -71,7 +79,7 @@ def _read(source: Path) -> SourceConfig:
 
 
 def _print_config(config: SourceConfig, source: Path) -> None:
-    console.print(f"\\[model]  # of {escape(str(source))}", highlight=False, soft_wrap=True)
+    console.print(f"\\[model]  # of {escape(' '.join(str(source).split()))}", highlight=False, soft_wrap=True)
     for line in model_lines(config.model):
         console.print(line, highlight=False)
 

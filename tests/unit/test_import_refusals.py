@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from support.trees import tree
 from torch import Tensor
 
 from m1_stages.checkpoint import CheckpointStore
+from m1_stages.checkpoint.imported import refuse_beside_import
 from m1_stages.errors import CheckpointError, ConfigError, DataError, M1Error
 from m1_stages.hf.source.config_json import parse_source_config
 from m1_stages.jobs import import_model
@@ -166,6 +169,8 @@ DAMAGES: dict[str, tuple[Damage, type[M1Error], str]] = {
                          "1 of 28 decay buffers are there"),
     "no config": (lambda f, _: (f / "config.json").unlink(), ConfigError, "cannot read the source's configuration"),
     "torn config": (lambda f, _: (f / "config.json").write_text("[1"), ConfigError, "cannot read the source's configuration"),
+    "config is a FIFO": (lambda f, _: ((f / "config.json").unlink(), os.mkfifo(f / "config.json")), ConfigError, "it is no file"),
+    "template leads nowhere": (lambda f, _: (f / "chat_template.jinja").symlink_to("../blobs/1"), DataError, "a link to nothing"),
     "torn tokenizer": (lambda f, _: (f / "tokenizer.json").write_text("{}"), DataError, "cannot read the source's tokenizer"),
 }  # fmt: skip
 
@@ -182,6 +187,30 @@ def test_a_damaged_source_is_refused_and_leaves_nothing(tmp_path: Path, damage: 
     assert str(source) in refused.value.where
     left = sorted(path.name for path in (tmp_path / "r" / "run").iterdir()) if (tmp_path / "r" / "run").exists() else []
     assert left in ([], ["run.lock"])
+
+
+def test_messages_say_what_to_do_with_a_run_and_with_quantized_weights(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "hf")
+    rewritten(**{NORM: lambda _: torch.ones(48, dtype=torch.int8)})(source, released_tensors(RELEASED))
+    with pytest.raises(CheckpointError) as quantized:
+        import_model.run(configure(tmp_path / "r"), source)
+    assert quantized.value.fix.startswith("convert the weights to bf16")
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError) as a_run:
+        import_model.run(configure(tmp_path / "r"), tmp_path / "mine")
+    assert "m1 export" in a_run.value.fix
+
+
+def test_the_cache_of_the_hub(tmp_path: Path) -> None:
+    kept = write_source(tmp_path / "blobs")
+    source = tmp_path / "models--MiniMaxAI--MiniMax-M1-80k" / "snapshots" / "1f3c"
+    source.mkdir(parents=True)
+    for path in kept.iterdir():
+        (source / path.name).symlink_to(path)
+    report = import_model.run(configure(tmp_path / "r"), source)
+    record = json.loads((report.companions / "IMPORT.json").read_text())
+    assert record["source"] == "MiniMaxAI/MiniMax-M1-80k@1f3c"
+    assert not [path for path in report.companions.iterdir() if path.is_symlink()]
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
@@ -261,3 +290,44 @@ def test_a_tokenizer_with_more_ids_than_rows(tmp_path: Path) -> None:
     source = write_source(tmp_path / "hf", small)
     with pytest.raises(DataError, match="the source's vocab_size is 100: some have no embedding"):
         import_model.run(configure(tmp_path / "r", small), source)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["model-00009-of-00003.safetensors", "model-00001-of-00004.safetensors", "x.safetensors"]
+)
+def test_an_index_alone_with_a_file_of_another_set(tmp_path: Path, wrong: str) -> None:
+    from m1_stages.hf.source.dry_run import check_index
+
+    path = write_source(tmp_path / "hf") / "model.safetensors.index.json"
+    assert check_index(path, RELEASED).files == 3
+    index_changed(lambda v: v["weight_map"].update({NORM: wrong}))(path.parent, {})
+    with pytest.raises(CheckpointError, match=f"says that {NORM} is in {wrong}"):
+        check_index(path, RELEASED)
+    index_changed(lambda v: v.update(weight_map=dict.fromkeys(v["weight_map"], "x.safetensors")))(path.parent, {})
+    assert check_index(path, RELEASED).files == 1
+
+
+@pytest.mark.parametrize(
+    ("trained", "wanted", "command"),
+    [
+        ([("256k", False)], "512k", "m1 pretrain --stage 256k "),
+        ([("256k", True)], "128k", "m1 pretrain --stage 512k "),
+        ([("128k", True)], "sft", "m1 sft --set sft.base_stage=128k "),
+        ([("sft", False)], "128k", "m1 sft "),
+        ([("sft", True)], "128k", "use another run.dir"),
+        ([("1m", True)], "128k", "use another run.dir"),
+    ],
+)
+def test_beside_an_import_the_message_names_a_command_that_works(
+    trained: list[tuple[str, bool]], wanted: str, command: str
+) -> None:
+    committed: Any = [
+        SimpleNamespace(meta=SimpleNamespace(stage=stage, stage_final=final), path=Path("run/checkpoints/x"))
+        for stage, final in [("import", True), *trained]
+    ]
+    plan: Any = SimpleNamespace(stage=wanted, title=wanted, starts_from="import")
+    with pytest.raises(CheckpointError) as refused:
+        refuse_beside_import(plan, committed)
+    assert command in f"{refused.value.fix} "
+    assert (refused.value.fix == command) == (command == "use another run.dir")
+    refuse_beside_import(SimpleNamespace(stage=trained[0][0], title="", starts_from="import"), committed)  # type: ignore[arg-type]

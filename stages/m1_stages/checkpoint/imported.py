@@ -63,16 +63,30 @@ def refuse_beside_import(plan: StagePlan, committed: Sequence[Committed]) -> Non
     """
     if plan.starts_from != IMPORT or any(c.meta.stage == plan.stage for c in committed):
         return
-    trained = [c.meta.stage for c in committed if c.meta.stage in STAGE_NAMES]
+    order = (*STAGE_NAMES, SFT)
+    trained = [c.meta.stage for c in committed if c.meta.stage in order]
     if not trained:
         return
-    last = max(trained, key=STAGE_NAMES.index)
-    following = STAGE_NAMES[STAGE_NAMES.index(last) :][:2]
+    last = max(trained, key=order.index)
+    finished = any(c.meta.stage == last and c.meta.stage_final for c in committed)
+    command = _going_on(plan.stage, last, finished=finished)
     raise CheckpointError(
         f"{plan.title} would start from the imported model again, beside what was trained from it already (stage {last})",
         where=str(committed[0].path.parent),
-        fix=f"go on with: m1 pretrain --stage {following[-1]}   (or use another run.dir)",
+        fix=f"{command}   (or use another run.dir)" if command else "use another run.dir",
     )
+
+
+def _going_on(wanted: str, last: str, *, finished: bool) -> str:
+    """The command that goes on from ``last``, the furthest that was trained; empty when nothing comes after it."""
+    if not finished:
+        return f"go on with: m1 {'sft' if last == SFT else f'pretrain --stage {last}'}"
+    if last == SFT:
+        return ""
+    if wanted == SFT:
+        return f"go on with: m1 sft --set sft.base_stage={last}"
+    following = STAGE_NAMES[STAGE_NAMES.index(last) :][1:2]
+    return f"go on with: m1 pretrain --stage {following[0]}" if following else ""
 
 
 def weights_to_load(state: dict[str, Any], committed: Committed) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
-from m1_stages.curriculum import SFT, config_section, train_command
+from m1_stages.curriculum import IMPORT, SFT, config_section, train_command
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
 from m1_stages.hf.config_json import DTYPE_NAMES, DTYPES, Lineage, checkpoint_of_card
@@ -226,10 +226,19 @@ class Export:
         then = {f"model.{key}": value for key, value in meta.extra["model"].items()}
         if not now["model.vocab_size"]:
             now["model.vocab_size"] = then["model.vocab_size"]  # comes from the data
-        base = meta.stage if meta.stage in STAGE_NAMES else next(s for s in reversed(contexts) if s in STAGE_NAMES)
-        then |= {f"stages.{base}.rope_base": meta.extra["rope_base"], "curriculum.decay": meta.decay["policy"]}
-        now |= {f"stages.{base}.rope_base": config.stages[base].rope_base, "curriculum.decay": config.curriculum.decay}
+        base = (
+            meta.stage if meta.stage in STAGE_NAMES else next((s for s in reversed(contexts) if s in STAGE_NAMES), None)
+        )
+        imported = IMPORT in contexts  # its base and rates may be those of no stage
+        if base is not None and not imported:
+            then |= {f"stages.{base}.rope_base": meta.extra["rope_base"], "curriculum.decay": meta.decay["policy"]}
+            now |= {
+                f"stages.{base}.rope_base": config.stages[base].rope_base,
+                "curriculum.decay": config.curriculum.decay,
+            }
         for stage, length in contexts.items():
+            if stage == IMPORT:
+                continue
             name = f"row length of {config_section(stage)}"
             then[name], now[name] = length, config.sft_seq_len if stage == SFT else config.seq_len(stage)
         self.notes += [

@@ -82,6 +82,7 @@ def run(
         folder = SourceFolder(source)
         stack.callback(folder.close)
         tensors = SourceTensors(folder, config)
+        _refuse_unreadable(source)
         notes = [*config.notes, *_tokenizer_notes(source, config.model)]
         run_dir.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(run_dir, folder.num_bytes)
@@ -164,6 +165,15 @@ def _refuse_full_disk(run_dir: Path, needed: int) -> None:
         )
 
 
+def _refuse_unreadable(source: Path) -> None:
+    """Refuse a file beside the weights that is there and cannot be copied: leaving it out would not be noticed."""
+    for name in _COMPANIONS:
+        path = source / name
+        if (path.is_symlink() or path.exists()) and not path.is_file():
+            what = "is a link to nothing: the download is not complete" if path.is_symlink() else "is no file"
+            raise DataError(f"the source's {name} {what}", where=str(path), fix="mend it, or remove it from the source")
+
+
 def _tokenizer_notes(source: Path, model: ModelConfig) -> list[str]:
     """Check that every id has an embedding row, and say what a person should know of the tokenizer."""
     path = source / TOKENIZER
@@ -196,7 +206,7 @@ def _copy_companions(source: Path, out: Path, folder: SourceFolder, config: Sour
             hashes[name] = sha256_of(out / name)
             flush(out / name)
     record = {
-        "source": source.resolve().name,
+        "source": _name(source),
         "index_sha256": folder.sha256,
         "rope_base": config.rope_base,
         "model_type": config.model_type,
@@ -208,6 +218,14 @@ def _copy_companions(source: Path, out: Path, folder: SourceFolder, config: Sour
     (out / MARK).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     flush(out / MARK)
     return record
+
+
+def _name(source: Path) -> str:
+    """What the checkpoint calls the source: the folder's name, or model and commit of a folder in the Hub's cache."""
+    path = source.resolve()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return f"{path.parent.parent.name.removeprefix('models--').replace('--', '/')}@{path.name}"
+    return path.name
 
 
 def _meta(

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from m1_stages.config import ModelConfig
 from m1_stages.errors import ConfigError
+from m1_stages.run_dir import CHECKPOINTS
 
 CONFIG = "config.json"
 MODEL_TYPES = ("minimax", "minimax_text_01", "minimax_m1")
@@ -82,6 +83,8 @@ def read_source_config(folder: Path) -> SourceConfig:
     """
     path = folder / CONFIG
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")  # a FIFO would be waited for
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
@@ -89,7 +92,9 @@ def read_source_config(folder: Path) -> SourceConfig:
         raise ConfigError(
             f"cannot read the source's configuration: {error}",
             where=str(path),
-            fix="name a folder with config.json and safetensors files",
+            fix="this is a run of m1: export it first (m1 export), and import the export"
+            if (folder / CHECKPOINTS).is_dir()
+            else "name a folder with config.json and safetensors files",
         ) from error
     return parse_source_config(values, str(path))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from m1_stages.hf.safetensors_writer import INDEX
 from m1_stages.hf.source.config_json import SourceConfig
 from m1_stages.hf.source.folder import Index, SourceFolder
 from m1_stages.hf.source.tensors import DECAY, SourceTensors, refuse_other_names, released_bytes, released_shapes
+
+_NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,12 @@ def check_index(path: Path, model: ModelConfig) -> DryRun:
     index = Index.read(path)
     buffers = {name for name in index.place if name.endswith(tuple(f".self_attn.{part}" for part in DECAY))}
     refuse_other_names(released_shapes(model), index.place.keys() - buffers, str(path))
+    if (wrong := _of_no_set(index.place)) is not None:
+        raise CheckpointError(
+            f"the index says that {wrong[0]} is in {wrong[1]}, whose name does not fit those of the other files",
+            where=str(path),
+            fix="download the index again",
+        )
     known = dict(_sizes(model))
     dtypes = "not known: it has decay buffers, whose bytes depend on the block size"
     if index.total_size is None:
@@ -96,3 +105,18 @@ def _sizes(model: ModelConfig) -> Iterator[tuple[int, str]]:
         (torch.float32, torch.float32, "fp32"),
     ):
         yield released_bytes(model, weights, routers), what
+
+
+def _of_no_set(place: Mapping[str, str]) -> tuple[str, str] | None:
+    """A tensor in a file whose name does not fit the others: the files are numbered 0 to N-1, or 1 to N, of N."""
+    match = {file: _NUMBERED.fullmatch(file) for file in set(place.values())}
+    groups = [found.groups() for found in match.values() if found is not None]
+    if not groups:
+        return None
+    usual = max(((stem, total) for stem, _, total in groups), key=[(g[0], g[2]) for g in groups].count)
+    first = 0 if any(int(number) == 0 for _, number, _ in groups) else 1
+    for name, file in place.items():
+        found = match[file]
+        if found is None or (found[1], found[3]) != usual or not first <= int(found[2]) < first + int(usual[1]):
+            return name, file
+    return None

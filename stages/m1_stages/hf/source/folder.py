@@ -17,6 +17,7 @@ from m1_stages.hf.safetensors_writer import INDEX
 
 SINGLE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_CONVERT = "convert the weights to bf16 first; quantized ones are not read"
 _FIX = "download the files again, and compare them with the publisher's hashes"
 
 
@@ -138,7 +139,7 @@ class SourceFolder:
                     part = handle.get_slice(name)
                     dtype = part.get_dtype()
                     if dtype not in DTYPES:
-                        raise _damaged(path, f"{name} is {dtype}; m1 imports {', '.join(DTYPES)}")
+                        raise _damaged(path, f"{name} is {dtype}; m1 imports {', '.join(DTYPES)}", _CONVERT)
                     if name in self.entries:
                         raise _damaged(path, f"{name} is also in {self.file_of[name]}")
                     self.entries[name] = DTYPES[dtype], tuple(part.get_shape())
@@ -174,5 +175,5 @@ def _header_sha256(path: Path) -> str:
         return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
-def _damaged(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"the source's weights cannot be used: {what}", where=str(path), fix=_FIX)
+def _damaged(path: Path, what: str, fix: str = _FIX) -> CheckpointError:
+    return CheckpointError(f"the source's weights cannot be used: {what}", where=str(path), fix=fix)
