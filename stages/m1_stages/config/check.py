@@ -282,6 +282,12 @@ class _Checker:
         self.not_negative("run", "seed")
         self.positive("parallel", "timeout_s")
         self.positive("export", "shard_gib")
+        self.require(
+            self.config.export.license.isprintable(),
+            "export.license",
+            f"export.license is {self.config.export.license!r}, which is not one line of text",
+            'give an identifier, for example license = "apache-2.0"',
+        )
         self.positive("tokenizer", "vocab_size", "train_bytes")
         self.not_negative("data", "verify_docs", "held_out")
         self.share("data.max_bad_share", self.config.data.max_bad_share)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from m1_data.storage.durable import flush
 from m1_data.storage.ownership import refuse_to_replace, sweep_siblings, temporary_sibling
-from m1_stages.config import ModelConfig
 from m1_stages.errors import ConfigError
 from m1_stages.hf.checkpoint_tensors import TensorSource, require_all
-from m1_stages.hf.config_json import checkpoint_of_card
+from m1_stages.hf.checksums import SUMS, write_sums
 from m1_stages.hf.contents import Contents
+from m1_stages.hf.model_card import checkpoint_of_card
 from m1_stages.hf.safetensors_writer import ShardWriter
+from m1_stages.hf.targets import refuse_inexact
 
-TRANSFORMERS_NORM_EPS = 1e-6
-_OURS = ("README.md", "*.json", "*.safetensors", "chat_template.jinja")
+_OURS = ("README.md", SUMS, "*.json", "*.safetensors", "*.gguf", "chat_template.jinja")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,8 @@ def export(
             describes the model.
         CheckpointError: tensors are missing or have another shape.
     """
-    _refuse_unexportable(contents.model, out, overwrite)
+    refuse_inexact(contents.target, contents.model, contents.slopes)
+    _refuse_occupied(out, overwrite)
     require_all(source, contents.model, contents.lineage.checkpoint)
     planned = contents.planned()
 
@@ -75,6 +76,7 @@ def export(
         for name, data in contents.files().items():
             (temporary / name).write_bytes(data)
             flush(temporary / name)
+        write_sums(temporary)
         _put_in_place(temporary, out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -90,7 +92,7 @@ def export(
     )
 
 
-def _refuse_unexportable(model: ModelConfig, out: Path, overwrite: bool) -> None:
+def _refuse_occupied(out: Path, overwrite: bool) -> None:
     fix = "choose another --out"
     refuse_to_replace(out, what="the export folder", marked=checkpoint_of_card(out) is not None, ours=_OURS, fix=fix)
     if out.exists() and not overwrite:
@@ -98,13 +100,6 @@ def _refuse_unexportable(model: ModelConfig, out: Path, overwrite: bool) -> None
             "the export folder exists already",
             where=str(out),
             fix=f"{fix}, or --overwrite; to compare it with its checkpoint: m1 export --verify-only {out}",
-        )
-    if model.lightning_norm_eps != TRANSFORMERS_NORM_EPS:
-        raise ConfigError(
-            f"transformers computes the lightning output norm with epsilon {TRANSFORMERS_NORM_EPS:g} and reads no "
-            f"other, but this model was trained with {model.lightning_norm_eps:g}",
-            where="key model.lightning_norm_eps",
-            fix=f"train with model.lightning_norm_eps = {TRANSFORMERS_NORM_EPS:g}",
         )
 
 

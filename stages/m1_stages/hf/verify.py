@@ -1,10 +1,12 @@
-"""Compares an export, loaded by transformers, with the Megatron model that was trained."""
+"""Computes what an export is compared with: logits of transformers, of the Megatron model that was trained, and tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,29 +16,29 @@ from m1_stages.decay import Slopes
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.hf.checkpoint_tensors import TensorSource, get_checked, require_all
 from m1_stages.hf.tensor_names import PREFILL_BLOCK, our_shapes
+from m1_stages.hf.verification.comparison import Reference
+
+if TYPE_CHECKING:
+    from m1_data.sampling.loader import PackedBatch
 
 
-def verify(export_dir: Path, reference_logits: Tensor, tokens: Tensor) -> float:
-    """Return the largest absolute logit difference over all positions; both sides compute in fp32.
+def transformers_logits(export_dir: Path, tokens: Tensor, device: str = "cpu") -> Tensor:
+    """Return [B, T, vocab] fp32 logits that transformers computes from the export; they are returned on the CPU.
 
     Args:
-        reference_logits: [1, T, vocab] logits of the trained model.
-        tokens: [1, T] int64, longer than transformers' block so that the state between blocks is exercised.
+        tokens: [B, T] int64, longer than transformers' block so that the state between blocks is exercised.
+        device: ``cpu`` or ``cuda``.
 
     Raises:
-        ValueError: T is too short, or the logits have another shape.
-        CheckpointError: transformers found missing or unexpected tensors, or logits are not finite.
+        ValueError: T is too short.
+        CheckpointError: transformers found missing or unexpected tensors.
+        EnvironmentProblem: transformers is not installed.
     """
     if tokens.shape[1] <= PREFILL_BLOCK:
         raise ValueError(f"{tokens.shape[1]} tokens do not reach beyond the first block of {PREFILL_BLOCK}")
+    model = load_transformers(export_dir).to(device)
     with torch.inference_mode():
-        logits = load_transformers(export_dir)(tokens).logits
-    if logits.shape != reference_logits.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} against {tuple(reference_logits.shape)}")
-    difference = float((logits.double() - reference_logits.double()).abs().max())
-    if not difference < float("inf"):
-        raise CheckpointError("the exported model's logits are not finite", where=str(export_dir))
-    return difference
+        return torch.cat([model(row[None].to(device)).logits.cpu() for row in tokens])
 
 
 def load_transformers(export_dir: Path) -> Any:
@@ -48,18 +50,13 @@ def load_transformers(export_dir: Path) -> Any:
     """
     try:
         from transformers import MiniMaxForCausalLM
-        from transformers.utils import logging
     except ImportError as error:
         raise EnvironmentProblem("this needs transformers", fix='pip install "m1cli[hf]"') from error
-    logging.disable_progress_bar()
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of the decay buffers that a portable export does not store
     try:
-        loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
+        with _quiet():  # it warns of the decay buffers that a portable export does not store
+            loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # of every kind, from the reader of any of the files
         raise CheckpointError(f"transformers does not load the export: {error}", where=str(export_dir)) from error
-    finally:
-        logging.set_verbosity(before)
     decay = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
     missing = sorted(key for key in info["missing_keys"] if not key.endswith(decay))
     unexpected = sorted(info["unexpected_keys"])
@@ -68,6 +65,20 @@ def load_transformers(export_dir: Path) -> Any:
             f"transformers does not find {missing[:3]} and does not know {unexpected[:3]}", where=str(export_dir)
         )
     return loaded.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers say nothing but errors, and show no progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 SENTENCES = (
@@ -119,7 +130,8 @@ def _load_tokenizer(export_dir: Path) -> Any:
     except ImportError as error:
         raise EnvironmentProblem("this needs transformers", fix='pip install "m1cli[hf]"') from error
     try:
-        return AutoTokenizer.from_pretrained(export_dir, trust_remote_code=False)
+        with _quiet():  # it warns of a model_type that it does not know, which tokenizing does not need
+            return AutoTokenizer.from_pretrained(export_dir, trust_remote_code=False)
     except Exception as error:  # of every kind, from the reader of any of the files
         raise CheckpointError(f"transformers does not load the tokenizer: {error}", where=str(export_dir)) from error
 
@@ -133,24 +145,39 @@ def trained_logits(
     tokens: Tensor,
     rounded_to: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Compute [1, T, vocab] fp32 logits of the Megatron model with the checkpoint's weights; they are returned on the CPU.
+    """Return the logits of ``trained_reference``, [B, T, vocab] fp32 on the CPU."""
+    return trained_reference(
+        source, model, slopes=slopes, rope_base=rope_base, tokens=tokens, rounded_to=rounded_to
+    ).logits
 
-    The model computes on this process's GPU, or on the CPU of a machine without one.
+
+def trained_reference(
+    source: TensorSource,
+    model: ModelConfig,
+    *,
+    slopes: Slopes,
+    rope_base: float,
+    tokens: Tensor,
+    rounded_to: torch.dtype = torch.float32,
+) -> Reference:
+    """Compute logits and router decisions of the Megatron model with the checkpoint's weights, in fp32.
+
+    The model computes on this process's GPU, or on the CPU of a process that sees none.
 
     The function starts and leaves a process group of its own; there must be none before.
 
     Args:
+        tokens: [B, T] int64: B texts, packed into one row and isolated from each other.
         rounded_to: dtype the export stores, so that its rounding is not taken for a difference of the models.
 
     Raises:
         CheckpointError: tensors are missing or have another shape.
         EnvironmentProblem: the GPU has no room for the model in fp32.
     """
-    from m1_data.sampling.loader import PackedBatch
     from m1_stages.runtime import device, parallel
 
     require_all(source, model, "the checkpoint")
-    here, sizes, length = device.use("auto"), ParallelConfig(), tokens.shape[1]
+    here, sizes = device.use("auto"), ParallelConfig()
     parallel.start(sizes, device=here, seed=0)
     try:
         from m1_stages.model import build_model
@@ -164,26 +191,57 @@ def trained_logits(
         with torch.no_grad():
             for name, shape in shapes.items():
                 parameters[name].copy_(get_checked(source, name, shape).to(rounded_to))
-            batch = PackedBatch(
-                tokens=tokens,
-                labels=tokens.roll(-1, 1),
-                loss_mask=torch.ones(tokens.shape),
-                position_ids=torch.arange(length)[None],
-                cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
-                doc_lengths=(length,),
-                sample_ids=(0,),
-                trained_tokens=length,
-            )
-            logits: Tensor = built.eval()(batch.to(here.torch_device), logits=True)
-            return logits.cpu()
+            gaps = _record_router_gaps(built, model)
+            logits: Tensor = built.eval()(_packed(tokens).to(here.torch_device), logits=True)
+        return Reference(
+            tokens=tokens,
+            logits=logits.cpu().view(*tokens.shape, -1),
+            gaps=torch.stack([gaps[layer] for layer in range(model.num_layers)]).view(-1, *tokens.shape),
+        )
     except torch.OutOfMemoryError as error:
         raise EnvironmentProblem(
             f"the model in fp32 does not fit on the GPU: {str(error).splitlines()[0]}",
             where=here.why,
-            fix="compute on the CPU: CUDA_VISIBLE_DEVICES= m1 export …",
+            fix="compute on the CPU: m1 export … --device cpu",
         ) from error
     finally:
         parallel.stop()
+
+
+def _packed(tokens: Tensor) -> PackedBatch:
+    """[B, T] tokens as one row of B documents."""
+    from m1_data.sampling.loader import PackedBatch
+
+    texts, length = tokens.shape
+    row = tokens.reshape(1, -1)
+    return PackedBatch(
+        tokens=row,
+        labels=row.roll(-1, 1),
+        loss_mask=torch.ones(row.shape),
+        position_ids=torch.arange(length).repeat(texts)[None],
+        cu_seqlens=torch.arange(texts + 1, dtype=torch.int32) * length,
+        doc_lengths=(length,) * texts,
+        sample_ids=(0,),
+        trained_tokens=row.numel(),
+    )
+
+
+def _record_router_gaps(built: Any, model: ModelConfig) -> dict[int, Tensor]:
+    """Let every layer record how much likelier the last chosen expert is than the next one, [tokens] fp32 by layer."""
+    gaps: dict[int, Tensor] = {}
+
+    def record(layer: int, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        hidden = inputs[0].view(-1, model.hidden_size)
+        probs = torch.softmax(hidden.float() @ module.router.weight.float().T, dim=-1)
+        if model.experts_per_token == model.num_experts:
+            gaps[layer] = torch.ones(len(probs))
+        else:
+            top = probs.topk(model.experts_per_token + 1).values
+            gaps[layer] = (top[:, -2] - top[:, -1]).cpu()
+
+    for layer in built.decoder.layers:
+        layer.mlp.register_forward_pre_hook(partial(record, layer.layer_number - 1))
+    return gaps
 
 
 def generate(export_dir: Path, prompts: Sequence[str], *, max_new_tokens: int = 48) -> list[str]:
