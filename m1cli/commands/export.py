@@ -73,7 +73,7 @@ def export_command(
         folder = verify_only
         _verify_existing(resolved, folder, stage, checkpoint, device)
     if prompts:
-        from m1_stages.hf.verify import generate
+        from m1_stages.hf.verification.transformers_loading import generate
 
         for prompt, text in zip(prompts, generate(folder, prompts), strict=True):
             console.print(f"[dim]{escape(prompt)}[/]{escape(text)}", highlight=False, soft_wrap=True)
@@ -158,9 +158,15 @@ def _verify(job: Export, folder: Path, device: str) -> None:
     console.print(
         f"verified: logits of {seen.loader} differ from the trained model's by at most [bold]{found.largest:.2g}[/] over "
         f"{found.positions - found.rerouted:,} of {found.positions:,} positions (text {found.text + 1}, position "
-        f"{found.position}, token {found.token}; fp32 on {device}; largest logit {found.largest_logit:.3g})",
+        f"{found.position}, token {found.token}; {seen.computed}; largest logit {found.largest_logit:.3g})",
         highlight=False,
     )
+    if seen.epsilon_effect is not None:
+        console.print(
+            f"  both with the epsilon of {seen.loader}; its other epsilon alone changes a logit of the trained model by up to "
+            f"{seen.epsilon_effect:.2g}",
+            highlight=False,
+        )
     if found.near_ties:
         console.print(
             f"  {len(found.near_ties)} near-ties of a router: {describe(found.near_ties)}; {found.rerouted} positions differ "

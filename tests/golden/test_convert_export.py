@@ -35,7 +35,8 @@ from m1_stages.decay import Slopes, released_slopes
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource, MemorySource
 from m1_stages.hf.tensor_names import from_released, our_shapes, to_released
-from m1_stages.hf.verify import generate, trained_logits, transformers_logits
+from m1_stages.hf.verification.trained import trained_logits
+from m1_stages.hf.verification.transformers_loading import generate, transformers_logits
 from m1_stages.jobs.export import Export, choose_checkpoint
 from m1_stages.jobs.export_verification import verify_export
 

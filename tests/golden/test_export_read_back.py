@@ -33,7 +33,7 @@ from m1_stages.errors import CheckpointError, ConfigError, DataError
 from m1_stages.hf.checkpoint_tensors import MemorySource
 from m1_stages.hf.read_back import compare_files
 from m1_stages.hf.tokenizer_files import TokenizerFiles
-from m1_stages.hf.verify import compare_tokenizer
+from m1_stages.hf.verification.tokens import compare_tokenizer
 from m1_stages.jobs.export import Export, checkpoint_of, stored_dtype
 from m1_stages.jobs.export_verification import verify_export
 from m1cli.app import app

@@ -25,7 +25,7 @@ from m1_stages.hf.model_card import Lineage, StageFacts
 from m1_stages.hf.tensor_names import our_shapes
 from m1_stages.hf.tokenizer_files import TokenizerFiles
 from m1_stages.hf.verification import child
-from m1_stages.hf.verify import transformers_logits
+from m1_stages.hf.verification.transformers_loading import transformers_logits
 
 MODEL = ModelConfig(
     hidden_size=48, num_layers=4, num_heads=4, head_dim=16, num_kv_heads=2, rotary_dim=16, num_experts=4,

@@ -135,22 +135,7 @@ class _Shards:
         if name not in self._keys:
             raise _differs(path, f"{name} is not in the file that {INDEX} names")
         found = self._handle.get_tensor(name)
-        if (found.dtype, found.shape) != (expected.dtype, expected.shape):
-            raise _differs(
-                path,
-                f"{name} is {tuple(found.shape)} of {found.dtype}, of the checkpoint it is {tuple(expected.shape)} "
-                f"of {expected.dtype}",
-            )
-        differing = _bits(found) != _bits(expected)
-        if count := int(differing.sum()):
-            first = tuple(
-                int(n) for n in torch.unravel_index(differing.flatten().to(torch.uint8).argmax(), found.shape)
-            )
-            raise _differs(
-                path,
-                f"{name}{list(first)} is {float(found[first])!r}, of the checkpoint it is {float(expected[first])!r} "
-                f"({count:,} of {found.numel():,} values differ)",
-            )
+        refuse_different(path, name, found, expected)
 
     def _switch(self, file: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -168,6 +153,28 @@ class _Shards:
         if self._handle is not None:
             self._handle.__exit__(None, None, None)
             self._handle = None
+
+
+def refuse_different(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    """Compare a tensor that was read back with the checkpoint's, bit by bit.
+
+    Raises:
+        CheckpointError: it has another shape, dtype or value; the message names the first element and both values.
+    """
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        raise _differs(
+            path,
+            f"{name} is {tuple(found.shape)} of {found.dtype}, of the checkpoint it is {tuple(expected.shape)} "
+            f"of {expected.dtype}",
+        )
+    differing = _bits(found) != _bits(expected)
+    if count := int(differing.sum()):
+        first = tuple(int(n) for n in torch.unravel_index(differing.flatten().to(torch.uint8).argmax(), found.shape))
+        raise _differs(
+            path,
+            f"{name}{list(first)} is {float(found[first])!r}, of the checkpoint it is {float(expected[first])!r} "
+            f"({count:,} of {found.numel():,} values differ)",
+        )
 
 
 def _bits(tensor: Tensor) -> Tensor:

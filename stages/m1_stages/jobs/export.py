@@ -15,6 +15,7 @@ from m1_stages.hf.checksums import FIX
 from m1_stages.hf.config_json import DTYPE_NAMES
 from m1_stages.hf.contents import CONFIG, Contents
 from m1_stages.hf.export import ExportReport, export
+from m1_stages.hf.llama_cpp.convert import find_converter
 from m1_stages.hf.model_card import CARD, checkpoint_of_card
 from m1_stages.hf.read_back import read_json
 from m1_stages.hf.targets import Target, gguf_name
@@ -168,7 +169,17 @@ class Export:
         """Write the export to ``out``.
 
         Raises:
-            M1Error: what ``hf.export.export`` raises.
+            M1Error: what ``hf.export.export`` and, for the target ``gguf``, ``find_converter`` raise.
         """
-        shard_bytes = round(self._resolved.config.export.shard_gib * 2**30)
-        return export(self.source, out, self.contents, shard_bytes=shard_bytes, overwrite=overwrite)
+        config, llama_cpp = self._resolved.config.export, None
+        if self.contents.target == "gguf":
+            sources = str(self._resolved.path(config.llama_cpp)) if config.llama_cpp else ""
+            llama_cpp = find_converter(sources, "key export.llama_cpp")
+        return export(
+            self.source,
+            out,
+            self.contents,
+            shard_bytes=round(config.shard_gib * 2**30),
+            overwrite=overwrite,
+            llama_cpp=llama_cpp,
+        )

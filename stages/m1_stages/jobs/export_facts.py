@@ -37,7 +37,11 @@ def changes_since(committed: Committed, resolved: Resolved, contexts: Mapping[st
     then = {f"model.{key}": value for key, value in meta.extra["model"].items()}
     if not now["model.vocab_size"]:
         now["model.vocab_size"] = then["model.vocab_size"]  # comes from the data
-    base = meta.stage if meta.stage in STAGE_NAMES else next((s for s in reversed(contexts) if s in STAGE_NAMES), None)
+    base = (
+        meta.stage
+        if meta.stage in STAGE_NAMES
+        else next((s for s in reversed(list(contexts)) if s in STAGE_NAMES), None)
+    )
     then["curriculum.decay"], now["curriculum.decay"] = meta.decay["policy"], config.curriculum.decay
     if base is not None:
         then[f"stages.{base}.rope_base"] = meta.extra["rope_base"]

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,7 +37,7 @@ def trained_reference_of(
     dtype: str,
     device: str,
 ) -> Reference:
-    """Compute ``verify.trained_reference`` of a committed checkpoint, whose files were verified before, in a child process.
+    """Compute ``trained.trained_reference`` of a committed checkpoint, whose files were verified before, in a child process.
 
     Args:
         dtype: ``fp32`` or ``bf16``: what the export stores.
@@ -44,8 +46,6 @@ def trained_reference_of(
     Raises:
         M1Error: what ``trained_reference`` raises.
     """
-    from dataclasses import asdict
-
     answer = in_child(
         {
             "loader": "m1",
@@ -73,6 +73,17 @@ def loader_logits(loader: str, path: Path, tokens: Tensor, device: str) -> Tenso
         M1Error: what the loader raises.
     """
     return in_child({"loader": loader, "path": str(path.resolve())}, tokens, device)["logits"]
+
+
+def loader_tokens(path: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens into which llama.cpp splits each text, from a child process.
+
+    Raises:
+        M1Error: what ``llama_cpp.forward`` raises.
+    """
+    job = {"loader": "llama.cpp tokens", "path": str(path.resolve()), "texts": list(texts)}
+    answer = in_child(job, torch.zeros(1, dtype=torch.int64), "cpu")
+    return [answer[str(n)].tolist() for n in range(len(texts))]
 
 
 def in_child(job: dict[str, Any], tokens: Tensor, device: str) -> dict[str, Tensor]:
@@ -132,15 +143,17 @@ def compute(job: dict[str, Any], tokens: Tensor) -> dict[str, Tensor]:
         return _trained(job, tokens)
     path, device = Path(job["path"]), job["device"]
     if job["loader"] == "transformers":
-        from m1_stages.hf.verify import transformers_logits
+        from m1_stages.hf.verification.transformers_loading import transformers_logits
 
         return {"logits": transformers_logits(path, tokens, device)}
     if job["loader"] == "released":
         from m1_stages.hf.verification.released_forward import released_logits
 
         return {"logits": released_logits(path, tokens, device)}
-    from m1_stages.hf.llama_cpp.forward import llama_cpp_logits
+    from m1_stages.hf.llama_cpp.forward import llama_cpp_logits, llama_cpp_tokens
 
+    if job["loader"] == "llama.cpp tokens":
+        return {str(n): torch.tensor(ids) for n, ids in enumerate(llama_cpp_tokens(path, job["texts"]))}
     return {"logits": llama_cpp_logits(path, tokens)}
 
 
@@ -148,7 +161,7 @@ def _trained(job: dict[str, Any], tokens: Tensor) -> dict[str, Tensor]:
     from m1_stages.checkpoint.manifest import read_manifest
     from m1_stages.hf.checkpoint_tensors import CheckpointSource
     from m1_stages.hf.config_json import DTYPES
-    from m1_stages.hf.verify import trained_reference
+    from m1_stages.hf.verification.trained import trained_reference
 
     reference = trained_reference(
         CheckpointSource(read_manifest(Path(job["checkpoint"])), verified=True),
