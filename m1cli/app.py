@@ -298,6 +298,40 @@ def export(
         )
 
 
+@app.command("import")
+def import_model(
+    source: Annotated[Path, typer.Argument(help="Hugging Face folder; with --dry-run an index file does, too.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    overrides: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compare names, shapes and bytes with the model, and write nothing.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the model section of m1.toml that fits, and write nothing.")
+    ] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="With --dry-run: the model, when there is no config.json beside the index.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Rename the checkpoints of the run, and start it over from the import.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Start a run from a checkpoint of MiniMax-Text-01, MiniMax-M1 or m1; pretrain and sft then begin with its weights."""
+    with reported(debug):
+        from m1cli.commands.import_model import import_command
+
+        import_command(
+            source,
+            config,
+            overrides or [],
+            dry_run=dry_run,
+            print_config=print_config,
+            preset=preset,
+            fresh=fresh,
+        )
+
+
 @app.command()
 def report(
     config: ConfigOption = DEFAULT_CONFIG,

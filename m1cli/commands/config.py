@@ -71,7 +71,7 @@ def template(preset: str) -> str:
     for name, kind in get_type_hints(SourceSpec, include_extras=True).items():
         default = next(f.default for f in dataclasses.fields(SourceSpec) if f.name == name)
         value = examples.get(name, default)
-        lines.append(f"# {name} = {_toml(value)}  # {_doc(kind)}")
+        lines.append(f"# {name} = {toml_value(value)}  # {_doc(kind)}")
     for section in _SECTIONS:
         value = getattr(bare, section)
         lines += ["", f"[{section}]"]
@@ -91,7 +91,9 @@ def show_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
     for key, value in _flat(resolved):
         origin = resolved.origins.get(key, "default")
         style = "dim" if origin == "default" else "cyan" if origin.startswith(("preset", "recipe")) else "bold green"
-        console.print(f"[{style}]{escape(f'{key} = {_toml(value)}'):<60}[/]  [dim]{escape(origin)}[/]", soft_wrap=True)
+        console.print(
+            f"[{style}]{escape(f'{key} = {toml_value(value)}'):<60}[/]  [dim]{escape(origin)}[/]", soft_wrap=True
+        )
     console.print(f"\n[dim]sha256 {resolved.sha256}[/]")
 
 
@@ -106,7 +108,7 @@ def _bare(preset: str) -> Config:
 
 def _keys(section: Any) -> Iterator[str]:
     for name, kind in get_type_hints(type(section), include_extras=True).items():
-        yield f"{name} = {_toml(getattr(section, name))}  # {_doc(kind)}"
+        yield f"{name} = {toml_value(getattr(section, name))}  # {_doc(kind)}"
 
 
 def _flat(resolved: Resolved) -> Iterator[tuple[str, Any]]:
@@ -132,15 +134,16 @@ def _doc(kind: Any) -> str:
     return str(arguments[1]) if len(arguments) > 1 and isinstance(arguments[1], str) else ""
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Return ``value`` as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, int):
         return f"{value:_}"
     return repr(value)

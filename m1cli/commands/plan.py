@@ -34,7 +34,7 @@ def plan_command(
     known = gpu_named(gpu)
     if gpus is not None and gpus < 1:
         raise ConfigError(f"--gpus is {gpus}", fix="give 1 or more")
-    plan = make_plan(_resolve(path, preset, overrides), known, gpus)
+    plan = make_plan(resolve(path, preset, overrides), known, gpus)
     if as_json:
         console.print_json(json.dumps(plan.as_dict()))
     else:
@@ -44,7 +44,12 @@ def plan_command(
         raise EnvironmentProblem(plan.change.what, where=f"stages {missing}", fix=plan.change.fix)
 
 
-def _resolve(path: Path, preset: str | None, overrides: list[str]) -> Resolved:
+def resolve(path: Path, preset: str | None, overrides: list[str]) -> Resolved:
+    """Return the configuration of ``path``, or of a bare preset.
+
+    Raises:
+        ConfigError: the preset is unknown, or there is no such configuration.
+    """
     if preset is None:
         return load_config(path, overrides)
     if preset not in PRESETS:

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from m1_stages.checkpoint import CheckpointStore, Committed
+from m1_stages.checkpoint.imported import imported_checkpoint, with_imported_base
 from m1_stages.config import STAGE_NAMES, ParallelConfig, Resolved
 from m1_stages.config.load import load_config
-from m1_stages.curriculum import plan_stage, previous_stage
+from m1_stages.curriculum import IMPORT, plan_stage, previous_stage
 from m1_stages.decay import half_life_tokens, is_released
 from m1_stages.evaluation.results import read_result
 from m1_stages.run_dir import CHECKPOINTS
@@ -31,6 +33,11 @@ def stages_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
         return
     console.print(_table(resolved, chain))
     console.print(f"[dim]A stage takes over {TAKES_OVER}; data order and learning rates are its own.[/]")
+    if (imported := imported_checkpoint(resolved.run_dir)) is not None:
+        record = imported.meta.extra["import"]
+        index = record["index_sha256"][:_SHORT_HASH]
+        console.print(f"Imported: {escape(record['source'])} (index {index}). The first stage that is trained starts from it; "
+                      f"no RoPE base goes below its {record['rope_base'] / 1e6:g}M.", highlight=False)  # fmt: skip
     for stage in chain:
         for gate in stage["forced_gates"]:
             if gate["stage"] == stage["stage"]:
@@ -52,19 +59,29 @@ def stage_chain(resolved: Resolved) -> list[dict[str, Any]]:
     newest: dict[str, Committed] = {}
     for committed in CheckpointStore(resolved.run_dir / CHECKPOINTS).committed():
         newest.setdefault(committed.meta.stage, committed)
+    imported = newest.get(IMPORT)
+    first = next((name for name in STAGE_NAMES if name in newest), STAGE_NAMES[0])
     finals = {stage: c for stage, c in newest.items() if c.meta.stage_final}
     model = resolved.config.model
     chain = []
     for name in STAGE_NAMES:
-        plan, stage, checkpoint = plan_stage(resolved, name), resolved.config.stages[name], newest.get(name)
+        plan = with_imported_base(plan_stage(resolved, name), imported)
+        stage, checkpoint = resolved.config.stages[name], newest.get(name)
         slopes = checkpoint.meta.decay["slopes"] if checkpoint else plan.slopes_new
         rates = [s for layer in range(model.num_layers) if not model.is_softmax(layer) for s in slopes[layer]]
-        before = previous_stage(name)
+        skipped = imported is not None and STAGE_NAMES.index(name) < STAGE_NAMES.index(first)
+        before = IMPORT if imported is not None and name == first else None if skipped else previous_stage(name)
         result = read_result(resolved.run_dir, name, finals[name].sha256) if name in finals else None
         chain.append(
             {
                 "stage": name,
-                "state": "to do" if checkpoint is None else "done" if name in finals else "started",
+                "state": "skipped"
+                if skipped
+                else "to do"
+                if checkpoint is None
+                else "done"
+                if name in finals
+                else "started",
                 "steps_done": checkpoint.meta.stage_step if checkpoint else 0,
                 "steps": plan.num_steps,
                 "tokens": plan.tokens,
@@ -81,12 +98,18 @@ def stage_chain(resolved: Resolved) -> list[dict[str, Any]]:
                 "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
                 "starts_from": before,
                 "starts_from_sha256": finals[before].sha256 if before in finals else None,
-                "takes_over": TAKES_OVER if before else "nothing: it starts from random weights",
+                "takes_over": _takes_over(before, skipped=skipped),
                 "needle_recall": result["recall"] if result else None,
                 "forced_gates": checkpoint.meta.extra.get("forced_gates", []) if checkpoint else [],
             }
         )
     return chain
+
+
+def _takes_over(before: str | None, *, skipped: bool) -> str:
+    if before == IMPORT:
+        return "weights, and decay rates (moved by a ramp); the optimizer is fresh"
+    return TAKES_OVER if before else "nothing" if skipped else "nothing: it starts from random weights"
 
 
 def _planned(p: ParallelConfig) -> dict[str, int]:
@@ -107,7 +130,9 @@ def _table(resolved: Resolved, chain: list[dict[str, Any]]) -> Table:
 def _column(s: dict[str, Any]) -> dict[str, Any]:
     mix, lives, recall = s["mix"], s["half_life_tokens"], s["needle_recall"]
     return {
-        "state": {"started": f"[yellow]step {s['steps_done']}[/]", "done": "[green]done[/]"}.get(s["state"], "to do"),
+        "state": {"started": f"[yellow]step {s['steps_done']}[/]", "done": "[green]done[/]"}.get(
+            s["state"], s["state"]
+        ),
         "tokens per row": f"{s['seq_len']:,}",
         "RoPE base": f"{s['rope_base'] / 1e6:g}M",
         "short/med/long": "/".join(f"{100 * mix[k]:.0f}" for k in ("short", "medium", "long")),
@@ -121,7 +146,7 @@ def _column(s: dict[str, Any]) -> dict[str, Any]:
         "layout": " ".join(f"{k.upper()}{n}" for k, n in s["layout"].items() if n > 1 and k != "world") or "alone",
         "starts from": f"{s['starts_from']} {(s['starts_from_sha256'] or '')[:_SHORT_HASH]}".strip()
         if s["starts_from"]
-        else "random",
+        else ("" if s["state"] == "skipped" else "random"),
         "checkpoint": (s["checkpoint_sha256"] or "")[:_SHORT_HASH],
         "needle recall %": "" if recall is None else recall_text(recall),
     }

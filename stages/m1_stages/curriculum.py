@@ -11,6 +11,8 @@ from m1_stages.decay import Slopes, ramp, stage_slopes
 from m1_stages.errors import ConfigError
 
 SFT = "sft"
+IMPORT = "import"
+"""What the checkpoint of an imported model says in place of a stage."""
 
 
 def stages_of(selection: str) -> list[str]:

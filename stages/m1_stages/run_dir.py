@@ -16,6 +16,8 @@ METRICS = "metrics.jsonl"
 """Events, one JSON object a line (``m1_stages.events``)."""
 CHECKPOINTS = "checkpoints"
 """Committed checkpoints (``m1_stages.checkpoint``)."""
+IMPORTED = "imported"
+"""Tokenizer, chat template and configurations of an imported model (``m1 import``)."""
 ROLLBACKS = "rollbacks.json"
 """Roll backs and the steps they excluded (``m1_stages.training.rollback``)."""
 EVALUATION = "evaluation"
@@ -50,7 +52,7 @@ def refuse_foreign_run_dir(run_dir: Path) -> None:
             raise ConfigError(f"run.dir cannot be used: {error}", where=f"{path}, key run.dir", fix=fix) from error
         if foreign:
             raise ConfigError(f"run.dir has a {name!r} that m1 did not write", where=f"{path}, key run.dir", fix=fix)
-    for name in (EVALUATION, RANKS, STACKS, TENSORBOARD):
+    for name in (IMPORTED, EVALUATION, RANKS, STACKS, TENSORBOARD):
         if os.path.lexists(run_dir / name) and not (run_dir / name).is_dir():
             raise ConfigError(f"run.dir has a file {name!r}", where=f"{run_dir / name}, key run.dir", fix=fix)
 

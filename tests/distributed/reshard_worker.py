@@ -63,13 +63,13 @@ def begun(run: Run) -> TrainState:
     return state
 
 
-def train(run: Run, state: TrainState) -> float:
+def train(run: Run, state: TrainState, learning_rate: float = LEARNING_RATE) -> float:
     from m1_stages.training.objective import NextTokenCrossEntropy
     from m1_stages.training.step import train_step
 
     place = run.topology
     run.model.set_slopes(state.slopes)
-    run.optimizer.set_learning_rate(LEARNING_RATE)
+    run.optimizer.set_learning_rate(learning_rate)
     rows = batch_rows(
         state.global_step,
         global_batch=2 * ROWS,  # two micro-batches, as an interleaved pipeline of two needs

@@ -102,7 +102,7 @@ def one_part_refused(job: dict[str, Any]) -> dict[str, Any]:
             plant_object(newest / "__1_0.distcp", "of rank 1", torch_saved(Evil(proof), proof))
             rehash(newest)
         barrier()
-        found = store.load_first_verified(store.committed(), lambda: state(0))
+        found = store.load_first_verified(store.committed(), lambda _: state(0))
         assert found is not None
         return {"step": found[0].meta.global_step, "mine": found[1]["mine"], "ran": proof.exists()}
     finally:
@@ -177,7 +177,7 @@ def background_saves(job: dict[str, Any]) -> list[Any]:
         begin(5)
         seen.append(outcome())
         loaded = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(8))} if topology.rank == 0 else {}
-        found = store.load_first_verified(store.committed()[1:], lambda: {"model": loaded})
+        found = store.load_first_verified(store.committed()[1:], lambda _: {"model": loaded})
         assert found is not None
         if topology.rank == 0:
             seen += [found[0].path.name, found[1]["model"]["w"].tolist()]

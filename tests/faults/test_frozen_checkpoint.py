@@ -79,11 +79,13 @@ def test_another_format_is_refused_by_name_and_left_alone(run_dir: Path) -> None
     path = run_dir / "checkpoints" / "step_00000007"
     values = json.loads((path / MANIFEST).read_text())
     del values["sha256"]
-    later = {**values, "format": 2, "meta": {**values["meta"], "versions": {"m1cli": "3.1.4"}}, "shards": []}
+    later = {**values, "format": 3, "meta": {**values["meta"], "versions": {"m1cli": "3.1.4"}}, "shards": []}
     (path / MANIFEST).write_text(manifest_module._text(later))
     store = CheckpointStore(path.parent)
     for listing in (store.committed, store.latest, lambda: store.load_first_verified([], dict)):
-        with pytest.raises(CheckpointError, match=r"manifest format 2, written by m1cli 3\.1\.4; this is .* format 1"):
+        with pytest.raises(
+            CheckpointError, match=r"manifest format 3, written by m1cli 3\.1\.4; this is .* formats 1 to 2"
+        ):
             listing()
     assert [p.name for p in path.parent.iterdir()] == ["step_00000007"], "not quarantined: nothing is wrong with it"
     (path / MANIFEST).write_text(json.dumps(later | {"sha256": "0"}))

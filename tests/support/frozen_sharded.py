@@ -7,6 +7,7 @@ always load. Every weight, fp32 master and moment holds values that its global n
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,7 +75,7 @@ def read(job: dict[str, Any]) -> dict[str, Any]:
 def _session(folder: Path, sizes: dict[str, int]) -> Iterator[Run]:
     torch.set_num_threads(1)
     device.use("cpu")
-    config = folder / "m1.toml"
+    config = folder / f"m1-{os.getpid()}.toml"  # each rank its own: another one's may be half written
     config.write_text(CONFIG)
     keys = [f"run.dir={folder / 'run'}", *(f"parallel.{axis}={size}" for axis, size in sizes.items())]
     with open_session(with_vocab(load_config(config, keys), 100), [], rope_base=1e4, fresh=False) as run:

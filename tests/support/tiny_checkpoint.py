@@ -37,7 +37,7 @@ def save(store: CheckpointStore, step: int, *, final: bool = False) -> Path:
 
 def load(store: CheckpointStore) -> int | None:
     """The step that is loaded, after every value of it was compared; None when there never was a checkpoint."""
-    found = store.load_first_verified(store.committed(), lambda: state(-1.0))
+    found = store.load_first_verified(store.committed(), lambda _: state(-1.0))
     if found is None:
         return None
     committed, loaded = found

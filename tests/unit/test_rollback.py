@@ -17,6 +17,7 @@ def loaded(global_step: int) -> TrainState:
         ramp_progress=0.5,
         excluded_steps=[1],
         guard=GuardState(skipped=[8]),
+        first_loss=4.5,  # the default, NaN, does not equal itself
     )
 
 

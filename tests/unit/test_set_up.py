@@ -78,6 +78,28 @@ def test_an_environment_of_somebody_else_is_not_replaced(tmp_path: Path) -> None
     assert (tmp_path / "env" / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize(("driver", "works"), [("12.4", True), ("12.4", False), ("13.0", True), ("13.0", False)])
+def test_an_old_driver_gets_the_newest_torch_for_it(tmp_path: Path, driver: str, works: bool) -> None:
+    command(tmp_path / "bin", "nvidia-smi", f"echo '| Driver Version: 550.54   CUDA Version: {driver}  |'")
+    said, env = tmp_path / "said", tmp_path / "env"
+    fails = "" if works else 'case "$*" in *--torch-backend*) echo "no such wheel" >&2; exit 1;; esac'
+    command(env / "bin", "uv", f'echo "$@" >> {said}\n{fails}')
+    command(env / "bin", "python", f'[ "$2" = pip ] || exec {sys.executable} "$@"')
+    done = subprocess.run(
+        ["sh", str(ROOT / "tools/set_up.sh"), str(env), sys.executable], capture_output=True, text=True,
+        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    asked = said.read_text().splitlines()
+    old = driver == "12.4"
+    assert ("--torch-backend=cu126" if old else "--torch-backend=auto") in asked[0]
+    pins = Path(asked[0].split("--constraint ")[1])
+    names = {line.split("==")[0] for line in (ROOT / pins).read_text().splitlines()}
+    assert {"torch", "triton", "transformers"} - names == ({"torch", "triton"} if old else set())
+    assert (done.returncode, (env / ".installed").exists()) == ((1, False) if old and not works else (0, True))
+    assert len(asked) == (2 if not old and not works else 1), "the default index has no torch for an old driver"
+    assert ("no such wheel" in done.stderr) != works
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the sources; building leaves folders beside them."""

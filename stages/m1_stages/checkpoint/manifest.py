@@ -13,7 +13,9 @@ from typing import Any
 from m1_stages.errors import CheckpointError
 
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)
+"""1: saved with Megatron-Core 0.16, which cannot load 2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,11 +76,11 @@ def read_manifest(directory: Path) -> Committed:
         body = {key: value for key, value in values.items() if key != "sha256"}
         if text != _text(body):
             raise ValueError("its own hash does not match")
-        if body["format"] != FORMAT:
+        if body["format"] not in _READABLE:
             raise OtherFormat(
                 f"the checkpoint has manifest format {body['format']}, "
                 f"written by m1cli {body.get('meta', {}).get('versions', {}).get('m1cli', 'of another version')}; "
-                f"this is m1cli {version('m1cli')}, which reads format {FORMAT}",
+                f"this is m1cli {version('m1cli')}, which reads formats {_READABLE[0]} to {_READABLE[-1]}",
                 where=str(path),
                 fix="use the version that wrote it, or another run.dir",
             )

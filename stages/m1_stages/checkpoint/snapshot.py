@@ -19,6 +19,9 @@ from m1_stages.runtime.collectives import barrier, world
 Files = dict[str, tuple[int, str]]
 """Relative path to size in bytes and SHA-256."""
 
+ReadPart = Callable[[str, tuple[int, ...]], Any]
+"""Gives the values of a part of a tensor, on the CPU: by the tensor's global key and the part's offset in it."""
+
 
 class Snapshot:
     """This rank's part of a checkpoint in torch_dist format: one file.
@@ -27,15 +30,19 @@ class Snapshot:
 
     Args:
         sharded_state_dict: as ``dist_checkpointing.save`` takes it; it belongs to Megatron afterwards.
+        read: gives the values of tensors that are on the meta device, when they are written: one of them is in memory at a time.
+        files: written instead of one, of about the same size.
     """
 
-    def __init__(self, sharded_state_dict: dict[str, Any], directory: Path) -> None:
+    def __init__(
+        self, sharded_state_dict: dict[str, Any], directory: Path, *, read: ReadPart | None = None, files: int = 1
+    ) -> None:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
         filesystem_async._results_queue = queue.Queue()
-        strategy = TorchDistSaveShardedStrategy(thread_count=1)
+        strategy = TorchDistSaveShardedStrategy(thread_count=files)
         with without_collectives(world()):
             request = dist_checkpointing.save(
                 sharded_state_dict,
@@ -44,7 +51,7 @@ class Snapshot:
                 async_sharded_save=True,
                 async_strategy="mcore",
             )
-        self._finish = request.finalize_fns
+        self._read, self._finish = read, request.finalize_fns
         self._transforms: Any = None
         self._files: list[Any] = []
         self._results: queue.Queue[Any] | None = None
@@ -57,6 +64,8 @@ class Snapshot:
         import torch
 
         def host(tensor: Any) -> Any:
+            if tensor.is_meta:
+                return tensor
             if not tensor.is_cuda:
                 return tensor.clone()
             return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -84,7 +93,9 @@ class Snapshot:
             file: Any
             with HashedFile(Path(path), report_progress) as file:
                 written[number] = [
-                    _write_item(self._transforms, file, value, item, key, SerializationFormat.TORCH_SAVE)
+                    _write_item(
+                        self._transforms, file, self._values(item, value), item, key, SerializationFormat.TORCH_SAVE
+                    )
                     for item, value in [*data, *tensors]
                 ]
                 hashes[key] = file.commit()
@@ -92,6 +103,14 @@ class Snapshot:
             self._results.put(written)
         self._files = []
         return hashes
+
+    def _values(self, item: Any, value: Any) -> Any:
+        if not getattr(value, "is_meta", False):
+            return value
+        assert self._read is not None, f"{item.index.fqn} is on the meta device"
+        read = self._read(item.index.fqn, tuple(item.index.offset or ()))
+        assert (read.shape, read.dtype) == (value.shape, value.dtype), f"{item.index.fqn} is not what was planned"
+        return read
 
     def finish(self) -> None:
         """After ``write`` on all ranks: rank 0 writes ``.metadata`` and ``metadata.json``; collective."""

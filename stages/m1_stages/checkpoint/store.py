@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from m1_stages.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
-from m1_stages.checkpoint.snapshot import Files, Snapshot
+from m1_stages.checkpoint.snapshot import Files, ReadPart, Snapshot
 from m1_stages.checkpoint.unpickle import check_metadata
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
@@ -109,13 +110,19 @@ class CheckpointStore:
         """The newest checkpoint with a valid manifest; works without ``LATEST``, which is there for people."""
         return next(iter(self.committed()), None)
 
-    def save(self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta) -> Path:
+    def save(
+        self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta, *, read: ReadPart | None = None, files: int = 1
+    ) -> Path:
         """Write and commit one checkpoint, and wait for it.
+
+        Args:
+            read: gives the values of tensors that are on the meta device (``Snapshot``).
+            files: that each rank writes.
 
         Raises:
             CheckpointError: the step is committed already, or it could not be written; older ones are untouched.
         """
-        self.begin(sharded_state_dict, meta)
+        self.begin(sharded_state_dict, meta, read=read, files=files)
         path = self.poll(wait=True)
         assert path is not None
         return path
@@ -125,7 +132,9 @@ class CheckpointStore:
         """Whether a checkpoint is being written; the same on all ranks."""
         return self._saving is not None
 
-    def begin(self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta) -> None:
+    def begin(
+        self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta, *, read: ReadPart | None = None, files: int = 1
+    ) -> None:
         """Copy the state and start to write it; training may go on, and ``poll`` commits it.
 
         Raises:
@@ -142,7 +151,9 @@ class CheckpointStore:
             run_together(self._refuse_while_stuck)
             self.sweep()
             run_together(lambda: self._make(temporary) if rank() == 0 else None)
-            snapshot = _planned(sharded_state_dict, temporary)
+            planned: list[Snapshot] = []
+            run_together(lambda: planned.append(Snapshot(sharded_state_dict, temporary, read=read, files=files)))
+            (snapshot,) = planned
             run_together(snapshot.copy)
             self._saving = _Save(snapshot, Writer(snapshot.write, deadline_s=self._deadline_s), meta, temporary, final)
 
@@ -221,12 +232,12 @@ class CheckpointStore:
             ) from error
 
     def load_first_verified(
-        self, candidates: Sequence[Committed], build: Callable[[], dict[str, Any]]
+        self, candidates: Sequence[Committed], build: Callable[[Committed], dict[str, Any]]
     ) -> tuple[Committed, dict[str, Any]] | None:
         """Load the first candidate whose every file is what the manifest says; quarantine the ones before it.
 
         Args:
-            build: makes the sharded state dict to load into, anew for every attempt.
+            build: makes the sharded state dict to load a candidate into, anew for every attempt.
 
         Returns:
             The checkpoint and its state, or None when there never was one.
@@ -239,7 +250,7 @@ class CheckpointStore:
         for candidate in candidates:
             try:
                 self.verify(candidate)
-                return candidate, load_verified(candidate.path, build)
+                return candidate, load_verified(candidate.path, partial(build, candidate))
             except CheckpointError as error:
                 reasons.append(f"{candidate.path.name}: {error.what}")
                 self._quarantine(candidate.path, error.what)
@@ -366,12 +377,6 @@ def _free_name(path: Path, word: str) -> Path:
     while (moved := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1
     return moved
-
-
-def _planned(sharded_state_dict: dict[str, Any], directory: Path) -> Snapshot:
-    planned: list[Snapshot] = []
-    run_together(lambda: planned.append(Snapshot(sharded_state_dict, directory)))
-    return planned[0]
 
 
 def _complete(committed: Committed) -> bool:

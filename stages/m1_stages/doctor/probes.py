@@ -100,7 +100,9 @@ def gpu_findings(found: dict[str, Any], error: str) -> Iterator[Finding]:
         yield Finding(name="GPUs", ok=False, detail=f"torch does not get through to them: {error}", fix="nvidia-smi")
         return
     driver, cuda, gpus = found["driver_cuda"], found["torch_cuda"], found["gpus"]
-    tag = "cu130" if driver >= 13000 else "cu126"
+    tag = (
+        "cu130" if driver >= 13000 else "cu126"
+    )  # the latter's newest torch is 2.14: later ones have no build for CUDA 12
     reinstall = (
         f"{sys.executable} -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{tag}"
     )

@@ -124,7 +124,6 @@ def from_released(name: str, get: GetTensor, model: ModelConfig) -> Tensor:
     part, prefix, renamed = _place(name, model)
     if part in renamed:
         return get(prefix + renamed[part])
-    experts = [f"{prefix}block_sparse_moe.experts.{expert}" for expert in range(model.num_experts)]
     if part == "self_attention.linear_in.weight":
         qkv = get(f"{prefix}self_attn.qkv_proj.weight").reshape(model.num_heads, 3, model.head_dim, -1)
         gate = get(f"{prefix}self_attn.output_gate.weight").reshape(model.num_heads, 1, model.head_dim, -1)
@@ -135,11 +134,23 @@ def from_released(name: str, get: GetTensor, model: ModelConfig) -> Tensor:
             for letter, rows in zip("qkv", _group_sizes(model), strict=True)
         ]
         return torch.cat(groups, dim=1).reshape(-1, model.hidden_size)
-    if part == "mlp.experts.w13":
-        return torch.stack([torch.stack([get(f"{e}.w1.weight"), get(f"{e}.w3.weight")]) for e in experts])
-    if part == "mlp.experts.w2":
-        return torch.stack([get(f"{e}.w2.weight") for e in experts])
+    if is_experts(name):
+        return torch.stack([expert_from_released(name, expert, get) for expert in range(model.num_experts)])
     raise KeyError(name)
+
+
+def is_experts(name: str) -> bool:
+    """Whether our tensor ``name`` holds all experts of a layer, one after the other on its first axis."""
+    return name.endswith((".mlp.experts.w13", ".mlp.experts.w2"))
+
+
+def expert_from_released(name: str, expert: int, get: GetTensor) -> Tensor:
+    """Return one expert's part of our tensor ``name``, without the axis of the experts."""
+    layer, part = name.removeprefix("decoder.layers.").split(".mlp.experts.")
+    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+    if part == "w13":
+        return torch.stack([get(f"{prefix}.w1.weight"), get(f"{prefix}.w3.weight")])
+    return get(f"{prefix}.w2.weight")
 
 
 def proportional_rows(rows: Tensor, *, head_dim: int, rotary_dim: int) -> Tensor:
@@ -148,9 +159,20 @@ def proportional_rows(rows: Tensor, *, head_dim: int, rotary_dim: int) -> Tensor
     The released code pairs (i, i + rotary_dim/2); transformers' "proportional" type pairs (i, i + D/2) and leaves the
     other pairs unrotated. Query and key are permuted alike, so their products do not change.
     """
+    order = _proportional_order(head_dim, rotary_dim)
+    return rows.reshape(-1, head_dim, rows.shape[-1])[:, order].reshape(rows.shape)
+
+
+def rows_from_proportional(rows: Tensor, *, head_dim: int, rotary_dim: int) -> Tensor:
+    """Undo ``proportional_rows``."""
+    order = _proportional_order(head_dim, rotary_dim).argsort()
+    return rows.reshape(-1, head_dim, rows.shape[-1])[:, order].reshape(rows.shape)
+
+
+def _proportional_order(head_dim: int, rotary_dim: int) -> Tensor:
     half, half_rotary = head_dim // 2, rotary_dim // 2
     rest = torch.arange(rotary_dim, head_dim)
-    order = torch.cat(
+    return torch.cat(
         [
             torch.arange(half_rotary),
             rest[: half - half_rotary],
@@ -158,7 +180,6 @@ def proportional_rows(rows: Tensor, *, head_dim: int, rotary_dim: int) -> Tensor
             rest[half - half_rotary :],
         ]
     )
-    return rows.reshape(-1, head_dim, rows.shape[-1])[:, order].reshape(rows.shape)
 
 
 def decay_buffers(model: ModelConfig, slopes: Slopes) -> Iterator[tuple[str, Tensor]]:

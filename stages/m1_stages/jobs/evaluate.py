@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from m1_data.storage.store import PreparedData, open_prepared
 from m1_stages.checkpoint import Committed
+from m1_stages.checkpoint.imported import imported_checkpoint, with_imported_base
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.errors import CheckpointError, Preempted
@@ -28,7 +29,7 @@ def run(resolved: Resolved, stage: str, sinks: Sequence[Sink]) -> None:
     """
     data = open_prepared(resolved.path(resolved.config.data.out))
     resolved = with_vocab(resolved, data.manifest.vocab_size)
-    plan = plan_stage(resolved, stage)
+    plan = with_imported_base(plan_stage(resolved, stage), imported_checkpoint(resolved.run_dir))
     with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False, data=described(data)) as opened:
         opened.checkpointer.tokenizer_sha256 = data.manifest.tokenizer_sha256
         found = opened.checkpointer.restore(opened.checkpointer.finals(stage))

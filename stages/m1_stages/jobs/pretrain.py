@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from m1_data.sampling.loader import PackedDataset
 from m1_data.sampling.stage_draw import document_lengths
 from m1_data.storage.store import Store
+from m1_stages.checkpoint.imported import imported_checkpoint, starting_point, with_imported_base
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.events import Sink, StageDrawn
@@ -41,12 +42,13 @@ def run(
     data, notes = open_for_training(resolved)
     resolved = with_vocab(resolved, data.manifest.vocab_size)
     refuse_impossible_stages(resolved, stages, document_lengths(data.training))
-    plans = [plan_stage(resolved, stage) for stage in stages]
+    imported = imported_checkpoint(resolved.run_dir)
+    plans = [with_imported_base(plan_stage(resolved, stage), imported) for stage in stages]
     with open_session(
         resolved,
         sinks,
         rope_base=plans[0].rope_base,
-        fresh=fresh and plans[0].starts_from is None,
+        fresh=fresh and plans[0].starts_from is None and imported is None,
         data=described(data, notes),
     ) as opened:
         opened.checkpointer.tokenizer_sha256 = data.manifest.tokenizer_sha256
@@ -54,6 +56,7 @@ def run(
             start_over_from(opened, plans[0].stage)
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
         for number, plan in enumerate(plans):
+            plan = starting_point(plan, opened.checkpointer.store.committed())
             rows = stage_rows(resolved, plan, data.training)
             state = restore_stage(opened, resolved, plan, rows)
             if state.stage_step == 0:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from m1_data.chat.dataset import SFTDataset
+from m1_stages.checkpoint.imported import imported_checkpoint, starting_point, with_imported_base
 from m1_stages.config import Resolved
 from m1_stages.curriculum import plan_sft
 from m1_stages.errors import ConfigError
@@ -31,12 +32,13 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     manifest = open_tokenizer(resolved)
     resolved = with_vocab(resolved, manifest.vocab_size)
     rows = conversations(resolved, held_out=manifest.held_out_digests)
-    plan = plan_sft(resolved, rows.rows_per_epoch)
+    plan = with_imported_base(plan_sft(resolved, rows.rows_per_epoch), imported_checkpoint(resolved.run_dir))
     with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
         opened.checkpointer.tokenizer_sha256 = manifest.tokenizer_sha256
         if fresh:
             start_over_from(opened, plan.stage)
         refuse_uneven_pipeline(resolved, [plan], opened.topology.dp_size)
+        plan = starting_point(plan, opened.checkpointer.store.committed())
         state = restore_stage(opened, resolved, plan, rows)
         if state.stage_step == plan.num_steps:
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from m1_stages.config import OptimConfig
 from m1_stages.errors import ConfigError
@@ -100,6 +101,27 @@ class Optimizer:
         """
         self.megatron.load_state_dict(state)
         self._configure_groups()
+
+    @torch.no_grad()
+    def start_afresh(self, exact: Mapping[nn.Parameter, Tensor]) -> None:
+        """Forget all moments, and take the master weights from the model's parameters, which were loaded without them.
+
+        Args:
+            exact: fp32 values of parameters that are rounded in the model: the masters start from these.
+        """
+        for part in self.parts:
+            if part.optimizer is not None:
+                part.optimizer.state.clear()
+        self.megatron.reload_model_params()
+        distributed = self._distributed_parts()
+        for part in distributed:
+            for param in exact.keys() & part.model_param_group_index_map.keys():
+                group, order = part.model_param_group_index_map[param]
+                mine = part._get_model_param_range_map(param)["param"]
+                main = part.optimizer.param_groups[group]["params"][order]
+                main.copy_(exact[param].reshape(-1)[mine.start : mine.end])
+        for param, values in () if distributed else exact.items():
+            param.main_param.copy_(values)  # type: ignore[attr-defined]
 
     @contextmanager
     def loading(self) -> Iterator[None]:

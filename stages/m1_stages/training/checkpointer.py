@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from m1_data.storage.durable import FULL_DISK_S
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
+from m1_stages.checkpoint.imported import unrounded, weights_to_load
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved, WhenChanged
 from m1_stages.config.when_changed import changed_keys, recorded_values
+from m1_stages.curriculum import IMPORT
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
 from m1_stages.runtime.collectives import from_rank_0
@@ -84,6 +86,8 @@ class Checkpointer:
         self.store = store
         self.forced_gates: list[dict[str, Any]] = []
         """Stages on the way to these weights that were started although the one before recalled too little."""
+        self.imported: dict[str, Any] = {}
+        """What the run's first weights were imported from; empty when they were random."""
         self.tokenizer_sha256 = ""
         """The tokenizer of this run's data: checkpoints name it, and those of another are refused."""
         self._model, self._trainable, self._optimizer = model, trainable, optimizer
@@ -156,14 +160,16 @@ class Checkpointer:
                 committed, self.tokenizer_sha256, self._resolved.path(self._resolved.config.data.out)
             )
         with self._optimizer.loading() if candidates else nullcontext():
-            found = self.store.load_first_verified(
-                candidates, lambda: self._sharded_state(TrainState(stage=""), is_loading=True)
-            )
+            found = self.store.load_first_verified(candidates, self._state_to_load)
             if found is None:
                 return None
             committed, loaded = found
             self._model.load_state_dict(loaded["model"])
-            self._optimizer.load_state_dict(loaded["optimizer"])
+            if "optimizer" in loaded:
+                self._optimizer.load_state_dict(loaded["optimizer"])
+        if "optimizer" not in loaded:
+            self._optimizer.start_afresh(unrounded(self._model, loaded["model"]))
+        self.imported = committed.meta.extra.get("import", {})
         saved = committed.meta.extra.get("forced_gates", [])
         self.forced_gates = saved + [gate for gate in self.forced_gates if gate not in saved]  # also after a roll back
         return committed, TrainState.from_dict(loaded["train_state"])
@@ -226,6 +232,13 @@ class Checkpointer:
         optimizer = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "train_state": state.as_dict()}
 
+    def _state_to_load(self, committed: Committed) -> dict[str, Any]:
+        """What to load of ``committed``: an imported model has no optimizer state."""
+        if committed.meta.stage != IMPORT:
+            return self._sharded_state(TrainState(stage=""), is_loading=True)
+        model = weights_to_load(self._model.sharded_state_dict(metadata={**_SHARDING}), committed)
+        return {"model": model, "train_state": TrainState(stage="").as_dict()}
+
     def _meta(self, state: TrainState, stage_final: bool) -> CheckpointMeta:
         """Describe a checkpoint of ``state``."""
         return CheckpointMeta(
@@ -245,6 +258,7 @@ class Checkpointer:
                 "contexts": state.contexts,
                 "forced_gates": self.forced_gates,
                 "tokenizer_sha256": self.tokenizer_sha256,
+                **({"import": self.imported} if self.imported else {}),
             },
         )
 

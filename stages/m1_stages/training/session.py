@@ -90,7 +90,7 @@ def _locked_session(
     topology = parallel.start(config.parallel, device=device, seed=config.run.seed)
     torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // topology.local_world))
     if topology.rank == 0 and fresh:
-        _put_aside(resolved.run_dir)
+        put_aside(resolved.run_dir)
     barrier()
     emit, close = _emitter(resolved.run_dir, sinks, require_held, rank=topology.rank)
     stop = StopRequest()
@@ -193,7 +193,8 @@ def _build(
     )
 
 
-def _put_aside(run_dir: Path) -> None:
+def put_aside(run_dir: Path) -> None:
+    """Rename the checkpoints, the metrics and the roll backs of a run, which starts over."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     for name in (CHECKPOINTS, METRICS, ROLLBACKS):
         if (run_dir / name).exists():

@@ -8,8 +8,9 @@ from typing import Any
 
 from m1_data.sampling.stage_draw import order_version
 from m1_stages.checkpoint.changed_settings import refuse_changes, settings_changed, start_over
+from m1_stages.checkpoint.imported import refuse_beside_import
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.curriculum import SFT, StagePlan
+from m1_stages.curriculum import IMPORT, SFT, StagePlan
 from m1_stages.errors import CheckpointError, DataError, NumericStop
 from m1_stages.evaluation.results import read_result
 from m1_stages.event_values import LaterStages
@@ -42,6 +43,7 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
     """
     store = run.checkpointer.store
     committed = store.committed()
+    refuse_beside_import(plan, committed)
     own = [c for c in committed if c.meta.stage == plan.stage]
     before = [c for c in committed if c.meta.stage == plan.starts_from and c.meta.stage_final]
     if plan.starts_from and not own and not before:
@@ -147,7 +149,14 @@ def announce_stage(
     """
     decision = choose_recompute(resolved.config, plan, run.topology, run.device)
     run.model.set_recompute(decision.activations.recompute, offload=decision.activations.offload)
-    if state.stage_step:
+    imported = run.checkpointer.imported
+    if plan.starts_from == IMPORT and not state.stage_step:
+        kept = "stays" if plan.rope_base == imported["rope_base"] else "becomes"
+        starts_from = (
+            f"the imported {imported['source']}: its weights, with a fresh optimizer; the RoPE base {kept} "
+            f"{plan.rope_base / 1e6:g}M, the decay rates {'move from its own' if plan.ramp_steps else 'stay its own'}"
+        )
+    elif state.stage_step:
         starts_from = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"
     elif plan.starts_from and state.global_step:
         starts_from = f"weights and optimizer of the final {plan.starts_from} checkpoint"

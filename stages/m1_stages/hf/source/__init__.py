@@ -1,0 +1,1 @@
+"""Reads a Hugging Face checkpoint of this family: configuration, index, tensors, one at a time."""
