@@ -8,7 +8,7 @@ from typing import Any
 from m1_data.plain_values import from_plain
 from m1_stages.checkpoint import Committed
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.curriculum import SFT, config_section
+from m1_stages.curriculum import IMPORT, SFT, config_section
 from m1_stages.errors import DataError
 from m1_stages.evaluation.results import read_result, result_path
 from m1_stages.hf.model_card import Lineage, StageFacts
@@ -68,7 +68,7 @@ def lineage_of(committed: Committed, contexts: Mapping[str, int], license_id: st
     return Lineage(
         checkpoint=committed.path.name,
         checkpoint_sha256=committed.sha256,
-        stages=tuple(_facts(name, tokens, meta.extra.get("config", {})) for name, tokens in contexts.items()),
+        stages=tuple(_facts(name, tokens, committed) for name, tokens in contexts.items()),
         tokens_seen=meta.extra["tokens_seen"],
         global_step=meta.global_step,
         decay_policy=meta.decay["policy"],
@@ -80,16 +80,24 @@ def lineage_of(committed: Committed, contexts: Mapping[str, int], license_id: st
     )
 
 
-def _facts(stage: str, row_tokens: int, recorded: Mapping[str, Any]) -> StageFacts:
-    """What the recorded configuration says of a stage."""
-    section = config_section(stage)
+def _facts(stage: str, row_tokens: int, committed: Committed) -> StageFacts:
+    """What the checkpoint's recorded configuration says of a stage; of an import, what is recorded of its source."""
+    recorded, imported = committed.meta.extra.get("config", {}), committed.meta.extra.get("import", {})
+    section, base = config_section(stage), imported.get("rope_base")
 
     def value(key: str) -> Any:
         return recorded.get(f"{section}.{key}")
 
+    if stage == IMPORT:
+        return StageFacts(name=stage, row_tokens=row_tokens, rope_base=base, mix=f"imported: {imported.get('source')}")
+    rope_base = value("rope_base")
+    if stage == committed.meta.stage:
+        rope_base = committed.meta.extra["rope_base"]
+    elif rope_base is not None and base is not None:
+        rope_base = max(rope_base, base)  # no stage of a run has a base below the imported one
     if stage == SFT or value("short") is None:
         mix = "conversations" if stage == SFT else ""
-        return StageFacts(name=stage, row_tokens=row_tokens, mix=mix)
+        return StageFacts(name=stage, row_tokens=row_tokens, rope_base=rope_base, mix=mix)
     domains = ", ".join(f"{name} {weight:g}" for name, weight in (value("domains") or {}).items())
     mix = (
         f"{value('short'):.0%} short, {value('medium'):.0%} medium, {value('long'):.0%} long documents; "
@@ -99,7 +107,7 @@ def _facts(stage: str, row_tokens: int, recorded: Mapping[str, Any]) -> StageFac
     return StageFacts(
         name=stage,
         row_tokens=row_tokens,
-        rope_base=value("rope_base"),
+        rope_base=rope_base,
         tokens=value("tokens"),
         mix=mix + (f"; domains {domains}" if domains else ""),
     )

@@ -38,7 +38,7 @@ def bf16_products(reference: Reference) -> Rounding:
 
 MOST_REROUTED = 0.5
 """Largest permitted share of positions whose difference a near-tie explains: the others prove the export."""
-_FEW = 8
+_FEW = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
