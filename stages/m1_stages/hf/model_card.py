@@ -219,8 +219,12 @@ def _half_lives(model: ModelConfig, slopes: Slopes) -> str:
     ends = []
     for layer in dict.fromkeys((lightning[0], lightning[-1])):
         lives = [half_life_tokens(slope) for slope in slopes[layer]]
-        ends.append(f"{min(lives):,.3g} to {max(lives):,.6g} tokens in layer {layer}")
+        ends.append(f"{_tokens(min(lives))} to {_tokens(max(lives))} tokens in layer {layer}")
     return f"half-lives of the heads {', '.join(ends)}"
+
+
+def _tokens(count: float) -> str:
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
 
 
 def _stage_row(stage: StageFacts) -> tuple[str, ...]:
