@@ -131,6 +131,19 @@ def test_the_expected_keys_are_the_checkpoint_s(tmp_path: Path) -> None:
     assert values["tokenizer.ggml.tokens"][-1] == "[PAD299]"
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_template_that_is_no_file_is_given_to_the_converter_as_one(tmp_path: Path, several: bool) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    values = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ x }}"}]
+    values["chat_template"] = named if several else "{{ x }}"
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(values))
+    what = contents(tokenizer, RELEASED, target="gguf")
+    assert what.files()["chat_template.jinja"] == b"{{ x }}"
+    assert expected_values(what)["tokenizer.chat_template"] == "{{ x }}"
+    assert "chat_template.jinja" not in contents(tokenizer, RELEASED, target="text01").files()
+
+
 def test_a_model_that_llama_cpp_cannot_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="every 4th layer is a softmax layer"):
         write(tmp_path / "x", make_tokenizer(tmp_path / "tokenizer"), target="gguf")

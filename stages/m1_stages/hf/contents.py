@@ -17,7 +17,7 @@ from m1_stages.hf.config_json import DTYPES, released_config, transformers_confi
 from m1_stages.hf.model_card import CARD, Lineage, loader_notes, model_card
 from m1_stages.hf.targets import Target
 from m1_stages.hf.tensor_names import decay_buffers, our_shapes, to_exported, to_released
-from m1_stages.hf.tokenizer_files import TokenizerFiles
+from m1_stages.hf.tokenizer_files import TEMPLATE, TokenizerFiles
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -96,10 +96,13 @@ class Contents:
         """Return name and bytes of every file but those of the weights."""
         config = self.config()
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        # Where there is no file, llama.cpp's converter takes the template of MiniMax-M1.
+        template = {TEMPLATE: self.tokenizer.template} if self.target == "gguf" else {}
         return {
             CONFIG: _json(config),
             GENERATION_CONFIG: _json(generation),
             **self.tokenizer.files,
+            **template,
             CARD: self.card(),
         }
 

@@ -18,7 +18,6 @@ from m1_stages.hf.contents import Contents
 from m1_stages.hf.model_card import CARD
 from m1_stages.hf.read_back import refuse_different, refuse_other_files
 from m1_stages.hf.targets import gguf_name
-from m1_stages.hf.tokenizer_files import TEMPLATE
 
 ARCHITECTURE = "minimax-01"
 _LAYER = {
@@ -105,7 +104,7 @@ def expected_values(contents: Contents) -> dict[str, Any]:
         "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
         **({} if tokenizer.bos is None else {"tokenizer.ggml.bos_token_id": tokenizer.bos}),
         **({} if tokenizer.eos is None else {"tokenizer.ggml.eos_token_id": tokenizer.eos}),
-        **({"tokenizer.chat_template": tokenizer.files[TEMPLATE].decode()} if TEMPLATE in tokenizer.files else {}),
+        "tokenizer.chat_template": tokenizer.template.decode(),
     }
 
 
