@@ -169,7 +169,7 @@ def _verify(job: Export, folder: Path, device: str) -> None:
         )
     if found.near_ties:
         console.print(
-            f"  {len(found.near_ties)} near-ties of a router, the closest: {describe(found.near_ties)}; {found.rerouted} positions "
-            "differ after one, which is no error",
+            f"  {len(found.near_ties)} near-ties of a router, the closest: {describe(found.near_ties)}; {found.rerouted} "
+            "positions differ after one, which is no error",
             highlight=False,
         )

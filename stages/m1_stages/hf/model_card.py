@@ -109,7 +109,7 @@ def _llama_cpp_notes(model: ModelConfig, slopes: Slopes) -> list[str]:
     if model.lightning_norm_eps != model.norm_eps:
         notes.append(
             f"llama.cpp computes the lightning output norm with epsilon {model.norm_eps:g}, this model was trained with "
-            f"{model.lightning_norm_eps:g}: logits differ a little more than by rounding."
+            f"{model.lightning_norm_eps:g}: logits differ by more than rounding; m1 export --verify says how much."
         )
     if model.vocab_size > EARLY_LLAMA_CPP_VOCABULARY:
         notes.append(

@@ -67,7 +67,6 @@ class TokenizerFiles:
             own_code=json.dumps(own_code) if own_code else "",
         )
 
-
     @property
     def template(self) -> bytes:
         """The chat template that a loader takes: the file, else that of ``tokenizer_config.json``, of several the default one."""

@@ -53,9 +53,9 @@ def compare_gguf(source: TensorSource, folder: Path, contents: Contents) -> int:
         EnvironmentProblem: the package ``gguf`` is not installed.
     """
     require_all(source, contents.model, contents.lineage.checkpoint)
-    name = gguf_name(contents.dtype)
-    refuse_other_files(folder, {name})
-    path = folder / name
+    file = gguf_name(contents.dtype)
+    refuse_other_files(folder, {file})
+    path = folder / file
     reader = _open(path)
     for key, expected in expected_values(contents).items():
         field = reader.get_field(key)
@@ -69,10 +69,11 @@ def compare_gguf(source: TensorSource, folder: Path, contents: Contents) -> int:
         if place not in stored:
             raise _differs(path, f"{place} is missing")
         seen.add(place)
-        refuse_different(path, place, _values(path, stored[place], expert), expected_tensor.float())
+        name = place if expert is None else f"expert {expert} of {place}"
+        refuse_different(path, name, _values(path, stored[place], expert), expected_tensor.float())
     if extra := sorted(stored.keys() - seen):
         raise _differs(path, f"{extra[0]!r} is no tensor of this model")
-    refuse_changed(folder, {name, CARD})
+    refuse_changed(folder, {file, CARD})
     return len(seen)
 
 
