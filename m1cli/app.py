@@ -13,6 +13,17 @@ from typer.core import TyperGroup
 from m1_stages.runtime.signals import leaving_with_its_own_exit_code
 from m1cli.console import visible
 from m1cli.errors import EXIT_CODES, reported
+from m1cli.generate_cli import generate
+from m1cli.options import (
+    DEFAULT_CONFIG,
+    ConfigOption,
+    DebugOption,
+    ForceOption,
+    FreshOption,
+    FreshTuningOption,
+    GpusOption,
+    SetOption,
+)
 
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """The base of typer's own errors, which it does not export."""
@@ -53,29 +64,6 @@ config_app = typer.Typer(no_args_is_help=True, help="Show the resolved configura
 app.add_typer(config_app, name="config")
 launch_app = typer.Typer(no_args_is_help=True, help="Write a script that runs training on a cluster.")
 app.add_typer(launch_app, name="launch")
-
-ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Configuration file.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override one key; can be repeated.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-GpusOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Processes on this machine, one per GPU or any number on a CPU; default: parallel.processes, or all GPUs.",
-    ),
-]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Start a stage although the recall of the stage before is below evaluate.gate.")
-]
-FreshOption = Annotated[
-    bool, typer.Option("--fresh", help="Rename the checkpoints of the stage and of later ones, and start over.")
-]
-FreshTuningOption = Annotated[
-    bool, typer.Option("--fresh", help="Rename the checkpoints of fine-tuning and start it over; pretraining stays.")
-]
-DEFAULT_CONFIG = Path("m1.toml")
 
 
 @app.command()
@@ -296,6 +284,9 @@ def export(
             target=target,
             device=device,
         )
+
+
+app.command()(generate)
 
 
 @app.command("import")

@@ -84,6 +84,18 @@ def parse_conversation(line: bytes, where: str) -> Conversation:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise _bad(f"not JSON: {error}", where) from error
+    conversation = conversation_of(record, where)
+    if not any(m.role == "assistant" for m in conversation.messages):
+        raise _bad("the conversation has no assistant message, so there is nothing to train", where)
+    return conversation
+
+
+def conversation_of(record: Any, where: str) -> Conversation:
+    """Check a decoded line and return its conversation, which may end with any turn.
+
+    Raises:
+        DataError: it is not a valid conversation; the error names ``where``.
+    """
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
         raise _bad('expected an object with a non-empty list under "messages"', where)
     if lost := sorted(_KEYS_WITH_MEANING & set(record)):
@@ -92,8 +104,6 @@ def parse_conversation(line: bytes, where: str) -> Conversation:
     if not isinstance(domain, str):
         raise _bad(f'"domain" must be a string, not {type(domain).__name__}', where)
     messages = tuple(_message(m, f"{where}, message {i}") for i, m in enumerate(record["messages"]))
-    if not any(m.role == "assistant" for m in messages):
-        raise _bad("the conversation has no assistant message, so there is nothing to train", where)
     if not _is_trained(record, where):
         messages = tuple(replace(m, train=False) for m in messages)
     unused = tuple(key for key in record if key not in _KEYS)

@@ -120,6 +120,25 @@ class ChatEncoder:
                 trained.extend([is_trained] * len(encoded))
             yield conversation, Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
+    def encode_prompt(self, conversation: Conversation) -> npt.NDArray[np.int64]:
+        """Return the token ids of a conversation that the model is to answer: with the generation prompt, int64 ``[n]``.
+
+        Control tokens in contents stay text, as in training.
+
+        Raises:
+            DataError: as ``encode``.
+        """
+        ((_, spans),) = self._all_spans([conversation], add_generation_prompt=True)
+        ids: list[int] = []
+        for text, _ in self._runs(spans):
+            ids.extend([text] if isinstance(text, int) else self._plain.encode(text, add_special_tokens=False).ids)
+        return np.array(ids, dtype=np.int64)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The control tokens that end an answer."""
+        return sorted(index for token, index in self._control.items() if self._form.ends.fullmatch(token))
+
     def spans(self, conversation: Conversation) -> list[Span]:
         """Return the rendered conversation, cut where the mask or the kind of text changes, without empty spans."""
         ((_, spans),) = self._all_spans([conversation])
@@ -129,7 +148,9 @@ class ChatEncoder:
         """End the process that renders the template; it starts again when it is needed."""
         self.template.close()
 
-    def _all_spans(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Span]]]:
+    def _all_spans(
+        self, conversations: Iterable[Conversation], *, add_generation_prompt: bool = False
+    ) -> Iterator[tuple[Conversation, list[Span]]]:
         asked: deque[tuple[Conversation, list[tuple[int, str]]]] = deque()
 
         def jobs() -> Iterator[Job]:
@@ -140,8 +161,9 @@ class ChatEncoder:
                 true = [self._as_dict(m, i, None) for i, m in enumerate(conversation.messages)]
                 asked.append((conversation, contents))
                 tools = conversation.tools or None
-                renderings = [{"messages": placed, "tools": tools}, {"messages": true, "tools": tools}]
-                yield Job([*renderings, {"messages": true}] if tools else renderings, conversation.where)
+                more = {"add_generation_prompt": True} if add_generation_prompt else {}
+                renderings = [{"messages": placed, "tools": tools} | more, {"messages": true, "tools": tools} | more]
+                yield Job([*renderings, {"messages": true} | more] if tools else renderings, conversation.where)
 
         for placed, truth, *without_tools in self.template.render_all(jobs()):
             conversation, contents = asked.popleft()

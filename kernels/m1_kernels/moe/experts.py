@@ -51,7 +51,7 @@ def grouped_experts(rows: Tensor, counts: Tensor, weights: Tensor, w13: Tensor, 
     return out
 
 
-class _Order(NamedTuple):
+class ExpertOrder(NamedTuple):
     token: Tensor
     """[M] token of each sorted row."""
     place: Tensor
@@ -62,14 +62,14 @@ class _Order(NamedTuple):
     """[E] int32, one past each expert's last row."""
 
 
-def _sort(index: Tensor, num_experts: int) -> _Order:
+def expert_order(index: Tensor, num_experts: int) -> ExpertOrder:
     keys = index.reshape(-1).to(torch.int16)  # a 64-bit radix sort takes four times as many passes
     by_expert, slot = torch.sort(keys, stable=True)
     experts = torch.arange(num_experts, device=index.device, dtype=torch.int16)
     ends = torch.searchsorted(by_expert, experts, right=True, out_int32=True)
     place = torch.empty_like(slot)
     place[slot] = torch.arange(slot.numel(), device=index.device)
-    return _Order(slot // index.shape[1], place.view(index.shape), slot, ends)
+    return ExpertOrder(slot // index.shape[1], place.view(index.shape), slot, ends)
 
 
 def choose_expert_backend(device: torch.device, dtype: torch.dtype) -> BackendChoice:
@@ -91,7 +91,7 @@ def _lengths(ends: Tensor) -> list[int]:
     return [b - a for a, b in pairwise(edges)]
 
 
-def _product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def expert_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows [M, K] times weight [E, K, N] of their expert."""
     if _use_grouped_mm(rows):
         return F.grouped_mm(rows, weight, offs=ends)
@@ -107,7 +107,7 @@ def _weight_gradient(d_rows: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     return torch.stack([d.T @ r for d, r in zip(d_rows.split(lengths), rows.split(lengths), strict=True)])
 
 
-def _activate(gate_up: Tensor, weight: Tensor) -> Tensor:
+def swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
     if takes_triton(gate_up):
         from m1_kernels.moe.experts_triton import swiglu_triton
 
@@ -146,12 +146,12 @@ def _backward_rows(
     """Gradients of rows [M, h], weight [M], w13 [E, 2 I, h] and w2."""
     flat13 = w13.flatten(1, 2)
     if gate_up is None:
-        gate_up = _product(rows, flat13.transpose(1, 2), ends)
-    inner, d_gate_up, d_weight = _activate_backward(gate_up, weight, _product(d_out, w2, ends))
+        gate_up = expert_product(rows, flat13.transpose(1, 2), ends)
+    inner, d_gate_up, d_weight = _activate_backward(gate_up, weight, expert_product(d_out, w2, ends))
     del gate_up
     d_w2 = _weight_gradient(d_out, inner, ends)
     del inner
-    return _product(d_gate_up, flat13, ends), d_weight, _weight_gradient(d_gate_up, rows, ends), d_w2
+    return expert_product(d_gate_up, flat13, ends), d_weight, _weight_gradient(d_gate_up, rows, ends), d_w2
 
 
 class _Grouped(torch.autograd.Function):
@@ -162,8 +162,8 @@ class _Grouped(torch.autograd.Function):
         if recomputing():
             out = torch.empty_like(rows)
         else:
-            gate_up = _product(rows, w13.flatten(1, 2).transpose(1, 2), ends)
-            out = _product(_activate(gate_up, weights), w2.transpose(1, 2), ends)
+            gate_up = expert_product(rows, w13.flatten(1, 2).transpose(1, 2), ends)
+            out = expert_product(swiglu(gate_up, weights), w2.transpose(1, 2), ends)
         ctx.save_for_backward(rows, w13, w2, weights, ends, *([gate_up] if keep and gate_up is not None else []))
         return out
 
@@ -187,15 +187,15 @@ class _Mixture(torch.autograd.Function):
         kept: list[Tensor] = []
         for start in () if recomputing() else range(0, x.shape[0], tile_tokens):
             tile = slice(start, start + tile_tokens)
-            order = _sort(index[tile], w13.shape[0])
+            order = expert_order(index[tile], w13.shape[0])
             rows = x[tile].index_select(0, order.token)
-            gate_up = _product(rows, w13.flatten(1, 2).transpose(1, 2), order.ends)
+            gate_up = expert_product(rows, w13.flatten(1, 2).transpose(1, 2), order.ends)
             del rows
-            inner = _activate(gate_up, weights[tile].reshape(-1)[order.slot])
+            inner = swiglu(gate_up, weights[tile].reshape(-1)[order.slot])
             if keep:
                 kept.append(gate_up)
             del gate_up
-            _sum_rows(_product(inner, w2.transpose(1, 2), order.ends), order.place, out[tile])
+            _sum_rows(expert_product(inner, w2.transpose(1, 2), order.ends), order.place, out[tile])
         ctx.save_for_backward(x, w13, w2, weights, index, *kept)
         ctx.tile_tokens = tile_tokens
         return out
@@ -211,7 +211,7 @@ class _Mixture(torch.autograd.Function):
         d_w2: Tensor | None = None
         for number, start in enumerate(range(0, x.shape[0], ctx.tile_tokens)):
             tile = slice(start, start + ctx.tile_tokens)
-            order = _sort(index[tile], w13.shape[0])
+            order = expert_order(index[tile], w13.shape[0])
             rows, weight = x[tile].index_select(0, order.token), weights[tile].reshape(-1)[order.slot]
             d_rows, d_weight, part13, part2 = _backward_rows(
                 d_out[tile].index_select(0, order.token),

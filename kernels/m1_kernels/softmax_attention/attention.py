@@ -134,6 +134,13 @@ def _document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(outs, dim=2)
 
 
+def document_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [tokens, H, D], the last tokens of a document; k, v [keys, KV, D], all of its tokens. Returns [tokens, H, D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    return _document(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
+
+
 @lru_cache(maxsize=16)
 def _edges(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
@@ -172,7 +179,19 @@ def _cudnn_document(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: int) -> Tensor:
-    """This does what ``_per_document`` does: the kernel aligns queries with the last keys of their document."""
+    """This does what ``_per_document`` does."""
+    return varlen_attention(q, k, v, lengths, (before + lengths[0], *lengths[1:]))
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...]) -> Tensor:
+    """One flash kernel for all documents, which aligns queries with the last keys of their document.
+
+    Args:
+        q: [T, H, D], 16-bit on a CUDA device.
+        k, v: [keys, KV, D].
+        lengths: queries of each document.
+        seen: keys of each document.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     group = q.shape[1] // k.shape[1]
@@ -181,7 +200,6 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], before: i
         options["enable_gqa"] = True
     else:  # torch 2.11
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    seen = (before + lengths[0], *lengths[1:])
     edges, key_edges = _edges(lengths, q.device), _edges(seen, q.device)
     q, k, v = (x.contiguous() for x in (q, k, v))
     out = varlen_attn(q, k, v, edges, key_edges, max(lengths), max(seen), **options)

@@ -45,7 +45,7 @@ class Router(MegatronRouter):
 
     def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Map [tokens, hidden] to combine weights [tokens, k] fp32 and their experts [tokens, k] int64."""
-        probs = torch.softmax(_Fp32Product.apply(hidden, self.weight), dim=-1)
+        probs = torch.softmax(fp32_product(hidden, self.weight), dim=-1)
         top, index = probs.topk(self.top_k, dim=-1)
         weights = top / top.sum(-1, keepdim=True)
         if torch.is_grad_enabled() and self.training:
@@ -122,6 +122,12 @@ def _forget_graph(dispatcher: Any) -> None:
     for name, value in list(vars(dispatcher).items()):
         if isinstance(value, Tensor) and value.grad_fn is not None:
             setattr(dispatcher, name, None)
+
+
+def fp32_product(x: Tensor, w: Tensor) -> Tensor:
+    """Return ``x @ w.T`` [T, E] in fp32, of x [T, h] and w [E, h] in any dtype."""
+    product: Tensor = _Fp32Product.apply(x, w)
+    return product
 
 
 class _Fp32Product(torch.autograd.Function):

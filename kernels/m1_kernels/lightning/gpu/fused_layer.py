@@ -25,13 +25,32 @@ SILU_ROWS, SILU_WARPS = 16, 4  # measured: at the copy rate
 BACKWARD_PROGRAMS_PER_PROCESSOR = 2
 
 
-def _split(x: Tensor) -> Tensor:
-    """q, k, v after SiLU: [3, tokens, H, D]."""
+def split_parts(x: Tensor) -> Tensor:
+    """[tokens, H, 4, D] to q, k, v after SiLU: [3, tokens, H, D]."""
     tokens, heads, _, dim = x.shape
     qkv = x.new_empty(3, tokens, heads, dim)
     rows = tokens * heads
     split_silu[(triton.cdiv(rows, SILU_ROWS),)](x, *qkv, rows, D=dim, ROWS=SILU_ROWS, num_warps=SILU_WARPS)
     return qkv
+
+
+def gated_norm_triton(
+    out: Tensor, x: Tensor, weight: Tensor, eps: float, tp_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """``out`` [tokens, H, D] and the gate in x [tokens, H, 4, D] to y [tokens, H * D] and the tokens' sums of squares."""
+    tokens, heads, _, dim = x.shape
+    width = heads * dim
+    block = triton.next_power_of_2(width)
+    sums = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    ranks = 1 if tp_group is None else tp_group.size()
+    if ranks > 1:
+        token_squares[(tokens,)](out, sums, tokens, C=width, BLOCK=block, num_warps=8)
+        dist.all_reduce(sums, group=tp_group)
+    y = x.new_empty(tokens, width)
+    norm_gate[(tokens,)](
+        out, x, weight, sums, y, eps, width * ranks, C=width, D=dim, BLOCK=block, GIVEN=ranks > 1, num_warps=8
+    )
+    return y, sums
 
 
 class _LightningLayer(torch.autograd.Function):
@@ -47,27 +66,16 @@ class _LightningLayer(torch.autograd.Function):
         shards: ContextShards | None,
     ) -> Tensor:
         x = x.contiguous()
-        tokens, heads, _, dim = x.shape
-        width = heads * dim
-        q, k, v = _split(x)
+        q, k, v = split_parts(x)
         cfg = config_for(q, v)
         plan = plan_for(doc_lengths, q, cfg, False, shards)
         entering, _ = states(k, v, log_decay, plan, cfg, reverse=False, shards=shards)
         out = torch.empty_like(q)
         common = (log_decay, plan, cfg, entering)
         run_sweep(q, k, v, out, *common, transposed=False, reverse=False, has_initial=False)
-        block = triton.next_power_of_2(width)
-        sums = torch.empty(tokens, dtype=torch.float32, device=x.device)
-        ranks = 1 if tp_group is None else tp_group.size()
-        if ranks > 1:
-            token_squares[(tokens,)](out, sums, tokens, C=width, BLOCK=block, num_warps=8)
-            dist.all_reduce(sums, group=tp_group)
-        y = x.new_empty(tokens, width)
-        norm_gate[(tokens,)](
-            out, x, weight, sums, y, eps, width * ranks, C=width, D=dim, BLOCK=block, GIVEN=ranks > 1, num_warps=8
-        )
+        y, sums = gated_norm_triton(out, x, weight, eps, tp_group)
         ctx.save_for_backward(x, weight, log_decay, entering, out, sums)
-        ctx.settings = (doc_lengths, eps, tp_group, ranks, shards)
+        ctx.settings = (doc_lengths, eps, tp_group, 1 if tp_group is None else tp_group.size(), shards)
         return y
 
     @staticmethod
@@ -91,7 +99,7 @@ class _LightningLayer(torch.autograd.Function):
         norm_gate_backward[(programs,)](
             out, x, weight, sums, dots, dy, do, dx, dweight, tokens, eps, width * ranks, GIVEN=ranks > 1, **sizes
         )
-        q, k, v = _split(x)
+        q, k, v = split_parts(x)
         cfg = config_for(q, v)
         plan = plan_for(doc_lengths, q, cfg, False, shards)
         do = addressable(do)
