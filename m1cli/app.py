@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -242,12 +242,12 @@ def export(
         str | None, typer.Option(help="Stage whose final checkpoint is exported (32k to 1m, sft); default: the newest.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="One checkpoint directory instead of a stage.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN_DIR/export-STAGE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN_DIR/export-STAGE[-TARGET].")] = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Read every tensor and file back, load them with transformers, and compare with the checkpoint.",
+            help="Read every tensor and byte back, compute logits with a loader of the target, and compare with the checkpoint.",
         ),
     ] = False,
     verify_only: Annotated[
@@ -256,11 +256,18 @@ def export(
             metavar="EXPORT", help="Verify this existing export, and write nothing; exit code 5 if it differs."
         ),
     ] = None,
+    target: Annotated[
+        Literal["hf", "text01", "gguf"] | None,
+        typer.Option(
+            help="Who reads it: transformers; released code, vLLM <= 0.23; llama.cpp. Default: export.target."
+        ),
+    ] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where a verification computes.")] = "cpu",
     prompt: Annotated[list[str] | None, typer.Option(help="Generate from this text with transformers.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a Hugging Face checkpoint with the released tensor names."""
+    """Write a checkpoint for transformers, for the released code, or for llama.cpp, and verify it."""
     with reported(debug):
         from m1cli.commands.export import export_command
 
@@ -274,6 +281,8 @@ def export(
             prompts=prompt or [],
             overwrite=overwrite,
             checkpoint=checkpoint,
+            target=target,
+            device=device,
         )
 
 

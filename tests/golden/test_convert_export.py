@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from support.exporting import (
     MODEL,
     ROPE_BASE,
+    compute_in_this_process,
+    largest_difference,
     make_checkpoint,
     make_tokenizer,
     prepare_tokenizer,
@@ -33,8 +35,10 @@ from m1_stages.decay import Slopes, released_slopes
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource, MemorySource
 from m1_stages.hf.tensor_names import from_released, our_shapes, to_released
-from m1_stages.hf.verify import generate, trained_logits, verify
+from m1_stages.hf.verification.trained import trained_logits
+from m1_stages.hf.verification.transformers_loading import generate, transformers_logits
 from m1_stages.jobs.export import Export, choose_checkpoint
+from m1_stages.jobs.export_verification import verify_export
 
 LENGTH = 600
 
@@ -104,6 +108,11 @@ def oracle(model: ModelConfig, w: dict[str, Tensor], slopes: Slopes, tokens: Ten
     return logits[None, :, : c.vocab_size]
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_in_this_process(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -139,14 +148,14 @@ def test_transformers_computes_the_same(
     slopes = relaxed(model) if custom else released_slopes(model.num_layers, model.num_heads)
     report = write(tmp_path / "hf", tokenizer_dir, model, slopes)
     expected = oracle(model, weights(model), slopes, tokens)
-    assert verify(tmp_path / "hf", expected, tokens) <= 1e-4
+    assert largest_difference(tmp_path / "hf", expected, tokens) <= 1e-4
     assert expected.abs().max() > 2.0
     assert report.portable is portable
     assert any("transformers only" in note for note in report.notes) is not portable
     assert any(name.endswith("slope_rate") for name in stored(tmp_path / "hf")) is custom
     if custom:
         wrong = oracle(model, weights(model), released_slopes(model.num_layers, model.num_heads), tokens)
-        assert verify(tmp_path / "hf", wrong, tokens) > 0.1
+        assert largest_difference(tmp_path / "hf", wrong, tokens) > 0.1
 
 
 def test_three_of_four_buffers_are_not_enough(tmp_path: Path, tokenizer_dir: Path, tokens: Tensor) -> None:
@@ -160,17 +169,17 @@ def test_three_of_four_buffers_are_not_enough(tmp_path: Path, tokenizer_dir: Pat
         folder.mkdir()
         save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_bytes((out / "config.json").read_bytes())
-        assert verify(folder, expected, tokens) > 1e-3, dropped
+        assert largest_difference(folder, expected, tokens) > 1e-3, dropped
 
 
 def test_the_megatron_model_agrees(tmp_path: Path, tokenizer_dir: Path, tokens: Tensor) -> None:
     source, slopes = MemorySource(weights(MODEL)), relaxed(MODEL)
     ours = trained_logits(source, MODEL, slopes=slopes, rope_base=ROPE_BASE, tokens=tokens)
     write(tmp_path / "hf", tokenizer_dir, slopes=slopes, source=source)
-    assert verify(tmp_path / "hf", ours, tokens) <= 1e-4
+    assert largest_difference(tmp_path / "hf", ours, tokens) <= 1e-4
     assert float((ours.double() - oracle(MODEL, weights(MODEL), slopes, tokens)).abs().max()) <= 1e-4
     with pytest.raises(ValueError, match="first block"):
-        verify(tmp_path / "hf", ours[:, :256], tokens[:, :256])
+        transformers_logits(tmp_path / "hf", tokens[:, :256])
 
 
 def test_files(tmp_path: Path, tokenizer_dir: Path) -> None:
@@ -282,6 +291,7 @@ def test_a_damaged_checkpoint_is_refused(committed: tuple[Committed, dict[str, T
         CheckpointSource(read_manifest(tmp_path / "step_00000010"))
 
 
+@pytest.mark.usefixtures("here")
 def test_choosing_and_exporting_a_checkpoint(
     committed: tuple[Committed, dict[str, Tensor]], tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,14 +311,14 @@ def test_choosing_and_exporting_a_checkpoint(
     with pytest.raises(ConfigError, match="trained with another tokenizer"):
         Export(resolved, dataclasses.replace(chosen, meta=other))
     job = Export(resolved, chosen)
-    assert job.contents.lineage.stages == ("32k", "128k")
+    assert [(stage.name, stage.row_tokens) for stage in job.contents.lineage.stages] == [("32k", 128), ("128k", 512)]
     report = job.write(tmp_path / "hf", overwrite=False)
     assert report.portable
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (written["rope_theta"], written["max_position_embeddings"]) == (5e6, 512)
-    seen = job.verify(tmp_path / "hf")
-    assert (seen.tensors, seen.positions, seen.sentences) == (report.tensors, 600, 4)
-    assert seen.max_difference < 1e-5 < seen.largest_logit
+    seen = verify_export(job, tmp_path / "hf")
+    assert (seen.tensors, seen.difference.positions, seen.sentences) == (report.tensors, 3 * 600, 4)
+    assert seen.difference.largest < 1e-5 < seen.difference.largest_logit
 
     def wrong(name: str, tensor: Tensor, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         """A wrong conversion: what it writes, it also expects."""
@@ -318,7 +328,7 @@ def test_choosing_and_exporting_a_checkpoint(
     monkeypatch.setattr("m1_stages.hf.contents.to_exported", wrong)
     job.write(tmp_path / "wrong", overwrite=False)
     with pytest.raises(CheckpointError, match="differ from the trained model's"):
-        job.verify(tmp_path / "wrong")
+        verify_export(job, tmp_path / "wrong")
 
 
 def test_only_an_export_of_ours_is_overwritten(tmp_path: Path, tokenizer_dir: Path) -> None:

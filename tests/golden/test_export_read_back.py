@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.exporting import (
     MODEL,
+    compute_in_this_process,
     contents,
     make_checkpoint,
     make_tokenizer,
@@ -32,12 +33,18 @@ from m1_stages.errors import CheckpointError, ConfigError, DataError
 from m1_stages.hf.checkpoint_tensors import MemorySource
 from m1_stages.hf.read_back import compare_files
 from m1_stages.hf.tokenizer_files import TokenizerFiles
-from m1_stages.hf.verify import compare_tokenizer
+from m1_stages.hf.verification.tokens import compare_tokenizer
 from m1_stages.jobs.export import Export, checkpoint_of, stored_dtype
+from m1_stages.jobs.export_verification import verify_export
 from m1cli.app import app
 
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.2.block_sparse_moe.experts.{}.w2.weight"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_in_this_process(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -238,16 +245,17 @@ def test_the_checkpoint_says_what_the_export_says(finished: tuple[Resolved, Comm
     assert "vocab_size" not in notes
 
 
+@pytest.mark.usefixtures("here")
 def test_an_existing_export_is_verified_against_the_checkpoint_of_its_card(
     finished: tuple[Resolved, Committed], tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     resolved, committed = finished
-    Export(resolved, committed, "bf16").write(tmp_path / "hf", overwrite=False)
-    assert stored_dtype(tmp_path / "hf") == "bf16" != resolved.config.export.dtype
+    Export(resolved, committed, dtype="bf16").write(tmp_path / "hf", overwrite=False)
+    assert stored_dtype(tmp_path / "hf", "hf") == "bf16" != resolved.config.export.dtype
     found = checkpoint_of(resolved, tmp_path / "hf", stage=None, checkpoint=None)
     assert found.path == committed.path
-    job = Export(resolved, found, stored_dtype(tmp_path / "hf"))
-    assert job.verify(tmp_path / "hf").max_difference < 1e-5
+    job = Export(resolved, found, dtype=stored_dtype(tmp_path / "hf", "hf"))
+    assert verify_export(job, tmp_path / "hf").difference.largest < 1e-5
 
     other = shutil.copytree(tokenizer_dir, tmp_path / "other")
     values("tokenizer_config.json", lambda v: v.update(tokenizer_class="T5Tokenizer"))(other)
@@ -255,7 +263,7 @@ def test_an_existing_export_is_verified_against_the_checkpoint_of_its_card(
     job = Export(load_config(resolved.base_dir / "m1.toml", [f"data.out={tmp_path / 'data'}"]), committed)
     job.write(tmp_path / "hf2", overwrite=False)
     with pytest.raises(CheckpointError, match="does not load the tokenizer"):
-        job.verify(tmp_path / "hf2")
+        verify_export(job, tmp_path / "hf2")
 
     card = tmp_path / "hf" / "README.md"
     text = card.read_text()
@@ -270,7 +278,7 @@ def test_an_existing_export_is_verified_against_the_checkpoint_of_its_card(
     assert checkpoint_of(resolved, tmp_path / "hf", stage=None, checkpoint=committed.path).sha256 == committed.sha256
     values("config.json", lambda v: v.update(dtype="float16"))(tmp_path / "hf")
     with pytest.raises(CheckpointError, match="dtype is 'float16'"):
-        stored_dtype(tmp_path / "hf")
+        stored_dtype(tmp_path / "hf", "hf")
 
 
 def test_the_command_verifies_an_existing_export_and_writes_nothing(

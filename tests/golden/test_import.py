@@ -87,6 +87,10 @@ def test_an_export_that_is_imported_is_the_same_bit_for_bit(tmp_path: Path, pres
         assert meta.decay["policy"] == ("imported" if preset == "700m" else "fixed")
         assert meta.extra["rope_base"] == 5e4
         assert meta.extra["contexts"] == {"import": 4096}
+    if preset != "700m":
+        what = contents(tokenizer, model, slopes, target="text01")
+        export(MemorySource(ours), tmp_path / "text01", what, shard_bytes=60_000)
+        assert differing(imported(tmp_path / "from-text01", tmp_path / "text01", model), ours, model) == []
 
 
 def test_released_weights_keep_their_dtypes(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.exporting import stored
 from support.importing import released_tensors, write_source
 from support.pretraining import events_of
 from support.ranks import run_on_ranks
@@ -86,6 +87,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "back": m1("run", "pretrain", "--stage", "32k"),
         "evaluate": m1("run", "evaluate", "--stage", "128k"),
         "next": m1("run", "pretrain", "--stage", "256k"),
+        "export": m1("run", "export", "--out", str(folder / "export-256k")),
+        "export import": m1(
+            "run", "export", "--target", "text01", "--checkpoint", str(folder / "run" / "checkpoints" / "step_00000000")
+        ),
         "import again": m1("run", "import", str(source)),
         "import for cuts": m1("cut", "import", str(source)),
         "cut": cut("cut", 2),
@@ -93,6 +98,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "continued": m1("cut", "pretrain", "--stage", "128k"),
         "import for sft": m1("tuned", "import", str(source)),
         "sft": m1("tuned", "sft"),
+        "export sft": m1("tuned", "export"),
         "import with another tokenizer": m1("strange", "import", str(folder / "other-tokenizer")),
         "refused": m1("strange", "pretrain", "--stage", "128k"),
         "fresh": m1("cut", "pretrain", "--stage", "32k", "--fresh"),
@@ -139,6 +145,15 @@ def test_pretraining_starts_from_it_and_says_so(ran: Ran) -> None:
     batch = rows.batch(step["sample_ids"])
     assert len(batch.doc_lengths) > 2
     assert step["loss"] == pytest.approx(reference_loss(ran.source, batch), abs=2e-5)
+
+
+def test_exports_of_it_name_the_source_and_hold_its_weights(ran: Ran) -> None:
+    folder = ran.config.parent
+    for export in (folder / "export-256k", folder / "run" / "export-import-text01", folder / "tuned" / "export-sft"):
+        assert "imported: hf" in (export / "README.md").read_text(), export
+    source, again = stored(ran.source), stored(folder / "run" / "export-import-text01")
+    assert source.keys() <= again.keys()
+    assert all(torch.equal(again[name], tensor.to(again[name].dtype)) for name, tensor in source.items())
 
 
 def test_checkpoints_carry_the_base_and_the_lineage(ran: Ran) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -18,11 +19,13 @@ from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
 from m1_stages.config import ModelConfig
 from m1_stages.decay import Slopes, released_slopes
 from m1_stages.hf.checkpoint_tensors import MemorySource, TensorSource
-from m1_stages.hf.config_json import Lineage
 from m1_stages.hf.contents import Contents
 from m1_stages.hf.export import ExportReport, export
+from m1_stages.hf.model_card import Lineage, StageFacts
 from m1_stages.hf.tensor_names import our_shapes
 from m1_stages.hf.tokenizer_files import TokenizerFiles
+from m1_stages.hf.verification import child
+from m1_stages.hf.verification.transformers_loading import transformers_logits
 
 MODEL = ModelConfig(
     hidden_size=48, num_layers=4, num_heads=4, head_dim=16, num_kv_heads=2, rotary_dim=16, num_experts=4,
@@ -30,8 +33,8 @@ MODEL = ModelConfig(
 )  # fmt: skip
 ROPE_BASE = 5e4
 LINEAGE = Lineage(
-    checkpoint="step_00000010", checkpoint_sha256="ab" * 32, stages=("32k", "128k"), tokens_seen=12_345, global_step=10,
-    decay_policy="relax",
+    checkpoint="step_00000010", checkpoint_sha256="ab" * 32, tokens_seen=12_345, global_step=10, decay_policy="relax",
+    stages=(StageFacts(name="32k", row_tokens=1024), StageFacts(name="128k", row_tokens=4096, rope_base=5e6, tokens=9, mix="x")),
 )  # fmt: skip
 
 
@@ -97,6 +100,20 @@ def write(
 ) -> ExportReport:
     what = contents(tokenizer_dir, model, slopes, **kw)
     return export(source or MemorySource(weights(model)), out, what, shard_bytes=shard_bytes, overwrite=overwrite)
+
+
+def largest_difference(folder: Path, expected: Tensor, tokens: Tensor) -> float:
+    """Largest difference of the logits that transformers computes from an export."""
+    return float((transformers_logits(folder, tokens).double() - expected.double()).abs().max())
+
+
+def compute_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a verification compute here: a child spends its time importing torch, Megatron-Core and transformers."""
+
+    def compute(job: dict[str, Any], tokens: Tensor, device: str) -> dict[str, Tensor]:
+        return child.compute(json.loads(json.dumps(job | {"device": device})), tokens)
+
+    monkeypatch.setattr(child, "in_child", compute)
 
 
 def stored(folder: Path) -> dict[str, Tensor]:

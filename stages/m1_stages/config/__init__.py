@@ -1,5 +1,6 @@
 """Defines the configuration of a run (``schema``), loads it (``load``) and checks it (``check``). It needs no torch."""
 
+from m1_stages.config.export_section import ExportConfig
 from m1_stages.config.schema import (
     PRESETS,
     STAGE_NAMES,
@@ -7,7 +8,6 @@ from m1_stages.config.schema import (
     Config,
     CurriculumConfig,
     EvaluateConfig,
-    ExportConfig,
     GuardConfig,
     ModelConfig,
     OptimConfig,

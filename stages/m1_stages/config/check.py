@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import date
 
 from m1_data.storage.ownership import why_not_a_name
@@ -282,6 +283,12 @@ class _Checker:
         self.not_negative("run", "seed")
         self.positive("parallel", "timeout_s")
         self.positive("export", "shard_gib")
+        self.require(
+            re.fullmatch(r"[A-Za-z0-9.+-]*", self.config.export.license) is not None,
+            "export.license",
+            f"export.license is {self.config.export.license!r}, which is no identifier of a licence",
+            'for example license = "apache-2.0", or "other"; leave it empty when there is none',
+        )
         self.positive("tokenizer", "vocab_size", "train_bytes")
         self.not_negative("data", "verify_docs", "held_out")
         self.share("data.max_bad_share", self.config.data.max_bad_share)

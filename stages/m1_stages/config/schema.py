@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from m1_data.errors import ConfigError
 from m1_data.spec import PrepareSpec, StageMix, TokenizerSpec
+from m1_stages.config.export_section import ExportConfig
 
 PRESETS = ("tiny", "700m", "7b-a1b", "m1-456b")
 STAGE_NAMES = ("32k", "128k", "256k", "512k", "1m")
@@ -45,7 +46,9 @@ class ModelConfig:
     num_heads: Annotated[int, "attention heads; a power of two, else decay rates differ between loaders"]
     head_dim: Annotated[int, "channels per head"]
     num_kv_heads: Annotated[int, "key/value heads of the softmax layers"]
-    rotary_dim: Annotated[int, "rotated channels per head; only rotary_dim = head_dim exports to every loader"]
+    rotary_dim: Annotated[
+        int, "rotated channels per head; with fewer than head_dim, each loader needs its own export target"
+    ]
     num_experts: Annotated[int, "experts per layer"]
     expert_hidden_size: Annotated[int, "inner width of one SwiGLU expert"]
     vocab_size: Annotated[int, "vocabulary; 0 takes it from the tokenizer of the prepared data"] = 0
@@ -257,14 +260,6 @@ class EvaluateConfig:
     samples: Annotated[int, "needle documents for each length and depth"] = 4
     documents: Annotated[int, "held-out documents for the loss by position, the longest ones"] = 8
     gate: Annotated[float, "mean recall a stage must reach before the next one starts; 0 asks for none"] = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExportConfig:
-    """The settings of a Hugging Face export."""
-
-    dtype: Annotated[Literal["fp32", "bf16"], "stored weights; decode in bf16 is unsound in transformers"] = "fp32"
-    shard_gib: Annotated[float, "largest safetensors file, GiB"] = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

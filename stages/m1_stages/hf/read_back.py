@@ -16,15 +16,22 @@ from torch import Tensor
 
 from m1_stages.errors import CheckpointError
 from m1_stages.hf.checkpoint_tensors import TensorSource, require_all
-from m1_stages.hf.contents import CARD, CONFIG, GENERATION_CONFIG, Contents
+from m1_stages.hf.checksums import FIX, refuse_changed
+from m1_stages.hf.contents import CONFIG, GENERATION_CONFIG, Contents
+from m1_stages.hf.model_card import CARD
 from m1_stages.hf.safetensors_writer import INDEX
 
-_READ_BY_LOADERS = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.py", "*.model")
-_FIX = "do not use this export; write it again with --overwrite"
+_READ_BY_LOADERS = tuple(
+    f"*.{ending}" for ending in (
+        "safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "json", "jinja", "py", "model",
+    )
+)  # fmt: skip
 
 
 def compare_files(source: TensorSource, folder: Path, contents: Contents) -> int:
-    """Compare all files of an export, but the prose of its model card, with what they should hold.
+    """Compare all files of an export with what they should hold, and with their hashes from when it was written.
+
+    The model card has its hash alone: evaluations may have come since.
 
     One of our tensors and one mapped file are in memory at a time. Nothing is written.
 
@@ -37,7 +44,8 @@ def compare_files(source: TensorSource, folder: Path, contents: Contents) -> int
     require_all(source, contents.model, contents.lineage.checkpoint)
     planned = contents.planned()
     place = _weight_map(folder, planned)
-    _refuse_other_files(folder, {*contents.files(), INDEX, *place.values()})
+    names = {*contents.files(), INDEX, *place.values()}
+    refuse_other_files(folder, names)
     for name, data in contents.files().items():
         if name in (CONFIG, GENERATION_CONFIG):
             _compare_values(folder / name, json.loads(data))
@@ -46,6 +54,7 @@ def compare_files(source: TensorSource, folder: Path, contents: Contents) -> int
     with _Shards(folder, place) as shards:
         for name, expected in contents.tensors(source):
             shards.compare(name, expected)
+    refuse_changed(folder, names)
     return len(planned)
 
 
@@ -82,7 +91,7 @@ def _weight_map(folder: Path, planned: dict[str, Tensor]) -> dict[str, str]:
     return place
 
 
-def _refuse_other_files(folder: Path, expected: set[str]) -> None:
+def refuse_other_files(folder: Path, expected: set[str]) -> None:
     """Refuse what a loader would read in place of the export's files, or beside them."""
     for pattern in _READ_BY_LOADERS:
         for path in sorted(folder.glob(pattern)):
@@ -126,22 +135,7 @@ class _Shards:
         if name not in self._keys:
             raise _differs(path, f"{name} is not in the file that {INDEX} names")
         found = self._handle.get_tensor(name)
-        if (found.dtype, found.shape) != (expected.dtype, expected.shape):
-            raise _differs(
-                path,
-                f"{name} is {tuple(found.shape)} of {found.dtype}, of the checkpoint it is {tuple(expected.shape)} "
-                f"of {expected.dtype}",
-            )
-        differing = _bits(found) != _bits(expected)
-        if count := int(differing.sum()):
-            first = tuple(
-                int(n) for n in torch.unravel_index(differing.flatten().to(torch.uint8).argmax(), found.shape)
-            )
-            raise _differs(
-                path,
-                f"{name}{list(first)} is {float(found[first])!r}, of the checkpoint it is {float(expected[first])!r} "
-                f"({count:,} of {found.numel():,} values differ)",
-            )
+        refuse_different(path, name, found, expected)
 
     def _switch(self, file: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -161,6 +155,28 @@ class _Shards:
             self._handle = None
 
 
+def refuse_different(path: Path, name: str, found: Tensor, expected: Tensor) -> None:
+    """Compare a tensor that was read back with the checkpoint's, bit by bit.
+
+    Raises:
+        CheckpointError: it has another shape, dtype or value; the message names the first element and both values.
+    """
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        raise _differs(
+            path,
+            f"{name} is {tuple(found.shape)} of {found.dtype}, of the checkpoint it is {tuple(expected.shape)} "
+            f"of {expected.dtype}",
+        )
+    differing = _bits(found) != _bits(expected)
+    if count := int(differing.sum()):
+        first = tuple(int(n) for n in torch.unravel_index(differing.flatten().to(torch.uint8).argmax(), found.shape))
+        raise _differs(
+            path,
+            f"{name}{list(first)} is {float(found[first])!r}, of the checkpoint it is {float(expected[first])!r} "
+            f"({count:,} of {found.numel():,} values differ)",
+        )
+
+
 def _bits(tensor: Tensor) -> Tensor:
     """The values as whole numbers: a NaN equals itself, and 0.0 differs from -0.0."""
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
@@ -174,4 +190,4 @@ def _read(path: Path) -> bytes:
 
 
 def _differs(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"the export is not the checkpoint's: {what}", where=str(path), fix=_FIX)
+    return CheckpointError(f"the export is not the checkpoint's: {what}", where=str(path), fix=FIX)

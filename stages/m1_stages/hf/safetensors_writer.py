@@ -29,7 +29,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, planned: Mapping[str, Tensor], shard_bytes: int) -> None:
-        self._folder, self._planned, self._waiting = folder, planned, iter(planned)
+        self._folder, self.planned, self._waiting = folder, planned, iter(planned)
         shards = _shards(planned, shard_bytes)
         names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
         self.files = tuple(names)
@@ -45,7 +45,7 @@ class ShardWriter:
             ValueError: another name, shape or dtype was planned.
             OSError: the disk is full or failing.
         """
-        expected, planned = next(self._waiting, None), self._planned.get(name)
+        expected, planned = next(self._waiting, None), self.planned.get(name)
         if planned is None or name != expected or (tensor.shape, tensor.dtype) != (planned.shape, planned.dtype):
             raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} comes where {expected} was planned")
         file = self._place[name]
@@ -73,7 +73,7 @@ class ShardWriter:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         for key in keys:
-            tensor = self._planned[key]
+            tensor = self.planned[key]
             start, end = end, end + tensor.nbytes
             entries[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()

@@ -67,6 +67,16 @@ class TokenizerFiles:
             own_code=json.dumps(own_code) if own_code else "",
         )
 
+    @property
+    def template(self) -> bytes:
+        """The chat template that a loader takes: the file, else that of ``tokenizer_config.json``, of several the default one."""
+        if TEMPLATE in self.files:
+            return self.files[TEMPLATE]
+        said = json.loads(self.files["tokenizer_config.json"])["chat_template"]
+        if not isinstance(said, str):
+            said = next((one["template"] for one in said if one["name"] == "default"), "")
+        return str(said).encode()
+
 
 def _read_template(path: Path) -> bytes:
     try:

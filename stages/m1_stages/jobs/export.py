@@ -1,46 +1,28 @@
-"""Exports a run for ``m1 export``: chooses a checkpoint, writes the export, compares it with the trained model."""
+"""Exports a run for ``m1 export``: chooses a checkpoint, and writes the export (``export_verification`` compares it)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
-from m1_stages.curriculum import IMPORT, SFT, config_section, train_command
+from m1_stages.curriculum import SFT, train_command
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
-from m1_stages.hf.config_json import DTYPE_NAMES, DTYPES, Lineage, checkpoint_of_card
-from m1_stages.hf.contents import CARD, CONFIG, Contents
+from m1_stages.hf.checksums import FIX
+from m1_stages.hf.config_json import DTYPE_NAMES
+from m1_stages.hf.contents import CONFIG, Contents
 from m1_stages.hf.export import ExportReport, export
-from m1_stages.hf.read_back import compare_files, read_json
-from m1_stages.hf.tensor_names import PREFILL_BLOCK
+from m1_stages.hf.llama_cpp.convert import find_converter
+from m1_stages.hf.model_card import CARD, checkpoint_of_card
+from m1_stages.hf.read_back import read_json
+from m1_stages.hf.targets import Target, gguf_name
 from m1_stages.hf.tokenizer_files import TokenizerFiles
-from m1_stages.hf.verify import compare_tokenizer, trained_logits, verify
+from m1_stages.jobs.export_facts import changes_since, contexts_of, lineage_of
 from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.run_dir import CHECKPOINTS
-
-VERIFY_TOKENS = 2 * PREFILL_BLOCK + 88
-"""Tokens of a verification: two full blocks of transformers' prefill and a partial one."""
-TOLERANCE = 1e-4
-"""Largest permitted difference of a logit; fp32 against fp32 stays near 1e-6."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
-    """The result of a verification."""
-
-    tensors: int
-    """Tensors that were read back, all of them equal bit by bit."""
-    sentences: int
-    """Sentences that transformers' tokenizer splits as ``tokenizer.json`` does."""
-    max_difference: float
-    largest_logit: float
-    positions: int
 
 
 def choose_checkpoint(resolved: Resolved, *, stage: str | None, checkpoint: Path | None) -> Committed:
@@ -105,21 +87,34 @@ def checkpoint_of(resolved: Resolved, folder: Path, *, stage: str | None, checkp
     )
 
 
-def stored_dtype(folder: Path) -> str:
-    """Return the dtype of an existing export, ``fp32`` or ``bf16``, as its ``config.json`` says.
+def stored_dtype(folder: Path, target: Target) -> str:
+    """Return the dtype of an existing export, ``fp32`` or ``bf16``, as its ``config.json`` or the name of its file says.
 
     Raises:
         CheckpointError: it does not say one of them.
     """
-    name = read_json(folder / CONFIG).get("dtype")
-    for dtype, known in DTYPE_NAMES.items():
-        if name == known:
-            return dtype
-    raise CheckpointError(
-        f"dtype is {name!r}, and m1 exports {' or '.join(DTYPE_NAMES.values())}",
-        where=str(folder / CONFIG),
-        fix="do not use this export; write it again with --overwrite",
-    )
+    if target == "gguf":
+        names = [path.name for path in folder.glob("*.gguf")]
+        for dtype in DTYPE_NAMES:
+            if names == [gguf_name(dtype)]:
+                return dtype
+        what, where = (
+            f"the weight files are {names}, and m1 writes one: {gguf_name('fp32')} or {gguf_name('bf16')}",
+            folder,
+        )
+    else:
+        config, where = read_json(folder / CONFIG), folder / CONFIG
+        key = "dtype" if target == "hf" else "torch_dtype"
+        for dtype, known in DTYPE_NAMES.items():
+            if config.get(key) == known:
+                return dtype
+        what = f"{key} is {config.get(key)!r}, and m1 exports {' or '.join(DTYPE_NAMES.values())}"
+    raise CheckpointError(what, where=str(where), fix=FIX)
+
+
+def stored_architecture(folder: Path) -> str:
+    """Return the class that ``config.json`` of an existing ``text01`` export names."""
+    return str(read_json(folder / CONFIG)["architectures"][0])
 
 
 class Export:
@@ -128,138 +123,63 @@ class Export:
     What the export says of the model comes from the checkpoint. ``notes`` names what the configuration says otherwise by now.
 
     Args:
+        target: who reads the export; None takes ``export.target``.
         dtype: ``fp32`` or ``bf16``; None takes ``export.dtype``.
+        architecture: the class that a ``text01`` export names; None takes ``export.architecture``.
 
     Raises:
         CheckpointError: a file of the checkpoint is not what was written.
         ConfigError: it was trained with another tokenizer than that of the prepared data.
-        DataError: there is no prepared data, or its manifest or tokenizer is damaged.
+        DataError: there is no prepared data, or its manifest or tokenizer, or an evaluation of the checkpoint, is damaged.
     """
 
-    def __init__(self, resolved: Resolved, committed: Committed, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        committed: Committed,
+        *,
+        target: Target | None = None,
+        dtype: str | None = None,
+        architecture: str | None = None,
+    ) -> None:
         config, meta = resolved.config, committed.meta
         tokenizer = open_tokenizer(resolved)
         refuse_other_tokenizer(committed, tokenizer.tokenizer_sha256, resolved.path(config.data.out))
         self._resolved, self.committed = resolved, committed
-        self.notes: list[str] = []
         self.source = CheckpointSource(committed)
         template = config.sft.chat_template
-        contexts = self._contexts()
+        contexts, self.notes = contexts_of(committed, resolved)
         self.contents = Contents(
             model=ModelConfig(**meta.extra["model"]),
             slopes=meta.decay["slopes"],
             rope_base=float(meta.extra["rope_base"]),
             max_positions=max(contexts.values()),
             dtype=dtype or config.export.dtype,
-            lineage=_lineage(committed, tuple(contexts)),
+            lineage=lineage_of(committed, contexts, config.export.license),
             tokenizer=TokenizerFiles.of(
                 resolved.path(config.data.out) / "tokenizer",
                 resolved.path(template) if template else None,
             ),
+            target=target or config.export.target,
+            architecture=architecture or config.export.architecture,
         )
-        self._note_changes(contexts)
+        self.notes += changes_since(committed, resolved, contexts)
 
     def write(self, out: Path, *, overwrite: bool) -> ExportReport:
         """Write the export to ``out``.
 
         Raises:
-            M1Error: what ``hf.export.export`` raises.
+            M1Error: what ``hf.export.export`` and, for the target ``gguf``, ``find_converter`` raise.
         """
-        shard_bytes = round(self._resolved.config.export.shard_gib * 2**30)
-        return export(self.source, out, self.contents, shard_bytes=shard_bytes, overwrite=overwrite)
-
-    def verify(self, out: Path) -> Comparison:
-        """Compare every file of ``out`` with the checkpoint, then transformers' logits with the Megatron model's.
-
-        Raises:
-            CheckpointError: a value differs, or logits differ by more than rounding.
-            EnvironmentProblem: transformers is not installed, or a GPU has no room.
-        """
-        tensors = compare_files(self.source, out, self.contents)
-        sentences = compare_tokenizer(out)
-        model = self.contents.model
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, model.vocab_size, (1, VERIFY_TOKENS), generator=generator)
-        reference = trained_logits(
+        config, llama_cpp = self._resolved.config.export, None
+        if self.contents.target == "gguf":
+            sources = str(self._resolved.path(config.llama_cpp)) if config.llama_cpp else ""
+            llama_cpp = find_converter(sources, "key export.llama_cpp")
+        return export(
             self.source,
-            model,
-            slopes=self.contents.slopes,
-            rope_base=self.contents.rope_base,
-            tokens=tokens,
-            rounded_to=DTYPES[self.contents.dtype],
+            out,
+            self.contents,
+            shard_bytes=round(config.shard_gib * 2**30),
+            overwrite=overwrite,
+            llama_cpp=llama_cpp,
         )
-        largest, difference = float(reference.abs().max()), verify(out, reference, tokens)
-        if difference > TOLERANCE:
-            raise CheckpointError(
-                f"transformers' logits differ from the trained model's by {difference:.3g} (largest logit {largest:.3g})",
-                where=str(out),
-                fix="do not use this export, and report this with the configuration",
-            )
-        return Comparison(
-            tensors=tensors,
-            sentences=sentences,
-            max_difference=difference,
-            largest_logit=largest,
-            positions=VERIFY_TOKENS,
-        )
-
-    def _contexts(self) -> dict[str, int]:
-        """Tokens per row of every stage on the way to the checkpoint, in order."""
-        meta, config = self.committed.meta, self._resolved.config
-        if recorded := meta.extra.get("contexts"):
-            return dict(recorded)
-        last = meta.stage if meta.stage in STAGE_NAMES else config.sft.base_stage
-        stages = STAGE_NAMES[: STAGE_NAMES.index(last) + 1]
-        contexts = {stage: config.seq_len(stage) for stage in stages}
-        if meta.stage == SFT:
-            contexts[SFT] = config.sft_seq_len
-        self.notes.append(
-            "the checkpoint does not record its stages and their context lengths (an older version wrote it): "
-            f"{' -> '.join(contexts)} and at most {max(contexts.values()):,} tokens come from the configuration"
-        )
-        return contexts
-
-    def _note_changes(self, contexts: dict[str, int]) -> None:
-        """Name every key that describes the exported model and has another value in the configuration by now."""
-        config, meta = self._resolved.config, self.committed.meta
-        now = {f"model.{key}": value for key, value in self._resolved.as_dict()["model"].items()}
-        then = {f"model.{key}": value for key, value in meta.extra["model"].items()}
-        if not now["model.vocab_size"]:
-            now["model.vocab_size"] = then["model.vocab_size"]  # comes from the data
-        base = (
-            meta.stage if meta.stage in STAGE_NAMES else next((s for s in reversed(contexts) if s in STAGE_NAMES), None)
-        )
-        imported = IMPORT in contexts  # its base and rates may be those of no stage
-        if base is not None and not imported:
-            then |= {f"stages.{base}.rope_base": meta.extra["rope_base"], "curriculum.decay": meta.decay["policy"]}
-            now |= {
-                f"stages.{base}.rope_base": config.stages[base].rope_base,
-                "curriculum.decay": config.curriculum.decay,
-            }
-        for stage, length in contexts.items():
-            if stage == IMPORT:
-                continue
-            name = f"row length of {config_section(stage)}"
-            then[name], now[name] = length, config.sft_seq_len if stage == SFT else config.seq_len(stage)
-        self.notes += [
-            f"{key} was {then.get(key)!r} in training and is {now.get(key)!r} in the configuration: the export says "
-            f"{then.get(key)!r}"
-            for key in (*then, *(key for key in now if key not in then))
-            if then.get(key) != now.get(key)
-        ]
-
-
-def _lineage(committed: Committed, stages: tuple[str, ...]) -> Lineage:
-    """Return the origin of the weights: checkpoint, stages, tokens, decay policy."""
-    meta = committed.meta
-    return Lineage(
-        checkpoint=committed.path.name,
-        checkpoint_sha256=committed.sha256,
-        stages=stages,
-        tokens_seen=meta.extra["tokens_seen"],
-        global_step=meta.global_step,
-        decay_policy=meta.decay["policy"],
-        config_sha256=meta.config_sha256,
-        data_fingerprint=meta.data_fingerprint,
-        versions=meta.versions,
-    )
