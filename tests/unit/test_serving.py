@@ -139,6 +139,8 @@ def test_several_prompts_and_stop_texts(served: Served, model: Any) -> None:
     assert [(c["index"], c["text"]) for c in done["choices"]] == [(0, plain[0]), (1, plain[1])]
     assert len(done["choices"][1]["logprobs"]["token_logprobs"]) == 16
     assert served.ask("completions", prompt=texts, temperature=0)["choices"][1]["text"] == plain[1]
+    twice = served.ask("completions", prompt=texts, temperature=0, n=2)["choices"]
+    assert [(c["index"], c["text"]) for c in twice] == [(i, plain[i // 2]) for i in range(4)]
     stopped = served.ask("completions", prompt=texts[0], temperature=0, stop=[plain[0][4:6]])["choices"][0]
     assert (stopped["text"], stopped["finish_reason"]) == (plain[0][: plain[0].index(plain[0][4:6])], "stop")
     assert (
