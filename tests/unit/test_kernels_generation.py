@@ -103,7 +103,7 @@ def test_a_lightning_layer_goes_on_from_its_state(backend: str, monkeypatch: pyt
     assert largest(one, expected_state[1:2]) < 1e-5
 
 
-@pytest.mark.parametrize("tokens", [1, 23])
+@pytest.mark.parametrize("tokens", [1, 23, 150])  # 150: an expert has more slots than are multiplied together
 def test_experts_of_few_tokens(tokens: int) -> None:
     experts, width, inner = 4, 48, 40
     x, w13, w2 = random(tokens, width), random(experts, 2, inner, width), random(experts, width, inner)

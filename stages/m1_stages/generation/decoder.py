@@ -65,10 +65,9 @@ class Decoder:
     def __init__(self, model: IncrementalModel, states: SlotStates, replica: Replica, *, steps: int) -> None:
         self.model, self.states, self.steps, self._replica = model, states, steps, replica
         slots, device = states.slots, model.device
-        self._rules: list[SlotRule] = [IDLE] * slots
         self.token, self.length = (torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(2))
         self._active = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._device_rules = rules_on(device, self._rules)
+        self._rules = rules_on(device, [IDLE] * slots)
         self._uniform = torch.zeros(steps, slots, dtype=torch.float64, device=device)
         self._forced = torch.full((steps, slots), -1, dtype=torch.int64, device=device)
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
@@ -85,15 +84,11 @@ class Decoder:
         at = device_copy(slots, torch.int64, self.token.device)
         self.token[at] = tokens
         self.length[at] = device_copy(lengths, torch.int64, self.token.device)
-        for slot, rule in zip(slots, rules, strict=True):
-            self._rules[slot] = rule
-        self._rules_changed(at, 1)
+        self._set_rules(at, rules, active=1)
 
     def stop(self, slots: Sequence[int]) -> None:
         """Let the tokens of ``slots`` be meaningless from now on."""
-        for slot in slots:
-            self._rules[slot] = IDLE
-        self._rules_changed(device_copy(slots, torch.int64, self.token.device), 0)
+        self._set_rules(device_copy(slots, torch.int64, self.token.device), [IDLE] * len(slots), active=0)
 
     def weights_changed(self) -> None:
         """Record the step anew if the RoPE base is another one: the graph holds its value, and reads all else from tensors."""
@@ -117,7 +112,7 @@ class Decoder:
     @torch.no_grad()
     def _step(self) -> None:
         hidden = self.model.decode(self.token, self.length, self._active > 0, self.states)
-        chosen = self._device_rules.choose(
+        chosen = self._rules.choose(
             self.model.logits(hidden),
             self.length + 2,
             self._uniform.index_select(0, self._at)[0],
@@ -131,10 +126,10 @@ class Decoder:
         self.length.add_(self._active).clamp_(max=self.states.capacity - 1)
         self._at.add_(1)
 
-    def _rules_changed(self, at: Tensor, active: int) -> None:
+    def _set_rules(self, at: Tensor, rules: Sequence[SlotRule], *, active: int) -> None:
         self._active[at] = active
-        for mine, new in zip(self._device_rules, rules_on(self.token.device, self._rules), strict=True):
-            mine.copy_(new)
+        for mine, new in zip(self._rules, rules_on(self.token.device, rules), strict=True):
+            mine[at] = new
 
     def _warm_up(self) -> None:
         """Compile and allocate all that a step needs, on a stream of its own. No slot is in use yet."""

@@ -106,11 +106,11 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """End all unfinished answers of a request; their last updates come with the next step."""
-        for sequence in [*self._waiting, *self._reading, *self._running.values()]:
-            if sequence.number == number:
-                sequence.finish("cancelled", self.weights)
-                self._release(sequence)
-                self._news[sequence] = None
+        mine = [s for s in [*self._waiting, *self._reading, *self._running.values()] if s.number == number]
+        for sequence in mine:
+            sequence.finish("cancelled", self.weights)
+            self._news[sequence] = None
+        self._release(mine)
         self._waiting = deque(s for s in self._waiting if s.number != number)
 
     def step(self) -> list[Update]:
@@ -245,14 +245,15 @@ class Engine:
                     self._news[sequence] = None
                     if sequence.completion is not None:
                         finished.append(sequence)
-        for sequence in finished:
-            self._release(sequence)
+        self._release(finished)
 
-    def _release(self, sequence: Sequence) -> None:
-        self._reading.pop(sequence, None)
-        if sequence.slot >= 0:
-            if self._running.pop(sequence.slot, None) is not None:
-                self._decoder.stop([sequence.slot])
+    def _release(self, sequences: list[Sequence]) -> None:
+        """Free the slots of finished answers, of all at once: each call to the device costs the others time."""
+        held = [sequence for sequence in sequences if sequence.slot >= 0]
+        if running := [s.slot for s in held if self._running.pop(s.slot, None) is not None]:
+            self._decoder.stop(running)
+        for sequence in held:
+            self._reading.pop(sequence, None)
             self._free.append(sequence.slot)
             sequence.slot = -1
 
