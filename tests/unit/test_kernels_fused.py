@@ -74,7 +74,7 @@ def test_gated_activation(inner: int) -> None:
     want = gradients(F.silu(gate) * up * doubles[1][:, None], grad.double(), *doubles)
     near([swiglu_triton(gate_up, weight), *swiglu_backward_triton(gate_up, weight, grad)[1:]], want)
     near([swiglu_backward_triton(gate_up, weight, grad)[0]], want[:1])
-    near([experts._activate(gate_up, weight), *experts._activate_backward(gate_up, weight, grad)[1:]], want)
+    near([experts.swiglu(gate_up, weight), *experts._activate_backward(gate_up, weight, grad)[1:]], want)
 
 
 def test_sum_of_a_tokens_rows() -> None:
@@ -149,13 +149,13 @@ class Calls(TorchDispatchMode):
 
 def test_recomputation_repeats_no_softmax_and_no_expert_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"experts": 0}
-    products: Callable[..., Tensor] = experts._product
+    products: Callable[..., Tensor] = experts.expert_product
 
     def counted(*args: Tensor) -> Tensor:
         calls["experts"] += 1
         return products(*args)
 
-    monkeypatch.setattr(experts, "_product", counted)
+    monkeypatch.setattr(experts, "expert_product", counted)
     x = torch.randn(1, 2, 16, 8, requires_grad=True)
     w13, w2 = torch.randn(3, 2, 4, 8), torch.randn(3, 8, 4)
     index = torch.arange(32).remainder(3)[:, None]
