@@ -90,7 +90,7 @@ def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str,
     data_dir = resolved.path(resolved.config.data.out)
     refuse_other_tokenizer(committed, manifest.tokenizer_sha256, data_dir)
     template = resolved.path(resolved.config.sft.chat_template) if resolved.config.sft.chat_template else None
-    context = options.context or longest_context(resolved, committed)
+    context = longest_context(resolved, committed) if options.context is None else options.context
     sizes = EngineOptions(slots=options.slots, capacity=context, prefill_tokens=options.prefill_tokens)
     encoder = PromptEncoder(data_dir / "tokenizer", manifest.eod_token, template, date=resolved.config.sft.date)
     try:
