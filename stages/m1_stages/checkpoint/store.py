@@ -34,6 +34,7 @@ from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_
 LATEST = "LATEST"
 _STEP = re.compile(r"step_(\d{8,})$")
 _LEFT_BEHIND = re.compile(r"step_\d{8,}\.tmp-([0-9a-f]{8}|removed)$")
+_ANOTHER = "use another checkpoint, or copy this one again"
 _LOOK_S = 0.2
 """Seconds between two looks at a writer that is waited for."""
 
@@ -281,9 +282,9 @@ class CheckpointStore:
             size, expected = committed.files[name]
             path = committed.path / name
             if name not in present:
-                raise CheckpointError(f"{name} is missing", where=str(committed.path))
+                raise CheckpointError(f"{name} is missing", where=str(committed.path), fix=_ANOTHER)
             if path.stat().st_size != size or sha256_of(path, self._on_waiting) != expected:
-                raise CheckpointError(f"{name} is not what was written", where=str(committed.path))
+                raise CheckpointError(f"{name} is not what was written", where=str(committed.path), fix=_ANOTHER)
             if name == ".metadata":
                 check_metadata(path)
 
