@@ -21,7 +21,7 @@ from m1_stages.jobs import pretrain
 
 
 def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any]:
-    """Train stages and say how it ended, as the command would: ``exit`` (its code), ``error``, and how many checkpoints it ``loaded``.
+    """Train stages and say how it ended, as the command would: ``exit`` (its code), ``error``; ``loaded`` counts checkpoints.
 
     Args:
         job: ``config``, a path, and ``stages``, a name, "all" or a list of names; if need be ``set``, overrides, ``force``,
