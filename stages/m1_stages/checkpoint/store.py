@@ -32,8 +32,8 @@ from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together
 
 LATEST = "LATEST"
-_STEP = re.compile(r"step_(\d{8,})$")
-_LEFT_BEHIND = re.compile(r"step_\d{8,}\.tmp-([0-9a-f]{8}|removed)$")
+_STEP = re.compile(r"step_(\d{8,})(-[a-z0-9]+)?$")
+_LEFT_BEHIND = re.compile(r"step_\d{8,}(-[a-z0-9]+)?\.tmp-([0-9a-f]{8}|removed)$")
 _LOOK_S = 0.2
 """Seconds between two looks at a writer that is waited for."""
 
@@ -151,8 +151,13 @@ class CheckpointStore:
             CheckpointError: the step is committed already, the writer of an earlier save is still stuck, or there is no room.
         """
         assert self._saving is None, "one save at a time: poll(wait=True) first"
+        committed = self.committed()
+        newest = next(iter(committed), None)
         final = self.root / f"step_{meta.global_step:08d}"
-        newest = self.latest()
+        if any(c.path == final and c.meta.stage != meta.stage for c in committed):
+            final = final.with_name(
+                f"{final.name}-{meta.stage}"
+            )  # both start from one stage: fine-tuning, and the next one
         if final.exists():
             raise CheckpointError("this step is committed already", where=str(final), fix="use another run.dir")
         temporary = gather(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"))[0]
