@@ -35,27 +35,27 @@ def generate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON Lines file for the answers; default: the terminal.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    min_tokens: Annotated[int, typer.Option(help="Fewest tokens of an answer.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 256,
+    min_tokens: Annotated[int, typer.Option(help="Fewest tokens of an answer.", min=0)] = 0,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this probability together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each prompt.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each prompt.", min=1)] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; can be repeated.")] = None,
     stop_id: Annotated[list[int] | None, typer.Option(help="Token that ends an answer; can be repeated.")] = None,
     repetition_tokens: Annotated[
-        int, typer.Option(help="End an answer after so many tokens that are each nearly certain; 0: never.")
+        int, typer.Option(help="End an answer after so many tokens that are each nearly certain; 0: never.", min=0)
     ] = 3000,
     repetition_probability: Annotated[float, typer.Option(help="What nearly certain means.")] = 0.99,
     thinking_budget: Annotated[
-        int | None, typer.Option(help="Most tokens of the reasoning; then it is closed, and the answer follows.")
+        int | None, typer.Option(help="Most tokens of the reasoning; then it is closed, and the answer follows.", min=0)
     ] = None,
-    slots: Annotated[int, typer.Option(help="Answers that are written at the same time.")] = 64,
+    slots: Annotated[int, typer.Option(help="Answers that are written at the same time.", min=1)] = 64,
     context: Annotated[
-        int | None, typer.Option(help="Most tokens of prompt and answer; default: the longest trained context.")
+        int | None, typer.Option(help="Most tokens of prompt and answer; default: the longest trained context.", min=1)
     ] = None,
-    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens that are read at once.")] = 32_768,
+    prefill_tokens: Annotated[int, typer.Option(help="Prompt tokens that are read at once.", min=1)] = 32_768,
     serve: Annotated[
         bool, typer.Option("--serve", help="Answer OpenAI's HTTP interface instead, on one device, until Ctrl-C.")
     ] = False,

@@ -83,8 +83,8 @@ def generate_command(
     if options.stage is not None and options.stage not in (*STAGE_NAMES, SFT):
         known = ", ".join((*STAGE_NAMES, SFT))
         raise ConfigError(f"there is no stage {options.stage!r}", fix=f"choose one of {known}")
-    if out is not None and out.exists() and not overwrite and not is_worker():
-        raise ConfigError("the file exists already", where=str(out), fix="choose another --out, or --overwrite")
+    if out is not None and is_rank_0:  # the launcher, and of ranks that another one started, the one that will write
+        _refuse_out(out, file, overwrite=overwrite)
     starts_ranks = not is_worker() and num_processes(resolved) > 1
     if (starts_ranks or is_worker()) and file is None and (not texts or texts == ["-"]):
         raise ConfigError("several processes cannot share standard input", fix="put the prompts into a file: --prompts")
@@ -97,6 +97,15 @@ def generate_command(
     _generate(resolved, options, prompts, out)
 
 
+def _refuse_out(out: Path, prompts: Path | None, *, overwrite: bool) -> None:
+    if out.is_dir():
+        raise ConfigError("this is a folder", where=str(out), fix="give --out the name of a file in it")
+    if prompts is not None and prompts.exists() and out.exists() and out.samefile(prompts):
+        raise ConfigError("--out would replace the prompts", where=str(out), fix="choose another --out")
+    if out.exists() and not overwrite:
+        raise ConfigError("the file exists already", where=str(out), fix="choose another --out, or --overwrite")
+
+
 def _generate(resolved: Resolved, options: GenerateOptions, prompts: list[Prompt], out: Path | None) -> None:
     from m1_stages.jobs.generate import plan, run
 
@@ -105,7 +114,9 @@ def _generate(resolved: Resolved, options: GenerateOptions, prompts: list[Prompt
     with ExitStack() as closing:
         closing.callback(encoder.close)
         show = _Answers(task, prompts, options, out, closing)
-        stopped = run(resolved, task, encoder, options, on_update=show.update, on_answer=show.answer)
+        stopped = run(
+            resolved, task, encoder, options, on_update=show.update, on_answer=show.answer, is_wanted=show.is_wanted
+        )
     if stopped in ("", signal.SIGINT.name):
         show.summary(interrupted=bool(stopped))
         if stopped:
@@ -144,7 +155,7 @@ class _Answers:
     def update(self, prompt: int, update: Update) -> None:
         """Print new text of the only answer."""
         if self._streams and update.text:
-            console.print(escape(update.text), end="", soft_wrap=True)
+            console.print(update.text, end="", soft_wrap=True, markup=False)
 
     def answer(self, answer: Answer) -> None:
         """Show or write a finished answer."""
@@ -160,12 +171,17 @@ class _Answers:
         elif self._out is None and self._streams:
             console.print()
         elif self._out is None:
-            text = prompt.text or prompt.conversation.messages[-1].content if prompt.conversation else prompt.text
+            text = prompt.conversation.messages[-1].content if prompt.conversation else prompt.text
             short = " ".join(text.split())
             short = short if len(short) <= _SHOWN else f"{short[: _SHOWN - 1]}…"
             sample = f", sample {answer.sample + 1}" if self._options.samples > 1 else ""
-            console.print(f"[bold]{answer.prompt + 1}{sample}[/] [dim]{escape(short)}[/]", soft_wrap=True)
-            console.print(escape(answer.completion.text), soft_wrap=True)
+            console.print(f"[bold]{answer.prompt + 1}{sample}[/] ", end="")
+            console.print(short, style="dim", soft_wrap=True, markup=False)
+            console.print(answer.completion.text, soft_wrap=True, markup=False)
+
+    def is_wanted(self) -> bool:
+        """Whether somebody takes the answers: not when standard output is a pipe that its reader closed, or a full disk."""
+        return self._out is not None or console.stream.failure is None
 
     def summary(self, *, interrupted: bool) -> None:
         """Say what was done, on a terminal or beside a file."""

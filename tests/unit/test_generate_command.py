@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from m1_stages.generation import Engine
 from m1cli.app import app
+from m1cli.console import console
 
 CONTEXT = 160
 
@@ -86,7 +88,7 @@ def test_a_thinking_budget_and_stop_strings(config: Path, tmp_path: Path) -> Non
     (free,) = lines(tmp_path / "a.jsonl")
     assert (free["finish_reason"], free["forced_tokens"]) == ("length", [0, 0])
     end = free["text"][12:15]
-    m1(config, *asked, "--stop", end, "--out", tmp_path / "b.jsonl")
+    m1(config, *asked[:-2], "--stop", end, "--out", tmp_path / "b.jsonl")
     (stopped,) = lines(tmp_path / "b.jsonl")
     assert (stopped["finish_reason"], stopped["text"]) == ("stop", free["text"][: free["text"].index(end)])
 
@@ -103,6 +105,10 @@ def test_a_thinking_budget_and_stop_strings(config: Path, tmp_path: Path) -> Non
         (["--prompts", "{tmp}/p.txt"], 4, "the file has no prompt"),
         (["--prompts", "{tmp}/p.jsonl"], 4, "{tmp}/p.jsonl:2"),
         ([""], 4, "the prompt is empty"),
+        (["a\udcff"], 4, "not UTF-8"),
+        (["x", "--context", "0"], 2, "'--context'"),
+        (["x", "--out", "{tmp}"], 2, "this is a folder"),
+        (["--prompts", "{tmp}/p.jsonl", "--out", "{tmp}/../{name}/p.jsonl", "--overwrite"], 2, "would replace the prompts"),
         (["x", "--temperature", "-1"], 2, "temperature is -1.0"),
         (["x", "--gpus", "2", "--prompts", "-"], 2, "prompts on the command line and --prompts"),
         (["-", "--gpus", "2"], 2, "several processes cannot share standard input"),
@@ -111,7 +117,7 @@ def test_a_thinking_budget_and_stop_strings(config: Path, tmp_path: Path) -> Non
 def test_mistakes(config: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     (tmp_path / "p.txt").write_text("\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": }\n')
-    done = m1(config, *(a.format(tmp=tmp_path) for a in arguments))
+    done = m1(config, *(a.format(tmp=tmp_path, name=tmp_path.name) for a in arguments))
     assert done.exit_code == code, done.output
     assert message.format(tmp=tmp_path) in done.output.replace("\n", " ").replace("  ", " ")
 
@@ -150,7 +156,17 @@ def test_a_stop_keeps_what_was_finished(
 
 def test_no_byte_reaches_the_terminal_as_a_command(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "m1_stages.generation.prompts.PromptEncoder.decode", lambda self, ids: "\x1b[2J\u202e[bold]" * len(ids)
+        "m1_stages.generation.prompts.PromptEncoder.decode", lambda self, ids: "\x1b[2J\u202e[bold]\\[\\" * len(ids)
     )
-    shown = m1(config, "one", "--max-tokens", 2).stdout
-    assert shown == r"\x1b[2J\u202e[bold]" * 2 + "\n"
+    shown = "\\x1b[2J\\u202e[bold]\\[\\" * 2 + "\n"
+    assert m1(config, "one", "--max-tokens", 2).stdout == shown
+    assert m1(config, r"\[on[e]", "one", "--max-tokens", 2).stdout == f"1 \\[on[e]\n{shown}2 one\n{shown}"
+
+
+def test_it_ends_when_the_reader_of_its_answers_has_gone(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, steps = Engine.step, []
+    monkeypatch.setattr(Engine, "step", lambda engine: steps.append(1) or whole(engine))
+    broken = BrokenPipeError(errno.EPIPE, "Broken pipe")
+    monkeypatch.setattr(console.stream, "failure", broken)
+    assert m1(config, "one", "--max-tokens", 50).exit_code == 0
+    assert len(steps) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.chat_tokenizer import CONTROL, SOURCE, write_tokenizer
 
-from m1_data.chat.conversations import parse_conversation
+from m1_data.chat.conversations import conversation_of, parse_conversation
 from m1_data.errors import DataError
 from m1_stages.errors import ConfigError
 from m1_stages.generation.prompts import Prompt, PromptEncoder, read_prompts
@@ -35,9 +35,14 @@ def test_a_text_is_continued_and_a_chat_is_answered(encoder: PromptEncoder) -> N
     )
     assert encoder.stop_ids(chat=False) == {EOD}
     assert encoder.stop_ids(chat=True) == {EOD, END}
-    with pytest.raises(DataError, match="the prompt is empty") as caught:
-        encoder.encode(Prompt(where="p.txt:3"), chat=False)
-    assert caught.value.where == "p.txt:3"
+    for chat in (False, True):
+        with pytest.raises(DataError, match="the prompt is empty") as caught:
+            encoder.encode(Prompt(where="p.txt:3"), chat=chat)
+        assert caught.value.where == "p.txt:3"
+    silent = Prompt(where="here", conversation=conversation_of({"messages": [{"role": "user", "content": ""}]}, "here"))
+    assert with_names(encoder, encoder.encode(silent, chat=True)) == (
+        "{beginning_of_sentence}user\n{end_of_sentence}\n{beginning_of_sentence}assistant\n"
+    )
 
 
 def test_a_prompt_begins_like_the_conversation_that_was_trained(encoder: PromptEncoder, tmp_path: Path) -> None:
@@ -68,7 +73,7 @@ def test_a_thinking_budget_writes_control_tokens(encoder: PromptEncoder, tmp_pat
 
 
 def test_files_of_prompts(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text('one\n\n{"prompt": 2}\n')
+    (tmp_path / "p.txt").write_text('\ufeffone\r\n\n{"prompt": 2}\n')
     texts = [(p.text, p.where) for p in read_prompts(tmp_path / "p.txt")]
     assert texts == [("one", f"{tmp_path}/p.txt:1"), ('{"prompt": 2}', f"{tmp_path}/p.txt:3")]
     (tmp_path / "p.jsonl").write_text('{"prompt": "one\\ntwo"}\n\n{"prompt": "x", "id": "b"}\n')
@@ -84,6 +89,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         (b'{"prompt": "a", "messages": []}', 'either "prompt" or "messages"'),
         (b'{"prompt": 3}', '"prompt" must be a string, not int'),
         (b'{"messages": []}', "non-empty list"),
+        (b'{"prompt": "a", "n": 3, "max_tokens": 2}', "options of its own: max_tokens, n"),
         (
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
             "nothing to answer",

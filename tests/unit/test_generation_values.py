@@ -178,6 +178,7 @@ def test_when_an_answer_ends() -> None:
     assert ended(b"abcdef", max_tokens=4) == ("length", "abcd", 4)
     assert ended(b"abcdef", stop_ids=frozenset([ord("c")])) == ("stop", "ab", 3)
     assert ended(b"ab, cd", stop_strings=(", c",)) == ("stop", "ab", 5)
+    assert ended(b"a, b, c, d", stop_strings=(", c, d", ","), min_tokens=3) == ("stop", "a, b", 5)
     assert ended(b"abcdef") == ("", "", -1)
     sure, unsure = math.log(0.995), math.log(0.985)
     circles = Repetition(tokens=3, probability=0.99)
@@ -189,6 +190,7 @@ def test_when_an_answer_ends() -> None:
     assert ended(b"abcd", [sure, sure, unsure, sure], repetition=circles)[0] == ""
     with pytest.raises(NumericStop, match="not a number at token 3"):
         sequence(b"ab", [-1.0, math.nan])
+    assert ended(b"abcdefg", [sure] * 7, repetition=circles, min_tokens=5) == ("repetition", "abcde", 5)
 
 
 OPEN, CLOSE = ord("<"), ord(">")
@@ -228,8 +230,11 @@ def test_the_host_looks_before_the_budget_is_used_up() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Sampling(temperature=-0.1), r"temperature is -0.1; it has to be 0 \(greedy\) or more"),
+        (lambda: Sampling(temperature=-0.1), r"temperature is -0.1; it has to be 0 \(greedy\), or 0.0001 to 10,000"),
         (lambda: Sampling(temperature=math.nan), "temperature is nan"),
+        (lambda: Sampling(temperature=1e-45), "temperature is 1e-45"),
+        (lambda: Sampling(temperature=1e39), "temperature is 1e[+]39"),
+        (lambda: Sampling(top_k=2**63), "top_k is 9223372036854775808"),
         (lambda: Sampling(top_p=0.0), "top_p is 0.0; it has to be more than 0"),
         (lambda: Sampling(top_k=-1), "top_k is -1"),
         (lambda: Request(prompt=[1], max_tokens=0), "max_tokens is 0"),

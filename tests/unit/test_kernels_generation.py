@@ -135,23 +135,24 @@ ORDER = ("temperature", "top_k", "top_p", "uniform", "banned", "bans", "forced")
 
 
 def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose_triton, "BLOCK", 64)
-    rows, vocab = 12, 300
-    logits = (random(rows, vocab).cpu() * 3).contiguous()
-    logits[:, 7] = logits[:, 199] = logits.amax(1)  # ties for the highest, in one lane of two blocks
-    logits[5, 100:] = float("-inf")
+    monkeypatch.setattr(choose_triton, "BLOCK", 16)  # an interpreted block costs the same at any size: three of them
+    rows, vocab = 12, 45
+    logits = (random(rows, vocab).cpu() * 3 - 2).contiguous()  # thresholds of both signs
+    logits[:, 7] = logits[:, 39] = logits.amax(1)  # ties for the highest, in one lane of two blocks
+    logits[5, 20:] = float("-inf")
     number = torch.arange(rows)
     asked = {
         "temperature": torch.tensor([0, 1, 0.5, 1, 1, 2, 1, 1, 0, 1, 0.7, 1], dtype=torch.float32),
-        "top_k": torch.tensor([0, 0, 0, 5, 0, 0, 1, 40, 3, 0, 300, 2]),
+        "top_k": torch.tensor([0, 0, 0, 5, 0, 0, 1, 20, 3, 0, vocab, 2]),
         "top_p": torch.tensor([1, 1, 1, 1, 0.8, 1, 1, 0.5, 0.5, 1e-9, 0.99, 1], dtype=torch.float64),
-        "banned": torch.stack([number * 0 + 7, number * 0 + 199, number], dim=1),
+        "banned": torch.stack([number * 0 + 7, number * 0 + 39, number], dim=1),
         "bans": number % 3 == 0,
         "forced": torch.where(number == 9, 9, -1),
     }
     logprobs = logits.log_softmax(1)
-    for uniform in (0.0, 0.3, 0.77, 1 - 2**-53):
-        asked["uniform"] = torch.full((rows,), uniform, dtype=torch.float64)
+    edges = torch.tensor([0.0, 0.3, 0.77, 1 - 2**-53], dtype=torch.float64)
+    for shift in (0, 2):
+        asked["uniform"] = edges[(number + shift) % 4]
         token, logprob = choose_tokens(logits.clone(), **asked)
         on_device = [x.to(DEVICE) for x in (logits.clone(), *(asked[name] for name in ORDER))]
         got, got_logprob = choose_triton.choose_tokens_triton(*on_device)
@@ -159,10 +160,10 @@ def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) 
         assert float((got_logprob.cpu() - logprobs.gather(1, token[:, None])[:, 0]).abs().max()) < 1e-5
         assert float((got_logprob.cpu() - logprob).abs().max()) < 1e-5
         assert (token[0], token[8], token[9]) == (
-            logits[0].index_fill(0, torch.tensor([0, 7, 199]), -9e9).argmax(),
+            logits[0].index_fill(0, torch.tensor([0, 7, 39]), -9e9).argmax(),
             7,
             9,
         )
     logits[2, 3] = float("nan")
     on_device[0] = logits.to(DEVICE)
-    assert choose_triton.choose_tokens_triton(*on_device)[1].isnan().nonzero().tolist() == [[2]]
+    assert choose_triton.choose_tokens_triton(*(x[:3] for x in on_device))[1].isnan().nonzero().tolist() == [[2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -62,6 +63,11 @@ def test_options_that_would_do_nothing_are_refused(config: Path, monkeypatch: py
     ):
         done = CliRunner().invoke(m1_app, ["generate", "-c", str(config), *given])
         assert (done.exit_code, message in " ".join(done.output.split())) == (2, True), done.output
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(m1_app, ["generate", "-c", str(config), "--serve", "--port", str(port)])
+    message = f"no server can listen at 127.0.0.1:{port}: Address already in use"
+    assert (done.exit_code, message in " ".join(done.output.split())) == (3, True), done.output
     monkeypatch.setattr(serving_run, "find_spec", lambda name: None)
     done = CliRunner().invoke(m1_app, ["generate", "-c", str(config), "--serve"])
     assert done.exit_code == 3

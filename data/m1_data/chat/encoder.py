@@ -233,7 +233,7 @@ class ChatEncoder:
         self, texts: list[str], numbers: list[int], contents: list[tuple[int, str]], truth: str, where: Conversation
     ) -> list[str]:
         """The contents as the template writes them: as they are, or stripped."""
-        if max(numbers, default=0) >= len(contents):
+        if max(numbers, default=-1) >= len(contents):
             raise self._lost("the chat template writes more contents than there are", where)
         for change in (str, str.strip):
             values = [change(contents[n][1]) for n in numbers]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,13 @@ FORCED_CLOSING = f"\n{CLOSING}\n\n"
 """What a thinking budget writes: as the chat template writes the end of the reasoning."""
 
 
+_OPTIONS = {
+    "max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_k", "top_p", "seed", "n", "samples", "stop",
+    "stop_id", "stop_ids", "thinking_budget", "model",
+}  # fmt: skip
+"""Keys of a line that would change its answer, and that hold for all prompts here."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """A text that is to be continued, or a conversation that is to be answered."""
@@ -35,7 +44,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """Read a file of prompts: ``.jsonl`` has an object with "prompt" or "messages" on each line, any other file a text.
 
-    Both may be compressed (gzip, bzip2, zstandard). Blank lines are skipped.
+    Both may be compressed (gzip, bzip2, zstandard). Blank lines are skipped, and so is a byte order mark.
 
     Raises:
         DataError: the file is missing, damaged or empty, or a line is not a prompt; the error names file and line.
@@ -45,6 +54,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     is_json = ".jsonl" in path.suffixes
     prompts = []
     for number, line in enumerate(open_lines(path), 1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
             where = f"{path}:{number}"
             prompts.append(_parsed(line, where) if is_json else Prompt(where=where, text=_decoded(line, where)))
@@ -61,6 +72,12 @@ def _parsed(line: bytes, where: str) -> Prompt:
         raise DataError(f"not JSON: {error}", where=where, fix=fix) from error
     if not isinstance(record, dict) or ("prompt" in record) == ("messages" in record):
         raise DataError('expected an object with either "prompt" or "messages"', where=where, fix=fix)
+    if lost := sorted(_OPTIONS & set(record)):
+        raise DataError(
+            f"a prompt cannot have options of its own: {', '.join(lost)}",
+            where=where,
+            fix="give them on the command line, for all prompts; m1 generate --help lists them",
+        )
     if "messages" not in record:
         if not isinstance(record["prompt"], str):
             raise DataError(f'"prompt" must be a string, not {type(record["prompt"]).__name__}', where=where, fix=fix)
@@ -106,12 +123,12 @@ class PromptEncoder:
             DataError: an empty prompt, or a conversation that the template refuses.
         """
         conversation = prompt.conversation
+        if conversation is None and not prompt.text:
+            raise DataError("the prompt is empty", where=prompt.where, fix="write at least one character")
         if conversation is None and chat:
             conversation = Conversation((Message("user", prompt.text),), prompt.where)
         if conversation is not None:
             return [int(token) for token in self._chat().encode_prompt(conversation)]
-        if not prompt.text:
-            raise DataError("the prompt is empty", where=prompt.where, fix="write at least one character")
         return list(self._plain.encode(prompt.text, add_special_tokens=False).ids)
 
     def stop_ids(self, *, chat: bool) -> frozenset[int]:
@@ -158,6 +175,11 @@ class PromptEncoder:
 
 
 def numbered(texts: list[str]) -> Iterator[Prompt]:
-    """Yield the texts of the command line as prompts."""
+    """Yield the texts of the command line as prompts.
+
+    Raises:
+        DataError: one is not UTF-8.
+    """
     for number, text in enumerate(texts, 1):
-        yield Prompt(where=f"prompt {number} of the command line", text=text)
+        where = f"prompt {number} of the command line"
+        yield Prompt(where=where, text=_decoded(os.fsencode(text), where))

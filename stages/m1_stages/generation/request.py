@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,7 +22,7 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 takes the likeliest token. Others are 1e-4 to 1e4: beyond, ``logits / temperature`` leaves the range of fp32."""
     top_k: int = 0
     """Only the ``top_k`` likeliest tokens; 0: all. Ties with the last of them stay in."""
     top_p: float = 1.0
@@ -32,9 +31,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, good, want in (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            (
+                "temperature",
+                self.temperature,
+                self.temperature == 0 or 1e-4 <= self.temperature <= 1e4,
+                "0 (greedy), or 0.0001 to 10,000",
+            ),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (off)"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or more, below 2^31"),
         ):
             if not good:
                 raise ConfigError(f"{name} is {value}; it has to be {want}", where=f"sampling, {name}")
@@ -82,7 +86,7 @@ class Request:
     max_tokens: int
     """Most tokens of an answer, those of the reasoning included."""
     min_tokens: int = 0
-    """``stop_ids`` are not chosen before so many tokens."""
+    """Before so many tokens ``stop_ids`` are not chosen, and neither stop strings nor ``repetition`` end the answer."""
     sampling: Sampling = field(default_factory=Sampling)
     samples: int = 1
     """Answers to this prompt; each has a seed of its own."""

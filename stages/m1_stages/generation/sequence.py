@@ -78,7 +78,7 @@ class Sequence:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         if self._text is not None and token not in self.request.stop_ids:
-            self._text.push(token)
+            self._text.push(token, may_stop=len(self.tokens) >= self.request.min_tokens)
         self._follow_thinking()
         if reason := self._reason(token, logprob):
             self.finish(reason, weights)
@@ -117,7 +117,7 @@ class Sequence:
             return "stop"
         if request.repetition is not None:
             self._sure = self._sure + 1 if logprob > math.log(request.repetition.probability) else 0
-            if self._sure >= request.repetition.tokens:
+            if self._sure >= request.repetition.tokens and len(self.tokens) >= request.min_tokens:
                 return "repetition"
         return "length" if len(self.tokens) >= request.max_tokens else None
 

@@ -28,12 +28,12 @@ class TextStream:
         self.stopped = False
         self._taken = 0
 
-    def push(self, token: int) -> None:
-        """Append one token."""
+    def push(self, token: int, *, may_stop: bool = True) -> None:
+        """Append one token; without ``may_stop`` no stop string that is complete with it ends the answer."""
         self._window.append(token)
         decoded = self._decode(self._window)
         whole = decoded[:-1] if decoded.endswith(_UNFINISHED) else decoded
-        self._append(whole[self._known :])
+        self._append(whole[self._known :], may_stop)
         self._known = max(self._known, len(whole))
         if len(whole) == len(decoded):
             self._window = [token]
@@ -42,7 +42,7 @@ class TextStream:
     def finish(self) -> None:
         """No token follows: bytes that form no character are shown as U+FFFD."""
         if not self.stopped:
-            self._append(self._decode(self._window)[self._known :] if self._window else "")
+            self._append(self._decode(self._window)[self._known :] if self._window else "", True)
         self._window, self._stops = [], ()
 
     def take(self) -> str:
@@ -51,12 +51,11 @@ class TextStream:
         new, self._taken = self.text[self._taken : end], max(end, self._taken)
         return new
 
-    def _append(self, more: str) -> None:
+    def _append(self, more: str, may_stop: bool) -> None:
         before = len(self.text)
         self.text += more
-        longest = max(map(len, self._stops), default=0)
-        found = [at for stop in self._stops if (at := self.text.find(stop, max(0, before - longest + 1))) >= 0]
-        if more and found:
+        found = [at for stop in self._stops if (at := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if may_stop and more and found:
             self.text, self.stopped = self.text[: min(found)], True
 
     def _held(self) -> int:

@@ -66,7 +66,7 @@ def plan(
     template = resolved.path(config.sft.chat_template) if config.sft.chat_template else None
     encoder = encoder or PromptEncoder(data_dir / "tokenizer", manifest.eod_token, template, date=config.sft.date)
     chat = committed.meta.stage == SFT if options.chat is None else options.chat
-    context = options.context or longest_context(resolved, committed)
+    context = longest_context(resolved, committed) if options.context is None else options.context
     requests = tuple(_request(prompt, options, encoder, chat=chat, context=context) for prompt in prompts)
     total = sum(request.samples for request in requests)
     task = Task(
@@ -96,12 +96,14 @@ def run(
     *,
     on_update: Callable[[int, Update], None],
     on_answer: Callable[[Answer], None],
+    is_wanted: Callable[[], bool],
 ) -> str:
     """Answer all prompts; every rank calls it.
 
     Args:
         on_update: called on rank 0 with what is new of its own replica's answers, and the index of their prompt.
         on_answer: called on rank 0 with every finished answer of all replicas.
+        is_wanted: whether anybody still takes answers; all ranks stop when it is false on one.
 
     Returns:
         The name of the signal on which it stopped early, or an empty text.
@@ -113,7 +115,7 @@ def run(
 
     sizes = EngineOptions(slots=task.slots, capacity=task.capacity, prefill_tokens=options.prefill_tokens)
     with open_engine(resolved, task.committed, sizes, decode=encoder.decode) as engine, StopRequest() as stop:
-        return _answer_all(engine, task, stop, on_update, on_answer)
+        return _answer_all(engine, task, stop, on_update, on_answer, is_wanted)
 
 
 def _answer_all(
@@ -122,6 +124,7 @@ def _answer_all(
     stop: StopRequest,
     on_update: Callable[[int, Update], None],
     on_answer: Callable[[Answer], None],
+    is_wanted: Callable[[], bool],
 ) -> str:
     replica, replicas = engine.replica.index, engine.replica.count
     mine = {engine.submit(task.requests[i]): i for i in range(replica, len(task.requests), replicas)}
@@ -141,7 +144,7 @@ def _answer_all(
         finished = []
         if agree_max(int(stop.asked())):
             return stop.received or "request"
-        working = bool(agree_max(int(not engine.is_idle)))
+        working = bool(agree_max(int(not engine.is_idle))) and not agree_max(int(not is_wanted()))
     return ""
 
 

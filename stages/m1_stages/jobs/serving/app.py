@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -62,11 +63,7 @@ def build_app(service: Service, reader: Reader, version: Version, load: Callable
     async def weights(request: HttpRequest) -> Response:
         if request.method == "POST":
             body = await _json(request)
-            if (
-                not isinstance(body, dict)
-                or set(body) != {"checkpoint"}
-                or not isinstance(body["checkpoint"], str | int)
-            ):
+            if not isinstance(body, dict) or set(body) != {"checkpoint"} or type(body["checkpoint"]) not in (str, int):
                 raise BadRequest('expected {"checkpoint": "newest"}, the number of a step, or the name of a checkpoint')
             wanted = body["checkpoint"]
             name = f"step_{wanted:08d}" if isinstance(wanted, int) else wanted
@@ -84,7 +81,8 @@ def build_app(service: Service, reader: Reader, version: Version, load: Callable
             Route("/v1/models", _guarded(models)),
             Route("/v1/weights", _guarded(weights), methods=["GET", "POST"]),
             Route("/health", _guarded(health)),
-        ]
+        ],
+        exception_handlers={HTTPException: _no_route},
     )
 
 
@@ -97,6 +95,12 @@ def _guarded(handler: Handler) -> Handler:
             return JSONResponse(problem.body(), status_code=problem.status)
 
     return guarded
+
+
+async def _no_route(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    problem = BadRequest(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+    return JSONResponse(problem.body(), status_code=problem.status, headers=error.headers)
 
 
 async def _json(request: HttpRequest) -> Any:
@@ -197,6 +201,8 @@ class _Shape:
 
     def piece(self, index: int, update: Update, *, first: bool) -> dict[str, Any]:
         """One event of a stream."""
+        if update.completion is not None:
+            self._weights = update.completion.weights[1]
         role = {"role": "assistant"} if first else {}
         said = {"delta": {**role, "content": update.text}} if self._chat else {"text": update.text}
         choice = {

@@ -179,12 +179,14 @@ class Reader:
                 param="stream_options",
                 code="unknown_parameter",
             )
+        if not isinstance(options.get("include_usage", False), bool):
+            raise BadRequest("include_usage has to be true or false", param="stream_options", code="invalid_type")
         if options and not given.get("stream"):
             raise BadRequest("stream_options needs stream", param="stream_options")
         return Asked(
             requests=requests,
             stream=given.get("stream", False),
-            include_usage=bool(options.get("include_usage")),
+            include_usage=options.get("include_usage", False),
             logprobs=logprobs,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,25 @@ def require_libraries() -> None:
         )
 
 
+def refuse_address(host: str, port: int) -> None:
+    """Check that a server can listen there, before minutes are spent on loading a model.
+
+    Raises:
+        EnvironmentProblem: another one does, or this machine does not have the address.
+    """
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+                )  # as the server will: a port just left is free
+                trial.bind(address)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"no server can listen at {host}:{port}: {error.strerror}", fix="choose another --port, or --host"
+        ) from error
+
+
 def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str, Version, int], None]) -> str:
     """Serve until a signal comes; unfinished answers end with an error.
 
@@ -74,6 +94,7 @@ def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str,
         EnvironmentProblem: a library is missing, the address is taken, or the device has no room.
     """
     require_libraries()
+    refuse_address(options.host, options.port)
     import uvicorn
 
     from m1_stages.generation.loading import open_engine
@@ -90,7 +111,7 @@ def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str,
     data_dir = resolved.path(resolved.config.data.out)
     refuse_other_tokenizer(committed, manifest.tokenizer_sha256, data_dir)
     template = resolved.path(resolved.config.sft.chat_template) if resolved.config.sft.chat_template else None
-    context = options.context or longest_context(resolved, committed)
+    context = longest_context(resolved, committed) if options.context is None else options.context
     sizes = EngineOptions(slots=options.slots, capacity=context, prefill_tokens=options.prefill_tokens)
     encoder = PromptEncoder(data_dir / "tokenizer", manifest.eod_token, template, date=resolved.config.sft.date)
     try:
