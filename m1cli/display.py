@@ -37,7 +37,7 @@ from m1_stages.events import (
 )
 from m1cli.console import console
 from m1cli.evaluation import evaluation_view
-from m1cli.pace import Left, Pace
+from m1cli.pace import Left, Pace, wall_time
 from m1cli.sft_data import sft_data_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -122,8 +122,11 @@ class TrainingDisplay:
                 "and they are written when there is room again",
                 soft_wrap=True,
             )
-        elif isinstance(event, RunStopped) and event.exit_code == 0:
-            console.print("[green]done[/]")
+        elif isinstance(event, RunStopped):
+            if event.wall_s:
+                console.print(f"[dim]wall time {wall_time(event.wall_s)}[/]", highlight=False)
+            if event.exit_code == 0:
+                console.print("[green]done[/]")
 
     def _step(self, step: StepDone) -> None:
         self._losses.append(step.loss)

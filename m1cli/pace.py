@@ -1,10 +1,10 @@
-"""Measures by the clock how fast a run trains, and estimates how long its command still takes."""
+"""Measures by the clock how fast a run trains, estimates how long its command still takes, and says where the time went."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from m1_stages.events import StageStarted, StepDone
@@ -13,6 +13,17 @@ from m1_stages.plan.run_measurements import WARM_UP_STEPS
 _RECENT_STEPS = 20
 _MEAN_STEPS = 1000
 """Steps of a mean that has periodic saves in it as often as they come."""
+
+_PHASES = {
+    "train": "in steps",
+    "save": "saving",
+    "evaluate": "evaluating",
+    "build": "building and loading",
+    "data": "reading data",
+    "start": "starting up",
+    "join": "joining ranks",
+}
+_LEAST_SHARE = 0.005
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,3 +94,12 @@ class Pace:
             command_s=(steps_left + (later.cost_in_steps if later else 0.0)) * seconds_per_step + ends * end_s,
             ends=0 if self._ends else ends,
         )
+
+
+def wall_time(seconds: Mapping[str, float]) -> str:
+    """Return such as "120 s: 75% in steps, 20% saving, 5% starting up": steps first, then by size; without what rounds to 0."""
+    total = sum(seconds.values())
+    shares = {phase: spent / total if total else 0.0 for phase, spent in seconds.items()}
+    order = sorted(shares, key=lambda phase: (phase != "train", -shares[phase]))
+    told = [f"{shares[phase]:.0%} {_PHASES.get(phase, phase)}" for phase in order if shares[phase] >= _LEAST_SHARE]
+    return f"{total:,.0f} s: {', '.join(told)}"

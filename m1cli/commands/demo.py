@@ -12,9 +12,12 @@ import typer
 from rich.markup import escape
 
 from m1_data.storage.ownership import refuse_to_replace
+from m1_stages.packages import require_packages
 from m1_stages.run_dir import EXPORT_PREFIX, REPORT
 from m1cli.console import console
 
+PACKAGES = ("sympy", "mpmath", "networkx", "transformers", "plotly")
+"""Of the extra ``demo``: text is collected from some of them, and the last commands need the others."""
 INTERMEDIATE_STAGE = "256k"
 PROMPTS = ("def add(self, other):", "What is (12 + 30) * 2?", "import os\n")
 
@@ -24,6 +27,7 @@ def demo_command(folder: Path) -> None:
     from m1cli.demo_corpus import CONFIG, write_demo
 
     began = time.perf_counter()
+    require_packages(*PACKAGES, for_what="the demo", extra="demo")
     _refuse_foreign(folder)
     if _configuration(folder) in ("", CONFIG):  # none, or what an interrupted start began with
         console.print(f"collecting text from this machine's Python installation into {escape(str(folder))}/")

@@ -11,6 +11,7 @@ from rich.markup import escape
 from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
 from m1_stages.errors import ConfigError
+from m1_stages.packages import require_packages
 from m1_stages.run_dir import EXPORT_PREFIX
 from m1cli.console import console
 from m1cli.library_notes import hide_library_notes
@@ -48,6 +49,7 @@ def export_command(
         device: ``cpu`` or ``cuda``, where a verification computes.
 
     Raises:
+        EnvironmentProblem: a package that loads the export is not installed; nothing was written.
         ConfigError: ``verify_only`` together with an option that writes, or with a folder that is not there; a prompt for an
             export that transformers does not load.
         M1Error: what ``choose_checkpoint``, ``checkpoint_of``, ``Export`` and ``generate`` raise.
@@ -65,6 +67,8 @@ def export_command(
             f"--prompt generates with transformers, which does not load the target {resolved.config.export.target}",
             fix="leave out --prompt, or export with --target hf",
         )
+    if prompts:
+        require_packages("transformers", for_what="--prompt", extra="hf")
     if verify_only is None:
         folder = _write(
             resolved, stage, out, overwrite=overwrite, checkpoint=checkpoint, device=device if verify else None
@@ -90,12 +94,15 @@ def _write(
 ) -> Path:
     """Write an export, and verify it on ``device`` unless that is None."""
     from m1_stages.jobs.export import Export, choose_checkpoint
+    from m1_stages.jobs.export_verification import require_loader
 
     committed = choose_checkpoint(resolved, stage=stage, checkpoint=checkpoint)
     _announce("exporting", committed)
     job = Export(resolved, committed)
     _show_notes(job)
     kind = job.contents.target
+    if device is not None:
+        require_loader(kind)
     folder = out or resolved.run_dir / f"{EXPORT_PREFIX}{committed.meta.stage}{'' if kind == 'hf' else f'-{kind}'}"
     report = job.write(folder, overwrite=overwrite)
     console.print(

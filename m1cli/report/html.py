@@ -8,6 +8,7 @@ from pathlib import Path
 from m1_data.storage.manifest import load_manifest
 from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.errors import DataError, EnvironmentProblem
+from m1cli.pace import wall_time
 from m1cli.report.read import History, Record, read_history
 from m1cli.sft_data import sft_data_lines
 
@@ -142,7 +143,11 @@ def _head(history: History) -> str:
     boxes = "".join(
         f'<div class="fact"><b>{escape(str(v))}</b><span>{escape(k)}</span></div>' for k, v in facts.items()
     )
-    return f"<h1>m1 run</h1><p><code>{escape(start['run_dir'])}</code></p><div class='facts'>{boxes}</div>"
+    spent = f"<p>Wall time of the processes that said so at their end: {escape(wall_time(history.wall_s))}.</p>"
+    return (
+        f"<h1>m1 run</h1><p><code>{escape(start['run_dir'])}</code></p><div class='facts'>{boxes}</div>"
+        f"{spent if history.wall_s else ''}"
+    )
 
 
 def _stage_table(history: History) -> str:

@@ -59,6 +59,8 @@ class History:
     """The last ``StageEvaluated`` of each stage."""
     clock_s: dict[str, float] = field(default_factory=dict)
     """Seconds by the clock of each stage, from its start to its last save: steps, those repeated too, saves, waiting."""
+    wall_s: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase of all processes that could say so when they ended."""
     held: dict[str, int] = field(default_factory=dict)
     """Steps of each stage in which the guard held the decay ramp, too many for a line each."""
     other: list[Record] = field(default_factory=list)
@@ -92,6 +94,9 @@ def read_history(run_dir: Path) -> History:
             if kind != "StageStarted":
                 history.clock_s[record["stage"]] = history.clock_s.get(record["stage"], 0.0) + now - last
             last = now
+        if kind == "RunStopped":
+            for phase, seconds in record["wall_s"].items():
+                history.wall_s[phase] = history.wall_s.get(phase, 0.0) + seconds
         if kind == "StepDone":
             steps[record["global_step"]] = record
         elif kind == "StageStarted":

@@ -14,6 +14,7 @@ _RENAMED_FIELDS = {
 """Old to new names, by the new name of the event."""
 _ADDED_FIELDS: dict[str, dict[str, Any]] = {
     "RunStarted": {"backends": {}, "data": []},
+    "RunStopped": {"wall_s": {}},
     "StageStarted": {"title": "", "later": None},
     "StepDone": {"metrics": {}},
 }

@@ -295,6 +295,8 @@ class RunStopped:
 
     reason: str
     exit_code: int
+    wall_s: dict[str, float]
+    """Seconds of this process by phase: start (imports, checks), join, build (model, loading), data, train, save, evaluate."""
 
 
 Event = (

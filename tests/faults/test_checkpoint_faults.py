@@ -192,6 +192,20 @@ def test_a_committed_step_is_never_overwritten(saved: CheckpointStore) -> None:
     assert {p.name: p.read_bytes() for p in newest(saved).iterdir()} == before
 
 
+def test_two_stages_that_start_from_one_have_the_same_steps(saved: CheckpointStore) -> None:
+    """Fine-tuning starts from a stage, and then the next stage does: the second one must not lose its work at the first save."""
+    paths = [saved.save(state(20.0), meta(20, stage=stage)) for stage in ("sft", "128k")]
+    assert [path.name for path in paths] == ["step_00000020-sft", "step_00000020-128k"]
+    found = {c.path.name: c.meta.stage for c in CheckpointStore(saved.root).committed() if c.meta.global_step == 20}
+    assert found == {"step_00000020": "32k", "step_00000020-sft": "sft", "step_00000020-128k": "128k"}
+    with pytest.raises(CheckpointError, match="this step is committed already"):
+        saved.save(state(20.0), meta(20, stage="sft"))
+    (saved.root / "step_00000021-sft.tmp-0123abcd").mkdir()
+    saved.sweep()
+    assert not list(saved.root.glob("*.tmp-*"))
+    assert load(saved) == 20
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_full_disk(tmp_path: Path) -> None:
     small = tmp_path / "small"

@@ -26,6 +26,7 @@ from support.exporting import (
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from m1_stages import packages
 from m1_stages.checkpoint import Committed
 from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
@@ -302,6 +303,26 @@ def test_the_command_verifies_an_existing_export_and_writes_nothing(
     done = run()
     assert done.exit_code == 5, done.output
     assert "model.embed_tokens.weight[17, 3]" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"), [(["--verify"], "verifying an export for hf"), (["--prompt", "x"], "--prompt")]
+)
+def test_a_package_that_is_missing_is_asked_for_before_anything_is_written(
+    finished: tuple[Resolved, Committed],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    needs: str,
+) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    config, out = str(finished[0].base_dir / "m1.toml"), tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", "-c", config, "--out", str(out), *options])
+    assert done.exit_code == 3, done.output
+    told = " ".join(done.output.split())
+    assert f"{needs} needs transformers, not installed here" in told
+    assert 'pip install "m1cli[hf]"' in told
+    assert not out.exists()
 
 
 def test_a_chat_template_that_is_no_text_is_refused(tokenizer_dir: Path, tmp_path: Path) -> None:

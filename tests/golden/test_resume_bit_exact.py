@@ -18,10 +18,18 @@ from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import STAGE_NAMES
 
 
-def train(config: Path, stages: str, out: Path, stop_at: int = -1, settings: Sequence[str] = ()) -> int:
+def train(
+    config: Path,
+    stages: str | list[str],
+    out: Path,
+    stop_at: int = -1,
+    settings: Sequence[str] = (),
+    loads: int | None = None,
+) -> int:
     job = {"config": str(config), "stages": stages, "events": str(out), "stop_at": stop_at, "set": list(settings)}
     (ended,) = run_on_ranks(1, "support.pretraining:pretrained", job, fresh=True, timeout_s=200)
     assert ended["exit"] in (0, 75) or settings, ended["error"]
+    assert loads in (None, ended["loaded"])
     return int(ended["exit"])
 
 
@@ -47,7 +55,7 @@ def copy_run(prepared: Path, target: Path) -> Path:
 def uncut(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
     config = copy_run(prepared, tmp_path_factory.mktemp("uncut") / "run")
     out = config.parent / "steps.jsonl"
-    assert train(config, "all", out) == 0
+    assert train(config, "all", out, loads=0) == 0, "a stage goes on from what is in memory"
     return steps(out), config.parent / "run" / "checkpoints"
 
 
@@ -80,19 +88,23 @@ def test_cut_and_continued(
 
 def test_distributed_optimizer_continues_exactly(prepared: Path, tmp_path: Path) -> None:
     """Its step counters are one shared tensor after a load unless somebody unshares them: a drift, not an error."""
-    records = []
-    for name, cuts in (("uncut", ()), ("cut", (1, 8))):
+
+    def run(name: str) -> tuple[Path, Path]:
         config = copy_run(prepared, tmp_path / name)
         config.write_text(config.read_text() + "[parallel]\ndistributed_optimizer = true\n")
-        out = config.parent / "steps.jsonl"
-        for stage, first, last in (("32k", 0, 5), ("128k", 6, 11)):
-            for cut in cuts:
-                if first <= cut < last:
-                    assert train(config, stage, out, cut) == 75
-            assert train(config, stage, out) == 0
-        records.append(steps(out))
-    assert len(records[0]) == 12
-    assert records[1] == records[0]
+        return config, config.parent / "steps.jsonl"
+
+    config, uncut = run("uncut")
+    assert train(config, ["32k", "128k"], uncut, loads=0) == 0
+    config, cut = run("cut")
+    for stage, at, loads in (("32k", 1, (0, 1)), ("128k", 8, (1, 1))):
+        assert train(config, stage, cut, at, loads=loads[0]) == 75
+        assert train(config, stage, cut, loads=loads[1]) == 0
+    assert len(steps(uncut)) == 12
+    assert steps(cut) == steps(uncut)
+    first, second = (tensors_of(path.parent / "run" / "checkpoints" / "step_00000012") for path in (cut, uncut))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 def test_stage_by_stage_equals_all_at_once(prepared: Path, uncut: tuple[list[Any], Path], tmp_path: Path) -> None:
@@ -101,6 +113,9 @@ def test_stage_by_stage_equals_all_at_once(prepared: Path, uncut: tuple[list[Any
     for stage in ("32k", "128k"):
         assert train(config, stage, out) == 0
     assert steps(out) == [step for step in uncut[0] if step[0] in ("32k", "128k")]
+    mine, other = (tensors_of(path / "step_00000012") for path in (config.parent / "run" / "checkpoints", uncut[1]))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in mine.items())
 
 
 def test_finished_stages_are_left_alone(prepared: Path, uncut: tuple[list[Any], Path], tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from m1_stages.checkpoint import store
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.errors import M1Error
@@ -19,7 +21,7 @@ from m1_stages.jobs import pretrain
 
 
 def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any]:
-    """Train stages and say how it ended, as the command would: ``exit`` (its code) and ``error``.
+    """Train stages and say how it ended, as the command would: ``exit`` (its code), ``error``; ``loaded`` counts checkpoints.
 
     Args:
         job: ``config``, a path, and ``stages``, a name, "all" or a list of names; if need be ``set``, overrides, ``force``,
@@ -29,6 +31,7 @@ def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any
     """
     stages = job["stages"] if isinstance(job["stages"], list) else stages_of(job["stages"])
     with ExitStack() as stack:
+        load = stack.enter_context(patch.object(store, "load_verified", wraps=store.load_verified))
         file = stack.enter_context(open(job["events"], "a")) if "events" in job else None
 
         def sink(event: Event) -> None:
@@ -42,8 +45,8 @@ def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any
             resolved = load_config(Path(job["config"]), job.get("set", []))
             pretrain.run(resolved, stages, [*sinks, sink], force=job.get("force", False))
         except M1Error as error:
-            return {"exit": error.exit_code, "error": str(error)}
-    return {"exit": 0, "error": ""}
+            return {"exit": error.exit_code, "error": str(error), "loaded": load.call_count}
+    return {"exit": 0, "error": "", "loaded": load.call_count}
 
 
 def events_of(path: Path, *names: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from support.tiny_run import make_run
 
 from m1_stages.config import PRESETS
 from m1_stages.config.load import load_config
+from m1cli.pace import wall_time
 
 
 def m1(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -166,6 +167,12 @@ def test_two_processes_are_started_and_train(prepared: Path, tmp_path: Path) -> 
     assert "starting 2 processes" in done.stdout
     started = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert (started["world_size"], started["topology"]["ep"]) == (2, 2)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    stopped, steps_s = json.loads(lines[-1]), sum(json.loads(x)["step_s"] for x in lines if '"StepDone"' in x)
+    assert stopped["event"] == "RunStopped"
+    assert stopped["wall_s"].keys() >= {"start", "join", "build", "train", "save"}
+    assert stopped["wall_s"]["train"] == pytest.approx(steps_s, rel=0.25, abs=0.3)
+    assert f"wall time {wall_time(stopped['wall_s'])}" in " ".join(done.stdout.split())
     bad = m1("pretrain", "--stage", "32k", "--set", "parallel.processes=2", "--set", "parallel.expert=4", cwd=prepared)
     assert bad.returncode == 2
     assert "does not divide the 2 processes" in bad.stderr

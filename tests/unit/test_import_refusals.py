@@ -20,6 +20,7 @@ from m1_stages.checkpoint import CheckpointStore
 from m1_stages.checkpoint.imported import refuse_beside_import
 from m1_stages.errors import CheckpointError, ConfigError, DataError, M1Error
 from m1_stages.hf.source.config_json import parse_source_config
+from m1_stages.hf.source.folder import Index
 from m1_stages.jobs import import_model
 
 HYBRID = [0, 0, 0, 0, 0, 0, 0, 1]
@@ -157,10 +158,12 @@ DAMAGES: dict[str, tuple[Damage, type[M1Error], str]] = {
     "index names another shard": (index_changed(lambda v: v["weight_map"].update({NORM: "model-00000-of-00003.safetensors"})),
                                   CheckpointError, f"says that {NORM} is in this file, and it is not"),
     "index leaves one out": (index_changed(lambda v: v["weight_map"].pop(NORM)), CheckpointError, "does not say so"),
+    "no weight_map": (index_changed(lambda v: v.pop("weight_map")), CheckpointError, "it has no weight_map"),
+    "half a byte": (index_changed(lambda v: v["metadata"].update(total_size=7.5)), CheckpointError, "its total_size is 7.5"),
     "other total_size": (index_changed(lambda v: v["metadata"].update(total_size=7)), CheckpointError, "its total_size is 7"),
-    "missing tensor": (rewritten(**{NORM: lambda _: None}), CheckpointError, f"1 tensors are missing, {NORM} first"),
+    "missing tensor": (rewritten(**{NORM: lambda _: None}), CheckpointError, f"missing tensors: 1, {NORM} first"),
     "extra tensor": (rewritten(**{"model.mtp.weight": lambda _: torch.ones(3)}), CheckpointError,
-                     "1 tensors are not the model's, model.mtp.weight first"),
+                     "tensors that the model does not have: 1, model.mtp.weight first"),
     "other shape": (rewritten(**{NORM: lambda _: torch.ones(47)}), CheckpointError, "shape [47], and config.json needs [48]"),
     "other dtype": (rewritten(**{NORM: lambda _: torch.ones(48, dtype=torch.int8)}), CheckpointError, "is I8"),
     "NaN": (rewritten(**{HEAD: spoilt(float("nan"))}), CheckpointError, f"{HEAD}: it has values that are not finite"),
@@ -331,3 +334,9 @@ def test_beside_an_import_the_message_names_a_command_that_works(
     assert command in f"{refused.value.fix} "
     assert (refused.value.fix == command) == (command == "use another run.dir")
     refuse_beside_import(SimpleNamespace(stage=trained[0][0], title="", starts_from="import"), committed)  # type: ignore[arg-type]
+
+
+def test_a_total_size_that_is_written_as_a_float_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"metadata": {"total_size": 912210767872.0}, "weight_map": {"a": "a.safetensors"}}')
+    assert Index.read(path).total_size == 912_210_767_872

@@ -81,7 +81,7 @@ def test_whatever_the_disk_takes_nothing_is_lost(tmp_path_factory: pytest.TempPa
 def test_events_that_can_not_be_written_at_the_end_are_an_error(tmp_path: Path, disk: Disk) -> None:
     lines = JsonLines(tmp_path / "metrics.jsonl")
     disk.room = 3
-    lines(RunStopped(reason="done", exit_code=0))
+    lines(RunStopped(reason="done", exit_code=0, wall_s={"train": 1.0}))
     with pytest.raises(CheckpointError, match="No space left") as caught:
         lines.close(patience_s=0.0)
     assert caught.value.where == str(tmp_path / "metrics.jsonl")

@@ -180,7 +180,10 @@ def test_every_event_worth_a_line_has_one(tmp_path: Path) -> None:
     kinds = [kind for kind in get_args(Event) if kind.__name__ in LISTED]
     assert len(kinds) == len(LISTED)
     append(tmp_path, *(record(kind) for kind in kinds), record(RunStopped, reason="out of time", exit_code=75))
+    for seconds in ({"train": 15.0, "save": 2.0}, {"train": 5.0, "<odd>": 8.0}):
+        append(tmp_path, record(RunStopped, wall_s=seconds))
     page = write_report(tmp_path, None, tmp_path / "r.html").read_text()
+    assert "their end: 30 s: 67% in steps, 27% &lt;odd&gt;, 7% saving." in page
     events = page.split("<h2>Events</h2>")[1].count("<li>")
     assert events == len(LISTED) + 2, "one for the stage that was continued"
     assert "events could not be written for a while" in page

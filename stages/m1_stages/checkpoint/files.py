@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _CHUNK = 8 << 20
+_LOOK_S = 0.2
 
 
 class HashedFile:
@@ -70,3 +72,45 @@ def sha256_of(path: Path, report_progress: Callable[[], None] = lambda: None) ->
             sha.update(piece)
             report_progress()
     return sha.hexdigest()
+
+
+def in_threads[T](
+    actions: Sequence[Callable[[], T]], threads: int, on_waiting: Callable[[], None] = lambda: None
+) -> list[T]:
+    """Do ``actions``, up to ``threads`` at a time, and return what they return; hashing and writing run side by side.
+
+    The threads are daemons, not those of ``concurrent.futures``, which the interpreter waits for when it ends: nothing can end
+    a thread that waits inside the kernel.
+
+    Args:
+        on_waiting: called again and again by the calling thread until all are done.
+
+    Raises:
+        BaseException: the first failed action's, in their order, after all have ended.
+    """
+    results: list[Any] = [None] * len(actions)
+    failures: dict[int, BaseException] = {}
+    left = iter(range(len(actions)))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number = next(left, None)
+            if number is None:
+                return
+            try:
+                results[number] = actions[number]()
+            except BaseException as error:
+                failures[number] = error
+
+    workers = [threading.Thread(target=work, name="checkpoint file", daemon=True) for _ in actions[: max(1, threads)]]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        while worker.is_alive():
+            worker.join(_LOOK_S)
+            on_waiting()
+    if failures:
+        raise failures[min(failures)]
+    return results

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from m1_stages.checkpoint.files import HashedFile
+from m1_stages.checkpoint.files import HashedFile, in_threads
 from m1_stages.checkpoint.single_process import without_collectives
 from m1_stages.runtime.collectives import barrier, world
 
@@ -23,26 +24,35 @@ ReadPart = Callable[[str, tuple[int, ...]], Any]
 """Gives the values of a part of a tensor, on the CPU: by the tensor's global key and the part's offset in it."""
 
 
+FILE_BYTES = 256 << 20
+"""A rank writes as many files as it has bytes of these, side by side, and at most as many as it has threads."""
+
+
 class Snapshot:
-    """This rank's part of a checkpoint in torch_dist format: one file.
+    """This rank's part of a checkpoint in torch_dist format, in one or several files.
 
     Constructing it plans with the other ranks; the directory exists and is empty.
 
     Args:
         sharded_state_dict: as ``dist_checkpointing.save`` takes it; it belongs to Megatron afterwards.
         read: gives the values of tensors that are on the meta device, when they are written: one of them is in memory at a time.
-        files: written instead of one, of about the same size.
+        files: to write, of about the same size; default: by ``FILE_BYTES``.
     """
 
     def __init__(
-        self, sharded_state_dict: dict[str, Any], directory: Path, *, read: ReadPart | None = None, files: int = 1
+        self,
+        sharded_state_dict: dict[str, Any],
+        directory: Path,
+        *,
+        read: ReadPart | None = None,
+        files: int | None = None,
     ) -> None:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
         filesystem_async._results_queue = queue.Queue()
-        strategy = TorchDistSaveShardedStrategy(thread_count=files)
+        strategy = TorchDistSaveShardedStrategy(thread_count=files or _files_for(sharded_state_dict))
         with without_collectives(world()):
             request = dist_checkpointing.save(
                 sharded_state_dict,
@@ -78,7 +88,7 @@ class Snapshot:
             torch.cuda.current_stream().synchronize()
 
     def write(self, report_progress: Callable[[], None]) -> Files:
-        """Write this rank's file to the disk; no collectives, so any thread may do it.
+        """Write this rank's files to the disk; no collectives, so any thread may do it.
 
         Args:
             report_progress: called after every piece, from which others see that the writer is not stuck.
@@ -86,23 +96,35 @@ class Snapshot:
         Raises:
             OSError: the file system failed.
         """
-        from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+        import torch
 
-        written, hashes = {}, {}
-        for number, (path, key, (data, tensors)) in enumerate(self._files):
-            file: Any
-            with HashedFile(Path(path), report_progress) as file:
-                written[number] = [
-                    _write_item(
-                        self._transforms, file, self._values(item, value), item, key, SerializationFormat.TORCH_SAVE
-                    )
-                    for item, value in [*data, *tensors]
-                ]
-                hashes[key] = file.commit()
+        torch.serialization.set_crc32_options(False)  # one thread's work inside of torch.save; SHA-256 says more
+        one_tensor_at_a_time = self._read is not None
+        parts = in_threads(
+            [partial(self._write_file, file, report_progress) for file in self._files],
+            threads=1 if one_tensor_at_a_time else len(self._files),
+        )
         if self._results is not None:
-            self._results.put(written)
+            self._results.put({number: items for number, (items, _) in enumerate(parts)})
+        hashes = {key: committed for (_, key, _), (_, committed) in zip(self._files, parts, strict=True)}
         self._files = []
         return hashes
+
+    def _write_file(
+        self, planned: tuple[str, str, tuple[Any, Any]], report_progress: Callable[[], None]
+    ) -> tuple[list[Any], tuple[int, str]]:
+        from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
+
+        path, key, (data, tensors) = planned
+        file: Any
+        with HashedFile(Path(path), report_progress) as file:
+            written = [
+                _write_item(
+                    self._transforms, file, self._values(item, value), item, key, SerializationFormat.TORCH_SAVE
+                )
+                for item, value in [*data, *tensors]
+            ]
+            return written, file.commit()
 
     def _values(self, item: Any, value: Any) -> Any:
         if not getattr(value, "is_meta", False):
@@ -118,8 +140,18 @@ class Snapshot:
             function()
 
 
+def _files_for(sharded_state_dict: dict[str, Any]) -> int:
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    tensors = (v.data for v in nested_values(sharded_state_dict) if isinstance(v, ShardedTensor))
+    num_bytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return max(1, min(num_bytes // FILE_BYTES, torch.get_num_threads()))
+
+
 def save_in_process(sharded_state_dict: dict[str, Any], directory: Path) -> None:
-    """``dist_checkpointing.save`` in torch_dist format, one file per rank, flushed to disk; collective."""
+    """``dist_checkpointing.save`` in torch_dist format, flushed to disk; collective."""
     snapshot = Snapshot(sharded_state_dict, directory)
     snapshot.copy()
     snapshot.write(lambda: None)

@@ -26,15 +26,14 @@ from m1_stages.checkpoint.manifest import (
     read_manifest,
 )
 from m1_stages.checkpoint.snapshot import Files, ReadPart, Snapshot
-from m1_stages.checkpoint.unpickle import check_metadata
+from m1_stages.checkpoint.verification import verify_share
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
-from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together, world
+from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together
 
 LATEST = "LATEST"
-_STEP = re.compile(r"step_(\d{8,})$")
-_LEFT_BEHIND = re.compile(r"step_\d{8,}\.tmp-([0-9a-f]{8}|removed)$")
-_ANOTHER = "use another checkpoint, or copy this one again"
+_STEP = re.compile(r"step_(\d{8,})(-[a-z0-9]+)?$")
+_LEFT_BEHIND = re.compile(r"step_\d{8,}(-[a-z0-9]+)?\.tmp-([0-9a-f]{8}|removed)$")
 _LOOK_S = 0.2
 """Seconds between two looks at a writer that is waited for."""
 
@@ -112,13 +111,18 @@ class CheckpointStore:
         return next(iter(self.committed()), None)
 
     def save(
-        self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta, *, read: ReadPart | None = None, files: int = 1
+        self,
+        sharded_state_dict: dict[str, Any],
+        meta: CheckpointMeta,
+        *,
+        read: ReadPart | None = None,
+        files: int | None = None,
     ) -> Path:
         """Write and commit one checkpoint, and wait for it.
 
         Args:
             read: gives the values of tensors that are on the meta device (``Snapshot``).
-            files: that each rank writes.
+            files: that each rank writes; default: by their size (``Snapshot``).
 
         Raises:
             CheckpointError: the step is committed already, or it could not be written; older ones are untouched.
@@ -134,7 +138,12 @@ class CheckpointStore:
         return self._saving is not None
 
     def begin(
-        self, sharded_state_dict: dict[str, Any], meta: CheckpointMeta, *, read: ReadPart | None = None, files: int = 1
+        self,
+        sharded_state_dict: dict[str, Any],
+        meta: CheckpointMeta,
+        *,
+        read: ReadPart | None = None,
+        files: int | None = None,
     ) -> None:
         """Copy the state and start to write it; training may go on, and ``poll`` commits it.
 
@@ -142,8 +151,13 @@ class CheckpointStore:
             CheckpointError: the step is committed already, the writer of an earlier save is still stuck, or there is no room.
         """
         assert self._saving is None, "one save at a time: poll(wait=True) first"
+        committed = self.committed()
+        newest = next(iter(committed), None)
         final = self.root / f"step_{meta.global_step:08d}"
-        newest = self.latest()
+        if any(c.path == final and c.meta.stage != meta.stage for c in committed):
+            final = final.with_name(
+                f"{final.name}-{meta.stage}"
+            )  # both start from one stage: fine-tuning, and the next one
         if final.exists():
             raise CheckpointError("this step is committed already", where=str(final), fix="use another run.dir")
         temporary = gather(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"))[0]
@@ -270,23 +284,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank, naming the first file that differs.
         """
-        run_together(lambda: self._verify_share(committed))
+        run_together(lambda: verify_share(committed, self._on_waiting))
         self._verified.add(committed.path)
-
-    def _verify_share(self, committed: Committed) -> None:
-        present = {p.relative_to(committed.path).as_posix() for p in committed.path.rglob("*") if p.is_file()}
-        for name in sorted(present - committed.files.keys() - {MANIFEST}):
-            raise CheckpointError(f"{name} does not belong to the checkpoint", where=str(committed.path))
-        names = sorted(committed.files)
-        for name in names[rank() :: world()]:
-            size, expected = committed.files[name]
-            path = committed.path / name
-            if name not in present:
-                raise CheckpointError(f"{name} is missing", where=str(committed.path), fix=_ANOTHER)
-            if path.stat().st_size != size or sha256_of(path, self._on_waiting) != expected:
-                raise CheckpointError(f"{name} is not what was written", where=str(committed.path), fix=_ANOTHER)
-            if name == ".metadata":
-                check_metadata(path)
 
     def _commit(self, save: _Save, files: Files) -> None:
         """Commit on rank 0. Files rank 0 wrote in addition are flushed and hashed here; those of the ranks are already."""

@@ -65,7 +65,7 @@ def loader_notes(target: Target, model: ModelConfig, *, slopes: Slopes, own_code
 
 def _transformers_notes(model: ModelConfig, slopes: Slopes) -> list[str]:
     notes = [
-        "transformers >= 5.20 loads it. Use fp32: its bf16 decoding rounds decay rates and state to bf16.",
+        "transformers >= 5.17 loads it. Use fp32: its bf16 decoding rounds decay rates and state to bf16.",
         "transformers' generate() is right for one prompt, or prompts of one length. It is wrong for left-padded batches, and "
         "where a cache is continued by several tokens at once (chunked prefill, assisted decoding) or without position_ids: "
         "the first layer is a lightning layer, whose cache reports a length of 0.",

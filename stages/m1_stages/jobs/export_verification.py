@@ -11,12 +11,13 @@ from torch import Tensor
 from m1_stages.config import ModelConfig
 from m1_stages.hf.llama_cpp.read_back import compare_gguf
 from m1_stages.hf.read_back import compare_files
-from m1_stages.hf.targets import gguf_name
+from m1_stages.hf.targets import Target, gguf_name
 from m1_stages.hf.tensor_names import PREFILL_BLOCK
 from m1_stages.hf.verification.child import loader_logits, trained_reference_of
 from m1_stages.hf.verification.comparison import FP32, Difference, Reference, bf16_products, compare
 from m1_stages.hf.verification.tokens import compare_llama_cpp_tokens, compare_tokenizer
 from m1_stages.jobs.export import Export
+from m1_stages.packages import require_packages
 
 TEXTS, TEXT_TOKENS = 3, 2 * PREFILL_BLOCK + 88
 """Random texts of a verification, each of two full blocks of transformers' prefill and a partial one."""
@@ -39,6 +40,16 @@ class Verified:
     """Largest difference of a logit that the loader's other epsilon alone makes; None where it has the model's."""
 
 
+def require_loader(target: Target) -> None:
+    """Check that the packages are there that a verification of ``target`` needs.
+
+    Raises:
+        EnvironmentProblem: one is not installed.
+    """
+    names, extra = (("gguf", "llama_cpp"), "gguf") if target == "gguf" else (("transformers",), "hf")
+    require_packages(*names, for_what=f"verifying an export for {target}", extra=extra)
+
+
 def verify_export(job: Export, folder: Path, device: str = "cpu") -> Verified:
     """Compare every file of ``folder`` with the checkpoint, then the logits of the target's loader with the trained model's.
 
@@ -52,6 +63,7 @@ def verify_export(job: Export, folder: Path, device: str = "cpu") -> Verified:
         EnvironmentProblem: a package that loads the export is not installed, there is no such device, or it has no room.
     """
     what = job.contents
+    require_loader(what.target)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, what.model.vocab_size, (TEXTS, TEXT_TOKENS), generator=generator)
     if what.target == "gguf":

@@ -55,10 +55,12 @@ def run(
         if fresh:
             start_over_from(opened, plans[0].stage)
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
+        ended: TrainState | None = None
         for number, plan in enumerate(plans):
             plan = starting_point(plan, opened.checkpointer.store.committed())
             rows = stage_rows(resolved, plan, data.training)
-            state = restore_stage(opened, resolved, plan, rows)
+            state = restore_stage(opened, resolved, plan, rows, ended=ended)
+            ended = None
             if state.stage_step == 0:
                 pass_gate(opened, resolved, plan, force=force)
             if state.ramp_from:
@@ -68,7 +70,7 @@ def run(
                 later = [x for x in plans[number + 1 :] if not opened.checkpointer.finals(x.stage)]
                 decision = announce_stage(opened, resolved, plan, mix, state, later=later)
                 with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
-                    state = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
+                    state = ended = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
                 _report_drawn(opened, plan, rows, state)
             evaluate_finished(opened, resolved, plan, state.slopes, data)
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from m1_stages.errors import EXIT_LOST, RankLost
 from m1_stages.run_dir import RANKS, STACKS
+from m1_stages.runtime.phase_clock import PhaseClock, process_age
 
 SLOW_PHASE_FACTOR = 3.0
 """Joining, building, loading and saving may take this many deadlines: they are long at scale and have no heartbeats inside."""
@@ -55,6 +56,11 @@ def report_progress() -> None:
         _current.report_progress()
 
 
+def wall_seconds() -> dict[str, float]:
+    """Return the seconds of each phase of this process, "start" (before the first heartbeat) too; none without a watchdog."""
+    return _current.clock.seconds() if _current is not None else {}
+
+
 def dump_stacks(reason: str) -> str:
     """Write this rank's stacks beside those of the other ranks; returns the file, or an empty text without a watchdog."""
     return _current.dump(reason) if _current is not None else ""
@@ -74,6 +80,7 @@ class Watchdog:
         self._run_dir, self._rank, self._world = run_dir, rank, world
         self._deadline_s, self._on_expired = deadline_s, on_expired
         self._host, self._phase, self._step, self._progress_at = socket.gethostname(), "join", 0, time.monotonic()
+        self.clock = PhaseClock(process_age())
         self._done, self._expired = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._stacks: IO[bytes] | None = None
@@ -104,6 +111,7 @@ class Watchdog:
     def heartbeat(self, phase: str, step: int) -> None:
         """See :func:`heartbeat`."""
         self._phase, self._step, self._progress_at = phase, step, time.monotonic()
+        self.clock.enter(phase)
         if self._thread is None:
             for name in (RANKS, STACKS):
                 (self._run_dir / name).mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ from m1_stages.runtime.collectives import barrier
 from m1_stages.runtime.ddp import TrainableModel
 from m1_stages.runtime.optimizer import Optimizer
 from m1_stages.runtime.signals import StopRequest
-from m1_stages.runtime.watchdog import SLOW_PHASE_FACTOR, dump_stacks, report_progress
+from m1_stages.runtime.watchdog import SLOW_PHASE_FACTOR, dump_stacks, report_progress, wall_seconds
 from m1_stages.training.checkpointer import Checkpointer
 from m1_stages.training.recompute_choice import is_out_of_memory
 from m1_stages.training.run import Run
@@ -105,11 +105,11 @@ def _locked_session(
                 with suppress(CheckpointError):
                     run.checkpointer.finish_save()
                 raise
-            emit(RunStopped(reason="done", exit_code=0))
+            emit(RunStopped(reason="done", exit_code=0, wall_s=wall_seconds()))
         close()
     except M1Error as error:
         with suppress(InUse, CheckpointError):  # the first error says what went wrong
-            emit(RunStopped(reason=str(error), exit_code=error.exit_code))
+            emit(RunStopped(reason=str(error), exit_code=error.exit_code, wall_s=wall_seconds()))
         raise
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not is_out_of_memory(error):

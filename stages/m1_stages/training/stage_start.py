@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from m1_data.sampling.stage_draw import order_version
+from m1_stages.checkpoint import Committed
 from m1_stages.checkpoint.changed_settings import refuse_changes, settings_changed, start_over
 from m1_stages.checkpoint.imported import refuse_beside_import
 from m1_stages.config import STAGE_NAMES, Resolved
@@ -33,8 +34,14 @@ def start_over_from(run: Run, stage: str) -> None:
         forget_rollbacks(run.run_dir, name)
 
 
-def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> TrainState:
+def restore_stage(
+    run: Run, resolved: Resolved, plan: StagePlan, rows: Rows, *, ended: TrainState | None = None
+) -> TrainState:
     """Find where ``plan`` stands and load it: its own newest checkpoint, else the final one of the stage before, else nothing.
+
+    Args:
+        ended: what the model and the optimizer hold now, if this process has just trained a stage to its end and committed it:
+            the next one goes on from memory, with the values that its final checkpoint would give back.
 
     Raises:
         CheckpointError: the stage before has no final checkpoint.
@@ -53,7 +60,11 @@ def restore_stage(run: Run, resolved: Resolved, plan: StagePlan, rows: Rows) -> 
             fix=f"run first: m1 pretrain --stage {plan.starts_from}   (or --stage all)",
         )
     refuse_changes([*own[:1], *before[:1]], resolved, plan)
-    found = run.checkpointer.restore([*own, *before])
+    found: tuple[Committed, TrainState] | None
+    if ended is not None and not own and before and before[0].meta.global_step == ended.global_step:
+        found = before[0], TrainState.from_dict(ended.as_dict())
+    else:
+        found = run.checkpointer.restore([*own, *before])
     if found is None:
         if any(c.meta.stage in STAGE_NAMES for c in committed):
             raise CheckpointError(

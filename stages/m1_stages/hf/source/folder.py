@@ -42,12 +42,14 @@ class Index:
         try:
             data = path.read_bytes()
             values = json.loads(data)
-            place, size = values["weight_map"], values.get("metadata", {}).get("total_size")
+            place, size = values.get("weight_map"), values.get("metadata", {}).get("total_size")
             if not isinstance(place, dict) or not place:
-                raise ValueError("its weight_map has no tensors")
+                raise ValueError("it has no weight_map that names the file of each tensor")
             for name, file in place.items():
                 if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
                     raise ValueError(f"{name} is in {file!r}, which is no safetensors file of the folder")
+            if isinstance(size, float) and size.is_integer():
+                size = int(size)  # as some writers of this file put it
             if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
                 raise ValueError(f"its total_size is {size!r}")
         except OSError as error:

@@ -54,8 +54,8 @@ def refuse_other_names(expected: Collection[str], found: Collection[str], where:
     missing = [name for name in expected if name not in found]
     extra = sorted(name for name in found if name not in expected)
     if missing or extra:
-        parts = [f"{len(names)} tensors {what}, {names[0]} first"
-                 for names, what in ((missing, "are missing"), (extra, "are not the model's")) if names]  # fmt: skip
+        groups = {"missing tensors": missing, "tensors that the model does not have": extra}
+        parts = [f"{what}: {len(names):,}, {names[0]} first" for what, names in groups.items() if names]
         fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in extra)
         raise CheckpointError(
             "; ".join(parts),
