@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn")
 
 from starlette.testclient import TestClient
 
-from m1_stages.errors import CheckpointError, NumericStop
+from m1_stages.errors import CheckpointError, EnvironmentProblem, NumericStop
 from m1_stages.generation import Request, Sampling
 from m1_stages.jobs.serving.app import Version, build_app
 from m1_stages.jobs.serving.protocol import Reader
@@ -187,6 +187,14 @@ def test_what_cannot_be_honoured_is_refused(
     assert message in error["message"]
     if status not in (404, 405):
         assert served.client.post(f"/v1/{path}", content=b"{").json()["error"]["message"].startswith("the content type")
+
+
+def test_states_without_room_are_told_with_their_size(model: Any) -> None:
+    with pytest.raises(
+        EnvironmentProblem, match=r"the states of 4 answers of 10,000,000,000,000 tokens need \d+.\d\d GiB"
+    ) as told:
+        engine_on(model, slots=4, capacity=10**13)
+    assert (told.value.where, "--slots" in told.value.fix) == ("CPU", True)
 
 
 def test_new_weights_are_loaded_between_two_steps_and_named(served: Served) -> None:

@@ -91,8 +91,8 @@ def run_together(action: Callable[[], Any]) -> None:
     try:
         action()
     except (Exception, CheckpointException) as error:  # torch's is no Exception; no other rank may go on
-        ours = isinstance(error, CheckpointError)
-        failed = (reason_of(error), error.where if ours else "", error.fix if ours else "")
+        place = (error.where, error.fix) if isinstance(error, CheckpointError) else ("", "")
+        failed = (reason_of(error), *place)
     for number, (what, where, fix) in enumerate(gather(failed)):
         if what:
             raise CheckpointError(what, where=", ".join(filter(None, (where, f"rank {number}"))), fix=fix)
