@@ -58,8 +58,8 @@ class Engine:
                 raise
             need = state_bytes(model.model_config, dtype=self.model.dtype, **sizes)
             raise EnvironmentProblem(
-                f"the states of {options.slots} answers of {options.capacity:,} tokens need {need / 2**30:.2f} GiB on each device, "
-                "and there is no room for them beside the weights",
+                f"the states of {options.slots} answers of {options.capacity:,} tokens need {need / 2**30:.2f} GiB on each rank, "
+                "and the device has no room for them beside the weights",
                 where=torch.cuda.get_device_name(self.model.device) if on_gpu else "CPU",
                 fix="lower --slots, --max-tokens or --context",
             ) from error
