@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,18 @@ def test_mistakes(config: Path, tmp_path: Path, arguments: list[str], code: int,
     done = m1(config, *(a.format(tmp=tmp_path, name=tmp_path.name) for a in arguments))
     assert done.exit_code == code, done.output
     assert message.format(tmp=tmp_path) in done.output.replace("\n", " ").replace("  ", " ")
+
+
+def test_a_damaged_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(config.parent / "run" / "checkpoints" / "step_00000010", tmp_path / "step_00000010")
+    file = max(copied.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = m1(config, "x", "--checkpoint", copied, "--max-tokens", 1)
+    assert done.exit_code == 5, done.output
+    for text in (f"{file.name} is not what was written", str(copied), "use another checkpoint"):
+        assert text in done.output.replace("\n", "")
 
 
 def test_a_mistake_in_the_options_needs_no_torch(config: Path) -> None:

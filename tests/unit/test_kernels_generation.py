@@ -137,20 +137,24 @@ ORDER = ("temperature", "top_k", "top_p", "uniform", "banned", "bans", "forced")
 def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_triton, "BLOCK", 16)  # an interpreted block costs the same at any size: three of them
     rows, vocab = 12, 45
-    logits = (random(rows, vocab).cpu() * 3 - 2).contiguous()  # thresholds of both signs
+    logits = (random(rows, vocab).cpu() * 3).contiguous()
+    logits[3] -= 20  # a threshold below zero
     logits[:, 7] = logits[:, 39] = logits.amax(1)  # ties for the highest, in one lane of two blocks
+    logits[[1, 11], 42] = torch.nextafter(
+        logits[[1, 11], 7], torch.tensor(0.0)
+    )  # left out by the last bit of a threshold
     logits[5, 20:] = float("-inf")
     number = torch.arange(rows)
     asked = {
         "temperature": torch.tensor([0, 1, 0.5, 1, 1, 2, 1, 1, 0, 1, 0.7, 1], dtype=torch.float32),
-        "top_k": torch.tensor([0, 0, 0, 5, 0, 0, 1, 20, 3, 0, vocab, 2]),
-        "top_p": torch.tensor([1, 1, 1, 1, 0.8, 1, 1, 0.5, 0.5, 1e-9, 0.99, 1], dtype=torch.float64),
+        "top_k": torch.tensor([0, 0, 0, 20, 0, 0, 1, 5, 3, 0, vocab, 2]),
+        "top_p": torch.tensor([1, 1e-9, 1, 1, 0.8, 1, 1, 0.5, 0.5, 1e-9, 0.99, 1], dtype=torch.float64),
         "banned": torch.stack([number * 0 + 7, number * 0 + 39, number], dim=1),
         "bans": number % 3 == 0,
         "forced": torch.where(number == 9, 9, -1),
     }
     logprobs = logits.log_softmax(1)
-    edges = torch.tensor([0.0, 0.3, 0.77, 1 - 2**-53], dtype=torch.float64)
+    edges = torch.tensor([0.0, 0.3, 0.77, 1.0], dtype=torch.float64)  # 1: rounding can bring the highest number there
     for shift in (0, 2):
         asked["uniform"] = edges[(number + shift) % 4]
         token, logprob = choose_tokens(logits.clone(), **asked)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.exporting import make_checkpoint, make_tokenizer, prepare_tokenizer
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from m1_stages.errors import CheckpointError
 from m1_stages.jobs.serving import run as serving_run
 from m1cli.app import app as m1_app
 
@@ -72,3 +75,23 @@ def test_options_that_would_do_nothing_are_refused(config: Path, monkeypatch: py
     done = CliRunner().invoke(m1_app, ["generate", "-c", str(config), "--serve"])
     assert done.exit_code == 3
     assert "pip install 'm1cli[serve]'" in done.output
+
+
+def test_a_step_names_a_checkpoint_if_it_has_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: Any = [
+        SimpleNamespace(
+            path=Path(name), meta=SimpleNamespace(global_step=step, extra={"model": name == "step_00000003"})
+        )
+        for name, step in (("step_00000012", 12), ("step_00000009-sft", 9), ("step_00000009", 9), ("step_00000003", 3))
+    ]
+    monkeypatch.setattr(serving_run, "CheckpointStore", lambda root: SimpleNamespace(committed=lambda: there))
+    run: Any = SimpleNamespace(run_dir=Path("run"))
+    for name, place in (("newest", 0), (12, 0), ("step_00000009", 2), ("step_00000009-sft", 1)):
+        assert serving_run._named(run, name, there[0]) is there[place]
+    for name, message in (
+        (9, "step_00000009-sft, step_00000009; name one"),
+        (7, "no checkpoint 7"),
+        (3, "another shape"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            serving_run._named(run, name, there[0])

@@ -17,7 +17,7 @@ pytest.importorskip("uvicorn")
 
 from starlette.testclient import TestClient
 
-from m1_stages.errors import CheckpointError, NumericStop
+from m1_stages.errors import CheckpointError, EnvironmentProblem, NumericStop
 from m1_stages.generation import Request, Sampling
 from m1_stages.jobs.serving.app import Version, build_app
 from m1_stages.jobs.serving.protocol import Reader
@@ -50,7 +50,7 @@ class Served:
         self.engine = engine_on(model, decode=letters.decode, slots=4, capacity=CONTEXT)
         self.engine.weights_changed(FIRST.name)
         self.service = Service(self.engine, letters.decode)
-        self.loaded: list[tuple[str, bool]] = []
+        self.loaded: list[tuple[str | int, bool]] = []
         self.app = build_app(self.service, Reader(encoder=letters, model="run", context=CONTEXT), FIRST, self._load)
         self.client = TestClient(self.app)
         self.stopped, self.error = False, ""
@@ -63,9 +63,9 @@ class Served:
         except NumericStop as error:
             self.error = error.what
 
-    def _load(self, name: str) -> Version:
+    def _load(self, name: str | int) -> Version:
         self.loaded.append((name, threading.current_thread() is self.thread))
-        if name not in ("newest", SECOND.checkpoint):
+        if name not in ("newest", SECOND.step):
             raise CheckpointError(f"there is no checkpoint {name!r}")
         self.engine.weights_changed(SECOND.name)
         return SECOND
@@ -175,7 +175,7 @@ def test_several_prompts_and_stop_texts(served: Served, model: Any) -> None:
         ("weights", {"checkpoint": True}, 400, None, "expected"),
         ("embeddings", {}, 404, None, "POST /v1/embeddings: Not Found"),
         ("models", {}, 405, None, "POST /v1/models: Method Not Allowed"),
-        ("weights", {"checkpoint": 7}, 409, None, "there is no checkpoint 'step_00000007'"),
+        ("weights", {"checkpoint": 7}, 409, None, "there is no checkpoint 7"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(
@@ -189,6 +189,12 @@ def test_what_cannot_be_honoured_is_refused(
         assert served.client.post(f"/v1/{path}", content=b"{").json()["error"]["message"].startswith("the content type")
 
 
+def test_states_without_room_are_told_with_their_size(model: Any) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"10,000,000,000,000 tokens need \d+.\d\d GiB") as told:
+        engine_on(model, slots=4, capacity=10**13)
+    assert (told.value.where, "--slots" in told.value.fix) == ("CPU", True)
+
+
 def test_new_weights_are_loaded_between_two_steps_and_named(served: Served) -> None:
     assert served.client.get("/v1/weights").json()["step"] == 1
     assert served.client.get("/v1/models").json()["data"][0]["id"] == "run"
@@ -199,7 +205,7 @@ def test_new_weights_are_loaded_between_two_steps_and_named(served: Served) -> N
         "sha256": "b" * 64,
     }
     assert served.ask("weights", checkpoint="newest")["step"] == 2
-    assert served.loaded == [(SECOND.checkpoint, True), ("newest", True)], "in the thread of the engine"
+    assert served.loaded == [(SECOND.step, True), ("newest", True)], "in the thread of the engine"
     assert served.client.get("/health").json() == {"status": "ok", "weights": SECOND.name}
     assert served.ask("completions", prompt="a")["system_fingerprint"] == SECOND.name
 

@@ -87,7 +87,11 @@ def read_manifest(directory: Path) -> Committed:
         files = {name: (int(size), str(sha)) for name, (size, sha) in body["files"].items()}
         return Committed(directory, CheckpointMeta(**body["meta"]), files, values["sha256"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"the checkpoint manifest is missing or damaged: {error}", where=str(path)) from error
+        raise CheckpointError(
+            f"the checkpoint manifest is missing or damaged: {error}",
+            where=str(path),
+            fix="use a folder step_... of a run's checkpoints, or copy this one again",
+        ) from error
 
 
 def _text(body: dict[str, Any]) -> str:

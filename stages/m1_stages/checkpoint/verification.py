@@ -11,6 +11,8 @@ from m1_stages.checkpoint.unpickle import check_metadata
 from m1_stages.errors import CheckpointError
 from m1_stages.runtime.collectives import rank, world
 
+_ANOTHER = "use another checkpoint, or copy this one again"
+
 
 def verify_share(committed: Committed, on_waiting: Callable[[], None]) -> None:
     """Check the names of all files, and size and SHA-256 of this rank's share, several files side by side.
@@ -27,7 +29,7 @@ def verify_share(committed: Committed, on_waiting: Callable[[], None]) -> None:
     for name in sorted(present - committed.files.keys() - {MANIFEST}):
         raise CheckpointError(f"{name} does not belong to the checkpoint", where=str(committed.path))
     for name in sorted(committed.files.keys() - present):
-        raise CheckpointError(f"{name} is missing", where=str(committed.path))
+        raise CheckpointError(f"{name} is missing", where=str(committed.path), fix=_ANOTHER)
     mine = sorted(committed.files)[rank() :: world()]
     in_threads([partial(_verify, committed, name) for name in mine], torch.get_num_threads(), on_waiting)
 
@@ -36,6 +38,6 @@ def _verify(committed: Committed, name: str) -> None:
     size, expected = committed.files[name]
     path = committed.path / name
     if path.stat().st_size != size or sha256_of(path) != expected:
-        raise CheckpointError(f"{name} is not what was written", where=str(committed.path))
+        raise CheckpointError(f"{name} is not what was written", where=str(committed.path), fix=_ANOTHER)
     if name == ".metadata":
         check_metadata(path)

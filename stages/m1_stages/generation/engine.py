@@ -53,13 +53,15 @@ class Engine:
             sizes = {"slots": options.slots, "capacity": options.capacity, "tp": self.model.tp_group.size()}
             self.states = SlotStates(model.model_config, dtype=self.model.dtype, device=self.model.device, **sizes)
             self._decoder = Decoder(self.model, self.states, replica, steps=options.steps if on_gpu else 1)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # a GPU's OutOfMemoryError is one; a CPU has none of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
             need = state_bytes(model.model_config, dtype=self.model.dtype, **sizes)
             raise EnvironmentProblem(
-                f"the states of {options.slots} answers of {options.capacity:,} tokens need {need / 2**30:.2f} GiB on each GPU, "
-                "and there is no room for them beside the weights",
-                where=torch.cuda.get_device_name(self.model.device),
-                fix="lower the number of slots, or the tokens of an answer",
+                f"the states of {options.slots} answers of {options.capacity:,} tokens need {need / 2**30:.2f} GiB on each rank, "
+                "and the device has no room for them beside the weights",
+                where=torch.cuda.get_device_name(self.model.device) if on_gpu else "CPU",
+                fix="lower --slots, --max-tokens or --context",
             ) from error
         self._ahead = 1 if on_gpu else 0
         """Blocks that run while the host looks at the one before."""

@@ -83,18 +83,19 @@ def run_together(action: Callable[[], Any]) -> None:
     """Run ``action`` on every rank; when it fails on any, fail on all with the first rank's reason.
 
     Raises:
-        CheckpointError: naming the rank and what went wrong there.
+        CheckpointError: naming what went wrong, where, and the rank.
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
-    failure = ""
+    failed = ("", "", "")
     try:
         action()
     except (Exception, CheckpointException) as error:  # torch's is no Exception; no other rank may go on
-        failure = reason_of(error)
-    for number, text in enumerate(gather(failure)):
-        if text:
-            raise CheckpointError(text, where=f"rank {number}", fix="")
+        place = (error.where, error.fix) if isinstance(error, CheckpointError) else ("", "")
+        failed = (reason_of(error), *place)
+    for number, (what, where, fix) in enumerate(gather(failed)):
+        if what:
+            raise CheckpointError(what, where=", ".join(filter(None, (where, f"rank {number}"))), fix=fix)
 
 
 def reason_of(error: BaseException) -> str:

@@ -41,12 +41,12 @@ class Version:
         return f"{self.checkpoint}-{self.sha256[:12]}"
 
 
-def build_app(service: Service, reader: Reader, version: Version, load: Callable[[str], Version]) -> Starlette:
+def build_app(service: Service, reader: Reader, version: Version, load: Callable[[str | int], Version]) -> Starlette:
     """Return the ASGI application.
 
     Args:
         version: of the weights that the engine has.
-        load: called in the engine's thread with the name of a checkpoint or ``newest``; gives the engine its weights.
+        load: called in the engine's thread with the name of a checkpoint, its step, or ``newest``; gives the engine its weights.
     """
     state = {"version": version}
 
@@ -65,9 +65,7 @@ def build_app(service: Service, reader: Reader, version: Version, load: Callable
             body = await _json(request)
             if not isinstance(body, dict) or set(body) != {"checkpoint"} or type(body["checkpoint"]) not in (str, int):
                 raise BadRequest('expected {"checkpoint": "newest"}, the number of a step, or the name of a checkpoint')
-            wanted = body["checkpoint"]
-            name = f"step_{wanted:08d}" if isinstance(wanted, int) else wanted
-            state["version"] = await service.call(lambda: load(name))
+            state["version"] = await service.call(lambda: load(body["checkpoint"]))
         return JSONResponse(asdict(state["version"]))
 
     async def health(request: HttpRequest) -> Response:

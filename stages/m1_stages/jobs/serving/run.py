@@ -120,7 +120,7 @@ def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str,
             engine.weights_changed(version.name)
             service = Service(engine, encoder.decode)
 
-            def load(name: str) -> Version:
+            def load(name: str | int) -> Version:
                 from m1_stages.generation.loading import replace_weights
 
                 new = _named(resolved, name, committed)
@@ -147,13 +147,17 @@ def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str,
         encoder.close()
 
 
-def _named(resolved: Resolved, name: str, present: Committed) -> Committed:
-    """The checkpoint of the run with this name, or its newest one."""
+def _named(resolved: Resolved, name: str | int, present: Committed) -> Committed:
+    """The checkpoint of the run with this name or step, or its newest one."""
     found = CheckpointStore(resolved.run_dir / CHECKPOINTS).committed()
-    chosen = [c for c in found if name in (NEWEST, c.path.name)]
+    chosen = [c for c in found if name in (NEWEST, c.path.name, c.meta.global_step)]
     if not chosen:
         have = ", ".join(c.path.name for c in found) or "none"
         raise CheckpointError(f"there is no checkpoint {name!r} (checkpoints: {have})")
+    if len(chosen) > 1 and name != NEWEST:
+        raise CheckpointError(
+            f"step {name} has several checkpoints: {', '.join(c.path.name for c in chosen)}; name one"
+        )
     if chosen[0].meta.extra["model"] != present.meta.extra["model"]:
         raise CheckpointError(f"{chosen[0].path.name} is a model of another shape than the one that is served")
     return chosen[0]
