@@ -136,7 +136,7 @@ def _train(folder: Path, run_dir: Path, *, full_at: int, seconds: float = 0.0) -
         "seconds": seconds,
     }
     (ended,) = run_on_ranks(1, "faults.full_disk_worker:train", values | {"filler": str(run_dir.parent / "filler")})
-    assert ended == {"exit": 0, "error": ""}
+    assert (ended["exit"], ended["error"]) == (0, "")
     done = [event["global_step"] for event in events_of(run_dir / "metrics.jsonl", "StepDone")]
     assert done == list(range(8)), "every line is there, once and in order"
     return run_dir / "checkpoints" / "step_00000008"

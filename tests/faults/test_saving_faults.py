@@ -151,7 +151,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_tried(
 ) -> None:
     """15: training goes on; after three consecutive failures it stops with exit code 5; a good one starts a new count."""
     job = Job(root, background=background)
-    job.save(1)
+    job.save_and_wait(1)
     with monkeypatch.context() as patch:
         patch.setattr(files, "open", failing_open(error, lambda path: path.suffix == ".distcp"), raising=False)
         job.save_and_wait(2, 3)
