@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 
 from m1_stages.errors import CheckpointError
+from m1_stages.hf.verification import child
 from m1_stages.hf.verification.comparison import FP32, NearTie, Reference, Rounding, bf16_products, compare, describe
 
 
@@ -88,3 +93,19 @@ def test_the_closest_near_ties_are_named() -> None:
     ties = tuple(NearTie(text=0, position=position, layer=7, gap=2e-6) for position in range(5))
     assert describe(ties[:1]) == "position 0 of text 1, layer 7, 2e-06 apart"
     assert describe(ties).endswith("position 2 of text 1, layer 7, 2e-06 apart; and 2 more")
+
+
+@pytest.mark.parametrize("short", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=["host", "GPU"])
+def test_a_machine_without_room_is_not_the_fault_of_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short: Exception
+) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise short
+
+    monkeypatch.setattr(transformers.MiniMaxForCausalLM, "from_pretrained", load)
+    (tmp_path / "job.json").write_text(json.dumps({"loader": "transformers", "path": str(tmp_path), "device": "cpu"}))
+    save_file({"tokens": torch.zeros(1, 300, dtype=torch.int64)}, tmp_path / "tokens.safetensors")
+    child.main(tmp_path)
+    said = json.loads((tmp_path / "error.json").read_text())
+    assert said["kind"] == "EnvironmentProblem"
+    assert "no memory to compute the logits of transformers" in said["what"]

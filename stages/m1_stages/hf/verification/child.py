@@ -130,6 +130,11 @@ def main(folder: Path) -> None:
     tokens = load_file(folder / _TOKENS)["tokens"]
     try:
         answer = compute(job, tokens)
+    except (MemoryError, torch.OutOfMemoryError) as short:
+        what = f"there is no memory to compute the logits of {job['loader']}: {short or 'MemoryError'}"
+        fix = "one model in fp32 and its logits must fit: use a larger machine, or --device cpu"
+        (folder / _ERROR).write_text(json.dumps({"kind": "EnvironmentProblem", "what": what, "where": "", "fix": fix}))
+        return
     except M1Error as error:
         said = {"kind": type(error).__name__, "what": error.what, "where": error.where, "fix": error.fix}
         (folder / _ERROR).write_text(json.dumps(said))

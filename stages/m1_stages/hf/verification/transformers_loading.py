@@ -28,6 +28,8 @@ def load_transformers(export_dir: Path) -> Any:
     try:
         with quiet():  # it warns of the decay buffers that a portable export does not store
             loaded, info = MiniMaxForCausalLM.from_pretrained(export_dir, dtype=torch.float32, output_loading_info=True)
+    except (MemoryError, torch.OutOfMemoryError):  # not the fault of the export
+        raise
     except Exception as error:  # of every kind, from the reader of any of the files
         raise CheckpointError(f"transformers does not load the export: {error}", where=str(export_dir)) from error
     decay = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")

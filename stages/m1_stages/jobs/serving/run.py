@@ -6,7 +6,6 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from m1_stages.generation.prompts import PromptEncoder
 from m1_stages.jobs.export import choose_checkpoint
 from m1_stages.jobs.generate import longest_context
 from m1_stages.jobs.prepared import open_tokenizer
+from m1_stages.packages import require_packages
 from m1_stages.run_dir import CHECKPOINTS
 from m1_stages.runtime.signals import StopRequest
 
@@ -52,11 +52,7 @@ def require_libraries() -> None:
     Raises:
         EnvironmentProblem: one is missing.
     """
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise EnvironmentProblem(
-            f"{' and '.join(missing)} missing: --serve needs them", fix="pip install 'm1cli[serve]'"
-        )
+    require_packages("starlette", "uvicorn", for_what="--serve", extra="serve")
 
 
 def refuse_address(host: str, port: int) -> None:
