@@ -238,13 +238,16 @@ class EventsDelayed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageFinished:
-    """A stage's last step is done and its checkpoint committed."""
+    """A stage's last step is done and its checkpoint committed, which may be after the next stage has begun."""
 
     stage: str
     steps: int
+    since_step: int
+    """Step of the stage at which this process began or continued it."""
     first_loss: float
     last_loss: float
     seconds: float
+    """From the first of these steps to the end of the last one."""
     checkpoint: str
     ramp_progress: float
     """1 when the decay rates arrived; less when the guard held them back until the stage ended."""

@@ -88,7 +88,7 @@ class Snapshot:
             torch.cuda.current_stream().synchronize()
 
     def write(self, report_progress: Callable[[], None]) -> Files:
-        """Write this rank's files to the disk; no collectives, so any thread may do it.
+        """Write this rank's files to the disk; no collectives, so any thread may do it, and again after a failure.
 
         Args:
             report_progress: called after every piece, from which others see that the writer is not stuck.
@@ -105,10 +105,10 @@ class Snapshot:
             threads=1 if one_tensor_at_a_time else len(self._files),
         )
         if self._results is not None:
+            while not self._results.empty():  # of an attempt that failed on another rank
+                self._results.get()
             self._results.put({number: items for number, (items, _) in enumerate(parts)})
-        hashes = {key: committed for (_, key, _), (_, committed) in zip(self._files, parts, strict=True)}
-        self._files = []
-        return hashes
+        return {key: committed for (_, key, _), (_, committed) in zip(self._files, parts, strict=True)}
 
     def _write_file(
         self, planned: tuple[str, str, tuple[Any, Any]], report_progress: Callable[[], None]
@@ -135,7 +135,7 @@ class Snapshot:
         return read
 
     def finish(self) -> None:
-        """After ``write`` on all ranks: rank 0 writes ``.metadata`` and ``metadata.json``; collective."""
+        """After ``write`` on all ranks: rank 0 writes ``.metadata`` and ``metadata.json``; collective, once a ``write``."""
         for function in self._finish:
             function()
 
