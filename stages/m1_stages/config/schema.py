@@ -281,7 +281,8 @@ class RunSection:
     ] = 100
     async_save: Annotated[
         Literal["auto", "on", "off"],
-        "train on while a checkpoint is written from a copy in host memory; auto: with CUDA (a CPU would only share its cores)",
+        "train on while a checkpoint is written from a copy in host memory; auto: with CUDA (a CPU would only share its cores), "
+        "if that memory holds the copy beside offloaded optimizer state",
     ] = "auto"
     max_failed_saves: Annotated[int, "consecutive periodic checkpoints that may fail before the run stops"] = 3
     keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2
@@ -293,10 +294,6 @@ class RunSection:
         bool, "in stages that recompute, the layers' inputs wait in host memory between forward and backward"
     ] = False
     tensorboard: Annotated[bool, "also write TensorBoard events (needs the 'tensorboard' extra)"] = False
-
-    def saves_in_background(self, device: str) -> bool:
-        """Return whether checkpoints are written in the background on ``device``, "cpu" or "cuda"."""
-        return device == "cuda" if self.async_save == "auto" else self.async_save == "on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

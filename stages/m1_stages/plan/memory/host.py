@@ -1,0 +1,200 @@
+"""Estimates the host memory that a run needs, and decides with it whether saves are written beside training.
+
+A save copies what its rank writes to host memory, whether training goes on meanwhile or waits (``m1_stages.checkpoint``), and at
+most one such copy exists. So waiting frees no memory, except where the optimizer state is offloaded: while the loop waits that
+state is on the GPU, and the copy takes its place in torch's cache of pinned memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from m1_stages.config import Config, ModelConfig
+from m1_stages.errors import EnvironmentProblem
+from m1_stages.plan.hardware import CALIBRATION, GIB, Calibration
+from m1_stages.plan.layout import Layout
+from m1_stages.plan.memory.gpu import Memory
+from m1_stages.plan.memory.policy import MemoryPolicy, choose_activations, memory_policy_of
+from m1_stages.plan.shapes import rank_parameters
+from m1_stages.plan.stage_workload import model_with_vocab, stage_workloads
+
+CLEARLY = 0.8
+"""A run is refused only if less than this part of what it needs is there: the need is an estimate, and memory may be freed."""
+
+
+def checkpoint_bytes(layout: Layout, *, bf16: bool) -> tuple[int, int]:
+    """Return the bytes of a parameter in a checkpoint: of its weight, and of its optimizer state.
+
+    The state is both moments, and a master weight where there is one: with bf16 or a distributed optimizer.
+    """
+    return (2 if bf16 else 4), (12 if bf16 or layout.distributed_optimizer else 8)
+
+
+def host_snapshot_bytes(m: ModelConfig, layout: Layout, *, bf16: bool, per_node: int) -> tuple[int, int]:
+    """Return the bytes that a save copies to host memory: of the process, and of the node, that copy most.
+
+    Of equal parameters one rank writes: the first of the data- and context-parallel ranks, for experts the first of the ranks
+    that hold the same ones. Within a pipeline stage these are the first ranks, one for each cut.
+
+    Args:
+        per_node: ranks of a machine.
+    """
+    size = sum(checkpoint_bytes(layout, bf16=bf16))
+    ranks = layout.gpus // layout.pipeline
+    per_node = min(per_node, layout.gpus)
+    stages_of_node = max(1, per_node // ranks)
+    held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
+    of_node = [
+        size
+        * (x.dense * min(layout.tensor, per_node) + x.experts * min(layout.expert * layout.expert_tensor, per_node))
+        for x in held
+    ]
+    fullest = max(sum(of_node[first : first + stages_of_node]) for first in range(0, layout.pipeline, stages_of_node))
+    return size * max(x.dense + x.experts for x in held), fullest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostMemory:
+    """Host memory of the node that needs most, in GiB."""
+
+    snapshot: float
+    """Copies of what its processes write to a checkpoint."""
+    largest_snapshot: float
+    """The copy of the process that writes most; no part of the sum."""
+    gathered: float
+    """What Megatron's distributed optimizer gathers in every process when a save begins: fp32 weights and both moments."""
+    optimizer: float
+    """Offloaded optimizer state, pinned."""
+    replaced: float
+    """The part of the snapshot that takes the place of offloaded state where training waits for it."""
+    activations: float
+    """Offloaded inputs of layers, pinned."""
+    training: float
+    """The processes; without a GPU weights, gradients and optimizer state."""
+
+    def needed(self, *, background: bool) -> float:
+        """Return the GiB needed while saves are written beside training, or while it waits for them."""
+        both = self.training + self.activations + self.optimizer + self.snapshot + self.gathered
+        return both if background else both - self.replaced
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the parts and both sums."""
+        return {
+            **asdict(self),
+            "needed": self.needed(background=True),
+            "needed_waiting": self.needed(background=False),
+        }
+
+
+def estimate_host_memory(
+    m: ModelConfig,
+    layout: Layout,
+    memory: Memory,
+    *,
+    bf16: bool,
+    per_node: int,
+    device: Literal["cpu", "cuda"] = "cuda",
+    c: Calibration = CALIBRATION,
+) -> HostMemory:
+    """Estimate the host memory of the fullest of the nodes that train ``m``.
+
+    Args:
+        memory: of the fullest GPU.
+        per_node: ranks of a machine.
+        device: on "cpu" the state that is trained is in host memory, too, and nothing is pinned.
+    """
+    process, node = host_snapshot_bytes(m, layout, bf16=bf16, per_node=per_node)
+    processes = min(per_node, layout.gpus)
+    on_gpu = device == "cuda"
+    # torch rounds pinned blocks up to powers of two; what the distributed optimizer gathers is copied to common memory.
+    rounding = c.pinned_rounding if on_gpu and not layout.distributed_optimizer else 1.0
+    held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
+    gathered = 12 * max(x.dense + x.experts for x in held) if layout.distributed_optimizer else 0
+    weight, state = checkpoint_bytes(layout, bf16=bf16)
+    replaced = bool(memory.host_optimizer) and not layout.distributed_optimizer
+    trained = c.process_gib if on_gpu else memory.weights + memory.gradients + memory.optimizer
+    return HostMemory(
+        snapshot=rounding * node / GIB,
+        largest_snapshot=rounding * process / GIB,
+        gathered=processes * gathered / GIB,
+        optimizer=c.pinned_rounding * processes * memory.host_optimizer,
+        replaced=replaced * rounding * node * state / (weight + state) / GIB,
+        activations=c.pinned_rounding * processes * memory.host_activations * on_gpu,
+        training=processes * trained,
+    )
+
+
+def run_host_memory(config: Config, layout: Layout, *, per_node: int, device: Literal["cpu", "cuda"]) -> HostMemory:
+    """Estimate the host memory of a run of ``config``: of the stage that needs most.
+
+    Args:
+        per_node: ranks of a machine.
+        device: where it trains.
+    """
+    m, policy = model_with_vocab(config), memory_policy_of(config)
+    # Without memory on the device, all that may be offloaded is.
+    needs = [choose_activations(m, workload, layout, policy, 0.0).memory for workload in stage_workloads(config)]
+    largest = max(needs, key=lambda memory: memory.host)
+    return estimate_host_memory(m, layout, largest, bf16=policy.bf16, per_node=per_node, device=device)
+
+
+def available_host_gib() -> float:
+    """Return the memory of this machine that programs can have now."""
+    import psutil
+
+    return float(psutil.virtual_memory().available) / GIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveMode:
+    """How checkpoints are written, and why."""
+
+    background: bool
+    why: str
+    warning: str = ""
+    """What a person should know, when it is close."""
+
+    def __str__(self) -> str:
+        where = "beside training" if self.background else "while training waits"
+        warning = f"; {self.warning}" if self.warning else ""
+        return f"{where}: {self.why}{warning}"
+
+
+def choose_save_mode(
+    need: HostMemory, available_gib: float, policy: MemoryPolicy, *, device: Literal["cpu", "cuda"] = "cuda"
+) -> SaveMode:
+    """Decide whether checkpoints are written beside training: as ``run.async_save`` says; "auto" waits where only that fits.
+
+    Args:
+        available_gib: memory of a node that ``need`` may take.
+
+    Raises:
+        EnvironmentProblem: the copy of a checkpoint clearly does not fit, or not so as ``run.async_save = on`` asks.
+    """
+    copy = f"a copy of {_size(need.largest_snapshot)} in a process, {_size(need.snapshot)} on a node"
+    wanted = policy.saves_in_background(device)
+    beside, waiting = need.needed(background=True), need.needed(background=False)
+    needed = beside if wanted else waiting
+    if needed <= available_gib:
+        return SaveMode(background=wanted, why=copy)
+    waiting_fits = wanted and need.replaced > 0 and CLEARLY * waiting <= available_gib
+    have = f"{_size(needed)} of host memory on a node, which has {_size(available_gib)}"
+    if waiting_fits and policy.async_save == "auto":
+        why = f"{copy}, in the place of the offloaded optimizer state; beside it they need {have}"
+        return SaveMode(background=False, why=why)
+    if CLEARLY * needed <= available_gib:
+        return SaveMode(background=wanted, why=copy, warning=f"with {copy} the run needs about {have}")
+    offers = ["--set run.async_save=auto, which waits for saves"] * waiting_fits
+    offers += ["--set run.offload_activations=false"] * (need.activations > 0)
+    offers += ["--set optim.offload=false"] * (need.optimizer > 0)
+    offers += ["--set parallel.distributed_optimizer=false, which gathers nothing for a save"] * (need.gathered > 0)
+    raise EnvironmentProblem(
+        f"a checkpoint could not be saved: with {copy} the run needs {have}",
+        where="host memory",
+        fix=", or ".join([*offers, "start fewer processes on a node, or take one with more memory"]),
+    )
+
+
+def _size(gib: float) -> str:
+    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * 1024:,.0f} MiB"

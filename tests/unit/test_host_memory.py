@@ -1,0 +1,177 @@
+"""Host memory of saves: what is copied, whether it fits, and what then becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.plans import m1_plan, resolved
+
+from m1_stages.doctor import host_memory as doctor
+from m1_stages.errors import EnvironmentProblem
+from m1_stages.plan.estimate import make_plan
+from m1_stages.plan.hardware import CALIBRATION, GPUS, gpu_named
+from m1_stages.plan.layout import Layout
+from m1_stages.plan.memory.host import (
+    HostMemory,
+    choose_save_mode,
+    host_snapshot_bytes,
+    run_host_memory,
+)
+from m1_stages.plan.memory.policy import MemoryPolicy
+from m1_stages.plan.shapes import rank_parameters
+from m1_stages.plan.stage_workload import model_with_vocab
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("bf16", "sizes", "process", "all_ranks"),
+    [
+        (False, {}, 24_292_267, 24_292_267),
+        (True, {}, 28_388_925, 28_388_925),
+        (False, {"data": 2, "distributed_optimizer": True}, 32_380_997, 32_380_997),
+        (True, {"data": 2, "expert": 2, "distributed_optimizer": True}, 17_378_373, 28_489_349),
+        (False, {"tensor": 2}, 21_782_827, 24_410_542),
+    ],
+)
+def test_copies_are_what_the_ranks_of_real_runs_wrote(
+    bf16: bool, sizes: dict[str, Any], process: int, all_ranks: int, tmp_path: Path
+) -> None:
+    """Bytes of the files of tiny's checkpoints, written on a CPU by one process or two: the largest rank's, and all."""
+    m = model_with_vocab(resolved(tmp_path, "tiny").config)
+    m = replace(m, vocab_size=2048)
+    found = host_snapshot_bytes(m, Layout(**sizes), bf16=bf16, per_node=8)
+    assert found == pytest.approx((process, all_ranks), rel=0.03)
+
+
+def test_a_node_copies_what_its_own_ranks_write(tmp_path: Path) -> None:
+    m = model_with_vocab(resolved(tmp_path, "m1-456b").config)
+    layout = Layout(
+        tensor=4, pipeline=2, expert=16, data=8, distributed_optimizer=True
+    )  # 64 ranks, 32 a pipeline stage
+    parts = [rank_parameters(m, layout, stage) for stage in (0, 1)]
+    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=8)
+    assert node == 14 * max(4 * x.dense + 8 * x.experts for x in parts), "the first node of a stage has 8 of 16 experts"
+    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=16)
+    assert node == 14 * max(4 * x.dense + 16 * x.experts for x in parts)
+    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=64)
+    assert node == 14 * sum(4 * x.dense + 16 * x.experts for x in parts), (
+        "both stages on one node: the whole checkpoint"
+    )
+
+
+def test_what_each_part_is(tmp_path: Path) -> None:
+    config = resolved(tmp_path, "700m", "optim.offload=true", "run.offload_activations=true").config
+    m = model_with_vocab(config)
+    rank = rank_parameters(m, Layout(), 0)
+    parameters = rank.dense + rank.experts
+    state = CALIBRATION.pinned_rounding * parameters / GIB
+    need = run_host_memory(config, Layout(data=2), per_node=8, device="cuda")
+    assert need.snapshot == need.largest_snapshot == pytest.approx(14 * state)
+    assert need.optimizer == pytest.approx(2 * 12 * state)
+    assert need.replaced == pytest.approx(12 * state)
+    assert need.activations == pytest.approx(CALIBRATION.pinned_rounding * 2 * 16.0), "eight inputs of 2 GiB a process"
+    assert need.training == 2 * CALIBRATION.process_gib
+    assert need.gathered == 0
+    assert need.needed(background=True) - need.needed(background=False) == need.replaced
+    sharded = run_host_memory(config, Layout(data=2, distributed_optimizer=True), per_node=8, device="cuda")
+    assert sharded.gathered == pytest.approx(2 * 12 * parameters / GIB), "every process gathers the whole state"
+    assert sharded.replaced == 0, "what was gathered is not pinned"
+    assert sharded.snapshot == pytest.approx(14 * parameters / GIB)
+    plain = resolved(tmp_path, "700m").config
+    on_cpu = run_host_memory(plain, Layout(), per_node=1, device="cpu")
+    assert on_cpu.training == pytest.approx(18 * parameters / GIB), "weights, gradients, masters and moments"
+    assert on_cpu.snapshot == pytest.approx(14 * parameters / GIB)
+
+
+NEED = HostMemory(
+    snapshot=14.0, largest_snapshot=14.0, gathered=0.0, optimizer=12.0, replaced=12.0, activations=0.0, training=4.0
+)  # 30 GiB beside training, 18 while it waits
+PLAIN = replace(NEED, optimizer=0.0, replaced=0.0)  # 18 GiB
+
+
+def policy(async_save: Any) -> MemoryPolicy:
+    return MemoryPolicy(bf16=True, recompute="auto", async_save=async_save)
+
+
+def test_saves_wait_only_where_that_saves_memory() -> None:
+    roomy = choose_save_mode(NEED, 30.0, policy("auto"))
+    assert (roomy.background, roomy.warning) == (True, "")
+    assert str(roomy) == "beside training: a copy of 14.0 GiB in a process, 14.0 GiB on a node"
+    tight = choose_save_mode(NEED, 29.9, policy("auto"))
+    assert not tight.background
+    assert (
+        "in the place of the offloaded optimizer state; beside it they need 30.0 GiB of host memory on a node"
+        in str(tight)
+    )
+    close = choose_save_mode(PLAIN, 17.0, policy("auto"))
+    assert close.background, "waiting would need as much"
+    assert close.warning == (
+        "with a copy of 14.0 GiB in a process, 14.0 GiB on a node the run needs about 18.0 GiB of host memory on a node, "
+        "which has 17.0 GiB"
+    )
+    assert not choose_save_mode(PLAIN, 18.0, policy("off")).background
+    assert not choose_save_mode(PLAIN, 18.0, policy("auto"), device="cpu").background
+    assert choose_save_mode(PLAIN, 18.0, policy("on"), device="cpu").background
+
+
+@pytest.mark.parametrize(
+    ("need", "available", "async_save", "fix"),
+    [
+        (PLAIN, 14.3, "auto", "start fewer processes on a node, or take one with more memory"),
+        (NEED, 14.3, "auto", "--set optim.offload=false, or start fewer processes"),
+        (NEED, 23.9, "on", "--set run.async_save=auto, which waits for saves, or --set optim.offload=false"),
+        (replace(PLAIN, gathered=20.0), 30.0, "off", "--set parallel.distributed_optimizer=false"),
+        (replace(PLAIN, activations=20.0), 30.0, "off", "--set run.offload_activations=false"),
+    ],
+)
+def test_what_clearly_does_not_fit_is_refused(need: HostMemory, available: float, async_save: str, fix: str) -> None:
+    with pytest.raises(EnvironmentProblem) as refused:
+        choose_save_mode(need, available, policy(async_save))
+    assert refused.value.what.startswith("a checkpoint could not be saved: with a copy of 14.0 GiB in a process")
+    assert refused.value.what.endswith(f"which has {available} GiB")
+    assert refused.value.fix.startswith(fix)
+
+
+def test_the_plan_leaves_out_what_hosts_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolved(tmp_path, "7b-a1b", "parallel.distributed_optimizer=true")
+    wide = make_plan(base, gpu_named("h100"), 8)
+    host = wide.stages[0].layouts[0].host
+    assert host.gathered > 600, "eight processes gather 7B parameters each"
+    assert wide.change is None
+    monkeypatch.setitem(GPUS, "h100", replace(GPUS["h100"], host_memory_gib=500.0))
+    narrow = make_plan(base, gpu_named("h100"), 8)
+    assert narrow.change is None
+    for stage, before in zip(narrow.stages, wide.stages, strict=True):
+        assert all(x.saves and 0.8 * x.host.needed(background=True) <= 500.0 for x in stage.layouts)
+        held = [x.layout for x in before.layouts if 0.8 * x.host.needed(background=True) <= 500.0]
+        assert [x.layout for x in stage.layouts][: len(held)] == held
+    assert narrow.stages[0].layouts[0].layout != wide.stages[0].layouts[0].layout
+    monkeypatch.setitem(GPUS, "h100", replace(GPUS["h100"], host_memory_gib=100.0))
+    none = make_plan(base, gpu_named("h100"), 8).change
+    assert none is not None
+    assert none.what.startswith(
+        "7b-a1b fits on 8 h100, but its checkpoints do not into their hosts: the leanest layout"
+    )
+    assert none.what.endswith("GiB of host memory on a node to save one, which has 100")
+    assert "take 32 h100 instead of 8" in none.fix
+
+
+def test_the_plan_says_how_checkpoints_are_written(tmp_path: Path) -> None:
+    said = m1_plan("--preset", "700m", "--gpu", "h200", cwd=tmp_path).stdout
+    assert "Host memory of a node of 1 h200 in layout #1, GiB of 2,048" in said
+    assert "checkpoints of 32k, 128k, 256k, 512k, 1m are written beside training: a copy of 12.9 GiB in" in said
+
+
+def test_the_doctor_warns_of_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = resolved(tmp_path, "700m")
+    need = run_host_memory(base.config, Layout(), per_node=1, device="cuda").needed(background=True)
+    for available, ok in ((need + 0.1, True), (need - 0.1, False), (need / 2, False)):
+        monkeypatch.setattr(doctor, "available_host_gib", lambda available=available: available)
+        finding = doctor.host_memory_finding(base, 1)
+        assert finding.ok is ok
+        assert bool(finding.fix) is not ok
+        assert f"{need:,.1f}" in finding.detail
