@@ -57,6 +57,8 @@ def test_a_node_copies_what_its_own_ranks_write(tmp_path: Path) -> None:
     assert node == 14 * max(4 * x.dense + 8 * x.experts for x in parts), "the first node of a stage has 8 of 16 experts"
     _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=16)
     assert node == 14 * max(4 * x.dense + 16 * x.experts for x in parts)
+    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=2)
+    assert node == 14 * max(2 * x.dense + 2 * x.experts for x in parts)
     _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=64)
     assert node == 14 * sum(4 * x.dense + 16 * x.experts for x in parts), (
         "both stages on one node: the whole checkpoint"
@@ -151,7 +153,11 @@ def test_the_plan_leaves_out_what_hosts_do_not_hold(tmp_path: Path, monkeypatch:
         assert [x.layout for x in stage.layouts][: len(held)] == held
     assert narrow.stages[0].layouts[0].layout != wide.stages[0].layouts[0].layout
     monkeypatch.setitem(GPUS, "h100", replace(GPUS["h100"], host_memory_gib=100.0))
-    none = make_plan(base, gpu_named("h100"), 8).change
+    nowhere = make_plan(base, gpu_named("h100"), 8)
+    configured, none = nowhere.stages[0].configured, nowhere.change
+    assert configured is not None
+    assert nowhere.machine.holds(configured.memory)
+    assert (configured.saves, configured.fits) == (None, False)
     assert none is not None
     assert none.what.startswith(
         "7b-a1b fits on 8 h100, but its checkpoints do not into their hosts: the leanest layout"
