@@ -211,6 +211,8 @@ class CheckpointSaved:
     """From the copy of the state to the commit."""
     stall_s: float
     """Seconds of these that training stood still."""
+    write_s: float
+    """Seconds in which the slowest rank wrote, flushed, read back and compared; the commit follows at the end of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

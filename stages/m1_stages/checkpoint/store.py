@@ -22,7 +22,8 @@ from m1_stages.checkpoint.directories import (
     temporary_name,
 )
 from m1_stages.checkpoint.files import sha256_of
-from m1_stages.checkpoint.loading import load_verified
+from m1_stages.checkpoint.host_copy import HostCopy
+from m1_stages.checkpoint.loading import load_verified, verify_share
 from m1_stages.checkpoint.manifest import (
     MANIFEST,
     CheckpointMeta,
@@ -32,7 +33,6 @@ from m1_stages.checkpoint.manifest import (
     read_manifest,
 )
 from m1_stages.checkpoint.snapshot import Files, ReadPart, Snapshot
-from m1_stages.checkpoint.verification import verify_share
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together
@@ -93,6 +93,9 @@ class CheckpointStore:
         self._saving: _Save | None = None
         self._failed: _Save | None = None
         """The save that failed last, if ``write_again`` may be asked for: it holds its copy of the state."""
+        self.write_s = 0.0
+        """Seconds in which the slowest rank wrote its files of the last committed checkpoint, read back and compared."""
+        self._host = HostCopy()
         self._abandoned: list[Writer] = []
         self._verified: set[Path] = set()
         """Checkpoints whose files this process has read and found to be what the manifest says."""
@@ -155,9 +158,7 @@ class CheckpointStore:
     ) -> None:
         """Copy the state and start to write it; training may go on, and ``poll`` commits it.
 
-        Args:
-            read: as for ``save``.
-            files: as for ``save``.
+        Args: those of ``save``, and
             repeatable: keep the copy if it cannot be written, for ``write_again``.
 
         Raises:
@@ -177,7 +178,8 @@ class CheckpointStore:
             self.sweep()
             run_together(lambda: self._make(temporary) if rank() == 0 else None)
             planned: list[Snapshot] = []
-            run_together(lambda: planned.append(Snapshot(sharded_state_dict, temporary, read=read, files=files)))
+            plan = partial(Snapshot, sharded_state_dict, temporary, read=read, files=files, host=self._host)
+            run_together(lambda: planned.append(plan()))
             (snapshot,) = planned
             run_together(snapshot.copy)
             self._saving = _Save(snapshot, self._write(snapshot), meta, temporary, final, repeatable)
@@ -227,9 +229,11 @@ class CheckpointStore:
             if progress != Progress.DONE:
                 run_together(lambda: self._abandon(save.writer, mine))
             run_together(save.snapshot.finish)
-            files = {name: value for part in gather(save.writer.files) for name, value in part.items()}
+            parts = gather((save.writer.files, save.writer.seconds))
+            files = {name: value for part, _ in parts for name, value in part.items()}
             run_together(lambda: self._commit(save, files) if rank() == 0 else None)
         self._failed = None
+        self.write_s = max(seconds for _, seconds in parts)
         self._verified.add(save.final)
         if rank() == 0:
             self._retain()

@@ -84,10 +84,12 @@ def _evaluate(run: Run, resolved: Resolved, plan: StagePlan, state: TrainState, 
 
 def _between_passes(run: Run, state: TrainState) -> None:
     heartbeat("evaluate", state.global_step)
-    run.checkpointer.poll()
     if agree_max(int(run.stop.asked())):
         raise Preempted(
             f"stopped on {run.stop.received or 'request'} while stage {state.stage} was evaluated; its final checkpoint is saved",
             where=str(run.checkpointer.finals(state.stage)[0].path),
             fix="run the same command again to evaluate and go on",
         )
+    if run.checkpointer.is_writing_final(state.stage):
+        run.device.synchronize()  # a commit would wait for the passes that were begun, and count that as its own stall
+        run.checkpointer.poll()

@@ -259,6 +259,7 @@ class Checkpointer:
                 stage_final=save.stage_final,
                 seconds=time.perf_counter() - save.began,
                 stall_s=save.stall_s,
+                write_s=self.store.write_s,
             )
         )
         save.then(path)
