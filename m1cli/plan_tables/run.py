@@ -24,15 +24,14 @@ def show_host_memory(plan: Plan) -> None:
     add_parts(table, stages, names, lambda x: x.host, 1)
     table.add_section()
     hosts = [(s.layouts[0].host, s.layouts[0].saves) for s in stages]
-    needed = [host.needed(background=saves is None or saves.background) for host, saves in hosts]
-    table.add_row("needed", *(f"[bold]{gib:,.1f}[/]" for gib in needed))
+    table.add_row("needed", *(f"[bold]{host.needed:,.1f}[/]" for host, _ in hosts))
     table.add_row("[dim]copy, fullest process[/]", *(f"{host.largest_snapshot:,.1f}" for host, _ in hosts))
     console.print(table)
     console.print(
-        "[dim]A save copies the state to host memory, whether training waits for it or not; there is one copy at a time. Each "
-        "node writes the parts that are its own. A distributed optimizer is gathered by every process when a save begins.[/]"
+        "[dim]A save copies the state to host memory, whether training waits for it or not; a process keeps that memory for its "
+        "next save. Each node writes its own parts. A distributed optimizer is gathered by every process when a save begins.[/]"
     )
-    said = {str(saves): [] for _, saves in hosts if saves}
+    said: dict[str, list[str]] = {str(saves): [] for _, saves in hosts if saves}
     for stage, (_, saves) in zip(stages, hosts, strict=True):
         if saves:
             said[str(saves)].append(stage.workload.stage)

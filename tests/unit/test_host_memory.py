@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.plans import m1_plan, resolved
 
 from m1_stages.doctor import host_memory as doctor
@@ -23,6 +24,9 @@ from m1_stages.plan.memory.host import (
 from m1_stages.plan.memory.policy import MemoryPolicy
 from m1_stages.plan.shapes import rank_parameters
 from m1_stages.plan.stage_workload import model_with_vocab
+from m1_stages.runtime.device import Device
+from m1_stages.runtime.parallel import Topology
+from m1_stages.training import session
 
 GIB = 2**30
 
@@ -70,72 +74,90 @@ def test_what_each_part_is(tmp_path: Path) -> None:
     m = model_with_vocab(config)
     rank = rank_parameters(m, Layout(), 0)
     parameters = rank.dense + rank.experts
-    state = CALIBRATION.pinned_rounding * parameters / GIB
+    pinned = CALIBRATION.pinned_rounding
     need = run_host_memory(config, Layout(data=2), per_node=8, device="cuda")
-    assert need.snapshot == need.largest_snapshot == pytest.approx(14 * state)
-    assert need.optimizer == pytest.approx(2 * 12 * state)
-    assert need.replaced == pytest.approx(12 * state)
-    assert need.activations == pytest.approx(CALIBRATION.pinned_rounding * 2 * 16.0), "eight inputs of 2 GiB a process"
+    assert need.snapshot == need.largest_snapshot == pytest.approx(14 * parameters / GIB)
+    assert need.optimizer == pytest.approx(pinned * 2 * 12 * parameters / GIB)
+    assert need.activations == pytest.approx(pinned * 2 * 16.0), "eight inputs of 2 GiB a process"
     assert need.training == 2 * CALIBRATION.process_gib
     assert need.gathered == 0
-    assert need.needed(background=True) - need.needed(background=False) == need.replaced
+    assert need.needed == need.snapshot + need.optimizer + need.activations + need.training
     sharded = run_host_memory(config, Layout(data=2, distributed_optimizer=True), per_node=8, device="cuda")
     assert sharded.gathered == pytest.approx(2 * 12 * parameters / GIB), "every process gathers the whole state"
-    assert sharded.replaced == 0, "what was gathered is not pinned"
-    assert sharded.snapshot == pytest.approx(14 * parameters / GIB)
+    assert sharded.needed - sharded.gathered == pytest.approx(
+        sharded.snapshot + sharded.optimizer + sharded.activations + sharded.training
+    )
     plain = resolved(tmp_path, "700m").config
     on_cpu = run_host_memory(plain, Layout(), per_node=1, device="cpu")
     assert on_cpu.training == pytest.approx(18 * parameters / GIB), "weights, gradients, masters and moments"
     assert on_cpu.snapshot == pytest.approx(14 * parameters / GIB)
 
 
-NEED = HostMemory(
-    snapshot=14.0, largest_snapshot=14.0, gathered=0.0, optimizer=12.0, replaced=12.0, activations=0.0, training=4.0
-)  # 30 GiB beside training, 18 while it waits
-PLAIN = replace(NEED, optimizer=0.0, replaced=0.0)  # 18 GiB
+PLAIN = HostMemory(
+    snapshot=14.0, largest_snapshot=14.0, gathered=0.0, optimizer=0.0, activations=0.0, training=4.0
+)  # 18 GiB
+OFFLOADED = replace(PLAIN, optimizer=12.0)  # 30 GiB
 
 
 def policy(async_save: Any) -> MemoryPolicy:
     return MemoryPolicy(bf16=True, recompute="auto", async_save=async_save)
 
 
-def test_saves_wait_only_where_that_saves_memory() -> None:
-    roomy = choose_save_mode(NEED, 30.0, policy("auto"))
+def test_what_is_close_is_a_warning() -> None:
+    roomy = choose_save_mode(PLAIN, 18.0, policy("auto"))
     assert (roomy.background, roomy.warning) == (True, "")
     assert str(roomy) == "beside training: a copy of 14.0 GiB in a process, 14.0 GiB on a node"
-    tight = choose_save_mode(NEED, 29.9, policy("auto"))
-    assert not tight.background
-    assert (
-        "in the place of the offloaded optimizer state; beside it they need 30.0 GiB of host memory on a node"
-        in str(tight)
-    )
     close = choose_save_mode(PLAIN, 17.0, policy("auto"))
     assert close.background, "waiting would need as much"
     assert close.warning == (
         "with a copy of 14.0 GiB in a process, 14.0 GiB on a node the run needs about 18.0 GiB of host memory on a node, "
         "which has 17.0 GiB"
     )
-    assert not choose_save_mode(PLAIN, 18.0, policy("off")).background
+    assert str(close) == f"{roomy}; {close.warning}"
+    assert str(choose_save_mode(PLAIN, 18.0, policy("off"))).startswith("while training waits: a copy")
     assert not choose_save_mode(PLAIN, 18.0, policy("auto"), device="cpu").background
     assert choose_save_mode(PLAIN, 18.0, policy("on"), device="cpu").background
 
 
 @pytest.mark.parametrize(
-    ("need", "available", "async_save", "fix"),
+    ("need", "available", "fix"),
     [
-        (PLAIN, 14.3, "auto", "start fewer processes on a node, or take one with more memory"),
-        (NEED, 14.3, "auto", "--set optim.offload=false, or start fewer processes"),
-        (NEED, 23.9, "on", "--set run.async_save=auto, which waits for saves, or --set optim.offload=false"),
-        (replace(PLAIN, gathered=20.0), 30.0, "off", "--set parallel.distributed_optimizer=false"),
-        (replace(PLAIN, activations=20.0), 30.0, "off", "--set run.offload_activations=false"),
+        (PLAIN, 14.3, "start fewer processes on a node, or take one with more memory"),
+        (OFFLOADED, 23.9, "--set optim.offload=false, or start fewer processes"),
+        (replace(PLAIN, gathered=20.0), 30.0, "--set parallel.distributed_optimizer=false"),
+        (replace(PLAIN, activations=20.0), 30.0, "--set run.offload_activations=false"),
     ],
 )
-def test_what_clearly_does_not_fit_is_refused(need: HostMemory, available: float, async_save: str, fix: str) -> None:
+def test_what_clearly_does_not_fit_is_refused(need: HostMemory, available: float, fix: str) -> None:
     with pytest.raises(EnvironmentProblem) as refused:
-        choose_save_mode(need, available, policy(async_save))
+        choose_save_mode(need, available, policy("auto"))
     assert refused.value.what.startswith("a checkpoint could not be saved: with a copy of 14.0 GiB in a process")
     assert refused.value.what.endswith(f"which has {available} GiB")
     assert refused.value.fix.startswith(fix)
+
+
+def test_a_run_asks_before_it_builds_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks of 700m on this machine, of four: the first pipeline rank and its data-parallel one."""
+    config = resolved(tmp_path, "700m", "parallel.pipeline=2").config
+    here = Topology(
+        world_size=4,
+        rank=0,
+        local_world=2,
+        tp_size=1,
+        pp_size=2,
+        cp_size=1,
+        ep_size=1,
+        etp_size=1,
+        dp_size=2,
+        dp_rank=0,
+    )
+    gpu = Device(name="cuda", torch_device=torch.device("cuda"), backend="nccl", why="a test says so")
+    need = run_host_memory(config, Layout(pipeline=2, data=2), per_node=2, device="cuda").needed
+    monkeypatch.setattr(session, "available_host_gib", lambda: need + 0.01)
+    assert session._save_mode(config, here, gpu).background
+    monkeypatch.setattr(session, "available_host_gib", lambda: 0.79 * need)
+    with pytest.raises(EnvironmentProblem, match="a checkpoint could not be saved"):
+        session._save_mode(config, here, gpu)
 
 
 def test_the_plan_leaves_out_what_hosts_do_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,8 +170,8 @@ def test_the_plan_leaves_out_what_hosts_do_not_hold(tmp_path: Path, monkeypatch:
     narrow = make_plan(base, gpu_named("h100"), 8)
     assert narrow.change is None
     for stage, before in zip(narrow.stages, wide.stages, strict=True):
-        assert all(x.saves and 0.8 * x.host.needed(background=True) <= 500.0 for x in stage.layouts)
-        held = [x.layout for x in before.layouts if 0.8 * x.host.needed(background=True) <= 500.0]
+        assert all(x.saves and 0.8 * x.host.needed <= 500.0 for x in stage.layouts)
+        held = [x.layout for x in before.layouts if 0.8 * x.host.needed <= 500.0]
         assert [x.layout for x in stage.layouts][: len(held)] == held
     assert narrow.stages[0].layouts[0].layout != wide.stages[0].layouts[0].layout
     monkeypatch.setitem(GPUS, "h100", replace(GPUS["h100"], host_memory_gib=100.0))
@@ -169,12 +191,12 @@ def test_the_plan_leaves_out_what_hosts_do_not_hold(tmp_path: Path, monkeypatch:
 def test_the_plan_says_how_checkpoints_are_written(tmp_path: Path) -> None:
     said = m1_plan("--preset", "700m", "--gpu", "h200", cwd=tmp_path).stdout
     assert "Host memory of a node of 1 h200 in layout #1, GiB of 2,048" in said
-    assert "checkpoints of 32k, 128k, 256k, 512k, 1m are written beside training: a copy of 12.9 GiB in" in said
+    assert "checkpoints of 32k, 128k, 256k, 512k, 1m are written beside training: a copy of 9.2 GiB in" in said
 
 
 def test_the_doctor_warns_of_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = resolved(tmp_path, "700m")
-    need = run_host_memory(base.config, Layout(), per_node=1, device="cuda").needed(background=True)
+    need = run_host_memory(base.config, Layout(), per_node=1, device="cuda").needed
     for available, ok in ((need + 0.1, True), (need - 0.1, False), (need / 2, False)):
         monkeypatch.setattr(doctor, "available_host_gib", lambda available=available: available)
         finding = doctor.host_memory_finding(base, 1)

@@ -281,8 +281,7 @@ class RunSection:
     ] = 100
     async_save: Annotated[
         Literal["auto", "on", "off"],
-        "train on while a checkpoint is written from a copy in host memory; auto: with CUDA (a CPU would only share its cores), "
-        "if that memory holds the copy beside offloaded optimizer state",
+        "train on while a checkpoint is written from a copy in host memory; auto: with CUDA (a CPU would only share its cores)",
     ] = "auto"
     max_failed_saves: Annotated[int, "consecutive periodic checkpoints that may fail before the run stops"] = 3
     keep_last: Annotated[int, "checkpoints kept besides stage-final ones; at least 2"] = 2

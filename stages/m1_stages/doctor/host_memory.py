@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from m1_stages.config import Resolved
 from m1_stages.doctor.probes import Finding
 from m1_stages.errors import EnvironmentProblem
@@ -17,7 +19,7 @@ def host_memory_finding(resolved: Resolved, gpus: int) -> Finding:
     here = gpus or config.parallel.processes or 1
     layout = configured_layout(config.parallel, max(here, fewest)) or configured_layout(config.parallel, fewest)
     assert layout is not None, "the fewest processes are what the layout divides"
-    device = "cuda" if gpus else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     need = run_host_memory(config, layout, per_node=here, device=device)
     try:
         saves = choose_save_mode(need, available_host_gib(), memory_policy_of(config), device=device)
@@ -26,6 +28,7 @@ def host_memory_finding(resolved: Resolved, gpus: int) -> Finding:
     if saves.warning:
         fix = "end other programs, start fewer processes on this machine, or take one with more memory"
         return Finding(name="host memory", ok=False, detail=saves.warning, fix=fix)
-    needed = need.needed(background=saves.background)
-    detail = f"{available_host_gib():,.1f} GiB available, a run needs {needed:,.1f}; checkpoints are written {saves}"
+    detail = (
+        f"{available_host_gib():,.1f} GiB available, a run needs {need.needed:,.1f}; checkpoints are written {saves}"
+    )
     return Finding(name="host memory", ok=True, detail=detail)

@@ -71,11 +71,10 @@ def _smallest_need(m: ModelConfig, workload: StageWorkload, machine: Machine) ->
 
 def _smallest_host_need(m: ModelConfig, workload: StageWorkload, machine: Machine) -> float:
     """GiB of host memory that the leanest layout needs on a node, of those that fit the GPUs."""
-    hosts = [
-        machine.host_memory(m, layout, choice.memory)
+    return min(
+        machine.host_memory(m, layout, choice.memory).needed
         for layout, choice in fitting_layouts(m, workload, machine, hosts=False)
-    ]
-    return min(host.needed(background=machine.memory_policy.async_save == "on") for host in hosts)
+    )
 
 
 def _fitting_change(m: ModelConfig, workloads: list[StageWorkload], machine: Machine) -> str:

@@ -68,11 +68,9 @@ def predict_wall_time(
     copied, _ = host_snapshot_bytes(m, layout, bf16=bf16, per_node=machine.gpu.gpus_per_node)
     held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
     parameters = max(part.dense + part.experts for part in held)
-    if layout.distributed_optimizer:  # what is gathered passes through host memory, too, and is not pinned
-        copy_s = (copied + 12 * parameters) / c.host_copy_bytes_per_s
-    else:
-        copy_s = copied / (machine.gpu.host_link * c.host_bandwidth)
-    begin_s, write_s = c.save_plan_s + copy_s, copied / c.write_bytes_per_s
+    gathered = 12 * parameters if layout.distributed_optimizer else 0
+    begin_s = c.save_plan_s + gathered / c.gather_bytes_per_s + copied / c.host_copy_bytes_per_s
+    write_s = copied / c.write_bytes_per_s
     step_s = x.mix_time.total
     between = (workload.steps - 1) // save_every_steps
     waits_s = max(0.0, write_s - save_every_steps * step_s) if x.saves.background else write_s

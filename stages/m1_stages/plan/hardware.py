@@ -162,8 +162,8 @@ class Calibration:
     host_bandwidth: float = 0.8
     """Share of the link to the host that a copy to pinned memory reaches. [guess]"""
     pinned_rounding: float = 1.4
-    """Pinned memory that torch takes over what is asked for, because its blocks are powers of two. Counted over the tensors
-    of a checkpoint: 1.29 for 700m, 1.42 for 7b-a1b (1.39 with EP 8), 1.24 for the released model with EP 8."""
+    """Pinned memory that torch takes over what is asked for, because its blocks are powers of two. Counted over the fp32 tensors
+    of a rank: 1.29 for 700m, 1.42 for 7b-a1b (1.39 with EP 8), 1.24 for the released model with EP 8."""
     process_gib: float = 5.0
     """Host memory of a process without checkpoints: Python, torch, CUDA, NCCL, the batches. [guess]"""
     start_s: float = 20.0
@@ -171,8 +171,10 @@ class Calibration:
     cache. [guess]"""
     save_plan_s: float = 0.5
     """Planning a checkpoint and meeting the other ranks. [guess]"""
-    host_copy_bytes_per_s: float = 4e9
-    """Copies of a process to and within unpinned host memory, where the optimizer is distributed. [guess]"""
+    host_copy_bytes_per_s: float = 8e9
+    """A process copies its state from the GPU through two pinned buffers to ordinary memory. [guess]"""
+    gather_bytes_per_s: float = 4e9
+    """A process gathers the state of a distributed optimizer in host memory. [guess]"""
     write_bytes_per_s: float = 1e9
     """A process writes, hashes, flushes and reads back a checkpoint with two threads, to a file system as fast as memory.
     [log] 1.06e9. A slower file system decides."""

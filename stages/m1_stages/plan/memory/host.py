@@ -1,8 +1,7 @@
-"""Estimates the host memory that a run needs, and decides with it whether saves are written beside training.
+"""Estimates the host memory that a run needs, and decides with it how saves are written.
 
-A save copies what its rank writes to host memory, whether training goes on meanwhile or waits (``m1_stages.checkpoint``), and at
-most one such copy exists. So waiting frees no memory, except where the optimizer state is offloaded: while the loop waits that
-state is on the GPU, and the copy takes its place in torch's cache of pinned memory.
+A save copies what its rank writes to host memory, whether training goes on meanwhile or waits. On a GPU that memory is kept for
+the next save (``m1_stages.checkpoint.host_copy``), so there is one copy, and saves that training waits for would need as much.
 """
 
 from __future__ import annotations
@@ -66,25 +65,19 @@ class HostMemory:
     """What Megatron's distributed optimizer gathers in every process when a save begins: fp32 weights and both moments."""
     optimizer: float
     """Offloaded optimizer state, pinned."""
-    replaced: float
-    """The part of the snapshot that takes the place of offloaded state where training waits for it."""
     activations: float
     """Offloaded inputs of layers, pinned."""
     training: float
     """The processes; without a GPU weights, gradients and optimizer state."""
 
-    def needed(self, *, background: bool) -> float:
-        """Return the GiB needed while saves are written beside training, or while it waits for them."""
-        both = self.training + self.activations + self.optimizer + self.snapshot + self.gathered
-        return both if background else both - self.replaced
+    @property
+    def needed(self) -> float:
+        """GiB that the node must have."""
+        return self.training + self.activations + self.optimizer + self.snapshot + self.gathered
 
     def as_dict(self) -> dict[str, float]:
-        """Return the parts and both sums."""
-        return {
-            **asdict(self),
-            "needed": self.needed(background=True),
-            "needed_waiting": self.needed(background=False),
-        }
+        """Return the parts and the sum ``needed``."""
+        return {**asdict(self), "needed": self.needed}
 
 
 def estimate_host_memory(
@@ -102,24 +95,20 @@ def estimate_host_memory(
     Args:
         memory: of the fullest GPU.
         per_node: ranks of a machine.
-        device: on "cpu" the state that is trained is in host memory, too, and nothing is pinned.
+        device: on "cpu" the state that is trained is in host memory, too, and nothing is offloaded.
     """
     process, node = host_snapshot_bytes(m, layout, bf16=bf16, per_node=per_node)
     processes = min(per_node, layout.gpus)
     on_gpu = device == "cuda"
-    # torch rounds pinned blocks up to powers of two; what the distributed optimizer gathers is copied to common memory.
-    rounding = c.pinned_rounding if on_gpu and not layout.distributed_optimizer else 1.0
     held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
     gathered = 12 * max(x.dense + x.experts for x in held) if layout.distributed_optimizer else 0
-    weight, state = checkpoint_bytes(layout, bf16=bf16)
-    replaced = bool(memory.host_optimizer) and not layout.distributed_optimizer
     trained = c.process_gib if on_gpu else memory.weights + memory.gradients + memory.optimizer
     return HostMemory(
-        snapshot=rounding * node / GIB,
-        largest_snapshot=rounding * process / GIB,
+        snapshot=node / GIB,
+        largest_snapshot=process / GIB,
         gathered=processes * gathered / GIB,
+        # torch rounds pinned blocks up to powers of two.
         optimizer=c.pinned_rounding * processes * memory.host_optimizer,
-        replaced=replaced * rounding * node * state / (weight + state) / GIB,
         activations=c.pinned_rounding * processes * memory.host_activations * on_gpu,
         training=processes * trained,
     )
@@ -164,29 +153,20 @@ class SaveMode:
 def choose_save_mode(
     need: HostMemory, available_gib: float, policy: MemoryPolicy, *, device: Literal["cpu", "cuda"] = "cuda"
 ) -> SaveMode:
-    """Decide whether checkpoints are written beside training: as ``run.async_save`` says; "auto" waits where only that fits.
+    """Decide how checkpoints are written: as ``run.async_save`` says, if their copy fits.
 
     Args:
         available_gib: memory of a node that ``need`` may take.
 
     Raises:
-        EnvironmentProblem: the copy of a checkpoint clearly does not fit, or not so as ``run.async_save = on`` asks.
+        EnvironmentProblem: the copy of a checkpoint clearly does not fit.
     """
     copy = f"a copy of {_size(need.largest_snapshot)} in a process, {_size(need.snapshot)} on a node"
-    wanted = policy.saves_in_background(device)
-    beside, waiting = need.needed(background=True), need.needed(background=False)
-    needed = beside if wanted else waiting
-    if needed <= available_gib:
-        return SaveMode(background=wanted, why=copy)
-    waiting_fits = wanted and need.replaced > 0 and CLEARLY * waiting <= available_gib
-    have = f"{_size(needed)} of host memory on a node, which has {_size(available_gib)}"
-    if waiting_fits and policy.async_save == "auto":
-        why = f"{copy}, in the place of the offloaded optimizer state; beside it they need {have}"
-        return SaveMode(background=False, why=why)
-    if CLEARLY * needed <= available_gib:
-        return SaveMode(background=wanted, why=copy, warning=f"with {copy} the run needs about {have}")
-    offers = ["--set run.async_save=auto, which waits for saves"] * waiting_fits
-    offers += ["--set run.offload_activations=false"] * (need.activations > 0)
+    have = f"{_size(need.needed)} of host memory on a node, which has {_size(available_gib)}"
+    if CLEARLY * need.needed <= available_gib:
+        warning = "" if need.needed <= available_gib else f"with {copy} the run needs about {have}"
+        return SaveMode(background=policy.saves_in_background(device), why=copy, warning=warning)
+    offers = ["--set run.offload_activations=false"] * (need.activations > 0)
     offers += ["--set optim.offload=false"] * (need.optimizer > 0)
     offers += ["--set parallel.distributed_optimizer=false, which gathers nothing for a save"] * (need.gathered > 0)
     raise EnvironmentProblem(

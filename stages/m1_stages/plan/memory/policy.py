@@ -36,7 +36,7 @@ class MemoryPolicy:
         return Activations(recompute=True, offload=self.offload_activations)
 
     def saves_in_background(self, device: Literal["cpu", "cuda"]) -> bool:
-        """Return whether checkpoints are written beside training on ``device``, where host memory allows it."""
+        """Return whether checkpoints are written beside training on ``device``."""
         return device == "cuda" if self.async_save == "auto" else self.async_save == "on"
 
 
