@@ -53,10 +53,15 @@ def find_form(template: ChatTemplate, controls: re.Pattern[str]) -> TemplateForm
             where=template.where,
             fix="set sft.chat_template to another",
         )
-    (twice,) = template.try_all([Job([turns])])
-    last = PLACEHOLDER.split(once)[-1]
+    twice, called = template.try_all([Job([turns]), Job([_call(lists=lists)])])
+    first, *_, last = PLACEHOLDER.split(once)
     between = last if isinstance(twice, DataError) else PLACEHOLDER.split(twice[0])[4]
-    return TemplateForm(lists, prompt, _turn_ends(between, last, controls))
+    openings = {*controls.findall(first), *controls.findall(prompt)}
+    ends = _turn_ends(between, last, controls, openings)
+    behind_call = "" if isinstance(called, DataError) else _text_before(called[0], placeholder(2))
+    if not any_of(ends).search(behind_call):
+        ends += [token for token in controls.findall(behind_call) if token not in openings][:1]
+    return TemplateForm(lists, prompt, any_of(ends))
 
 
 def _takes_lists(template: ChatTemplate) -> bool:
@@ -74,14 +79,33 @@ def _takes_lists(template: ChatTemplate) -> bool:
     )
 
 
-def _turn_ends(between: str, last: str, controls: re.Pattern[str]) -> re.Pattern[str]:
+def _turn_ends(between: str, last: str, controls: re.Pattern[str], openings: set[str]) -> list[str]:
     """The control tokens that end an answer, by the texts behind one between two turns and behind the last one.
 
-    A last answer can have more behind it: the end of the document.
+    A last answer can have more behind it: the end of the document. Both can begin with control tokens that belong to the
+    answer; then what follows ends it, unless it is one of those that open a turn.
     """
-    if shared := [found.group() for found in controls.finditer(last) if between.startswith(last[: found.end()])]:
-        return any_of(shared[-1:])
-    return any_of([*controls.findall(between)[:1], *controls.findall(last)[-1:]])
+    shared = [found for found in controls.finditer(last) if between.startswith(last[: found.end()])]
+    rest = [token for token in controls.findall(between, shared[-1].end() if shared else 0) if token not in openings]
+    if shared and not rest:
+        return [shared[-1].group()]
+    return [*(rest or controls.findall(between))[:1], *controls.findall(last)[-1:]]
+
+
+def _text_before(rendered: str, mark: str) -> str:
+    """The text between a placeholder and the one before it; empty when it is not there."""
+    before, found, _ = rendered.partition(mark)
+    return PLACEHOLDER.split(before)[-1] if found else ""
+
+
+def _call(*, lists: bool) -> dict[str, Any]:
+    """A question, a call of a tool, its result and the answer; the texts are placeholders."""
+    talk = _talk(4, lists=lists)
+    name, call = placeholder(1), {"name": placeholder(1), "arguments": {}}
+    result = talk["messages"][2]["content"]
+    talk["messages"][1] |= {"content": [] if lists else "", "tool_calls": [{"type": "function", "function": call}]}
+    talk["messages"][2] |= {"role": "tool", "content": [result[0] | {"name": name}] if lists else result}
+    return talk
 
 
 def _talk(turns: int, *, lists: bool) -> dict[str, Any]:

@@ -219,7 +219,24 @@ class StageConfig:
 class SftConfig:
     """Supervised fine-tuning on chain-of-thought conversations."""
 
-    data: Annotated[tuple[str, ...], "OpenAI-messages JSON Lines files (plain, .gz, .zst, .bz2)"] = ()
+    data: Annotated[
+        tuple[str, ...],
+        "files of conversations: JSON Lines or a JSON array (plain, .gz, .zst, .bz2), Parquet, Arrow, or a folder that "
+        "datasets saved",
+    ] = ()
+    dialect: Annotated[
+        Literal["auto", "openai", "sharegpt", "alpaca", "prompt-completion"],
+        "form of the rows; auto takes that of each file's first row",
+    ] = "auto"
+    ignored_keys: Annotated[tuple[str, ...], "keys of the rows that are taken out before anything looks at them"] = ()
+    bad_rows: Annotated[
+        Literal["error", "skip"], "rows that are no conversation: stop, or leave them out and count them by reason"
+    ] = "error"
+    earlier_reasoning: Annotated[
+        Literal["keep", "strip", "split"],
+        "reasoning before the last user's message: keep it, take it out, or make a sample of each round, without the "
+        "reasoning of the rounds before",
+    ] = "keep"
     base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
     context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
     epochs: Annotated[float, "passes over the conversations"] = 2.0

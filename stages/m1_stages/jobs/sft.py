@@ -60,7 +60,7 @@ def conversations(resolved: Resolved, *, held_out: Collection[bytes]) -> SFTData
         raise ConfigError(
             "there are no conversations to fine-tune on",
             where="key sft.data",
-            fix='list OpenAI-messages JSON Lines files: [sft] data = ["chats.jsonl"]',
+            fix='list files of conversations: [sft] data = ["chats.jsonl"]',
         )
     template = resolved.path(config.sft.chat_template) if config.sft.chat_template else None
     return SFTDataset(
@@ -73,4 +73,8 @@ def conversations(resolved: Resolved, *, held_out: Collection[bytes]) -> SFTData
         max_dropped_share=config.sft.max_dropped_share,
         date=config.sft.date,
         held_out=held_out,
+        dialect=config.sft.dialect,
+        ignored_keys=config.sft.ignored_keys,
+        bad_rows=config.sft.bad_rows,
+        earlier_reasoning=config.sft.earlier_reasoning,
     )
