@@ -355,6 +355,6 @@ def test_what_is_no_file_of_rows(tmp_path: Path) -> None:
 
 
 def test_the_configuration_knows_the_dialects() -> None:
-    from m1_stages.config.schema import SftConfig
+    from m1_stages.config import SftConfig
 
     assert {"auto", *DIALECTS} == set(get_args(get_type_hints(SftConfig)["dialect"]))
