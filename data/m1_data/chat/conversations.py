@@ -163,6 +163,7 @@ def _tools(record: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
         tools = decoded(tools.encode(), f'{where}, "tools"')
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow('"tools" is not a list of objects, one for each tool', where=where)
+    _refuse_unwritable(tools, where)
     return tuple(tools)
 
 
@@ -252,16 +253,19 @@ def _call(raw: Any, where: str) -> ToolCall:
         arguments = {}
     if not isinstance(arguments, dict):
         raise BadRow("the arguments of a tool call are not an object", type(arguments).__name__, where=where)
-    if _has_huge_number(arguments):
-        raise BadRow("a number of more than 64 bits in the arguments of a tool call", where=where)
+    _refuse_unwritable(arguments, where)
     return ToolCall(name, arguments, call_id)
 
 
-def _has_huge_number(value: Any) -> bool:
-    """Whether a number has lost digits: JSON's parser makes an integer of more than 64 bits a rounded float."""
+def _refuse_unwritable(value: Any, where: str) -> None:
+    """Refuse what JSON does not have, and numbers that may have lost digits: a parser makes large integers rounded floats."""
     if isinstance(value, dict | list):
-        return any(map(_has_huge_number, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, float) and value.is_integer() and abs(value) >= _LARGEST
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_unwritable(item, where)
+    elif isinstance(value, int | float) and value == value // 1 and abs(value) >= _LARGEST:
+        raise BadRow("a number of more than 64 bits in tools or tool calls", where=where)
+    elif not isinstance(value, str | int | float | None):
+        raise BadRow("a value that JSON does not have in tools or tool calls", type(value).__name__, where=where)
 
 
 def _named_results(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:

@@ -15,7 +15,6 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,9 @@ from m1_data.chat.placing import Content, Placing, argument_keys, follow
 from m1_data.chat.template import ChatTemplate, Job
 from m1_data.chat.template_form import PLACEHOLDER, any_of, find_form
 from m1_data.errors import DataError
+
+SHIPPED_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+"""The template used when the tokenizer has none, and when ``sft.chat_template`` is ``m1``. It writes MiniMax-M1's tool format."""
 
 
 class Span(NamedTuple):
@@ -194,7 +196,9 @@ class ChatEncoder:
                 placed, truth, *without_tools = answer
                 if truth in without_tools:
                     raise self._lost(
-                        'the chat template does not write the "tools"', conversation, "one that does, or take them out"
+                        'the chat template does not write the "tools"',
+                        conversation,
+                        '"m1" or another that does, or take them out',
                     )
                 spans = self._cut(placed, truth, contents, conversation)
             except DataError as error:
@@ -255,7 +259,7 @@ class ChatEncoder:
                     replace(conversation, where=f"{conversation.where}, message {content.owner}"),
                     'another, or sft.earlier_reasoning to "strip" or "split"'
                     if content.part == "reasoning"
-                    else "one that writes it, or take it out of the message",
+                    else '"m1" or another that writes it, or take it out of the message',
                 )
 
     def _turn_begin(self, text: str, start: int, where: Conversation) -> int:
@@ -330,7 +334,7 @@ def _find_template(
 
 def default_template() -> str:
     """Return the Jinja source of the template used when the tokenizer has none."""
-    return resources.files("m1_data.chat").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    return SHIPPED_TEMPLATE.read_text(encoding="utf-8")
 
 
 def _token(value: Any) -> str:

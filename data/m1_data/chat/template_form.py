@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from m1_data.chat.template import ChatTemplate, Job
 from m1_data.errors import DataError
 
-PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
+PLACEHOLDER = re.compile("(?:\ue000|\\\\ue000)(\\d+)(?:\ue001|\\\\ue001)")
+"""Also as JSON writes it in ASCII."""
 
 
 def placeholder(number: int) -> str:

@@ -38,7 +38,9 @@ class SftConfig:
     lr_peak: Annotated[float, "learning rate after warm-up", WhenChanged.APPLIED] = 1e-5
     lr_final: Annotated[float, "learning rate at the end (cosine)", WhenChanged.APPLIED] = 1e-6
     lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up", WhenChanged.APPLIED] = 0.03
-    chat_template: Annotated[str, "Jinja file; empty: the tokenizer's own, else the one shipped here"] = ""
+    chat_template: Annotated[
+        str, "Jinja file, or m1 for the one shipped here; empty: the tokenizer's own, else the shipped one"
+    ] = ""
     date: Annotated[
         str, "day that a template's strftime_now writes, such as 2026-01-31; empty refuses such templates"
     ] = ""
