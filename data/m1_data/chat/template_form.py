@@ -24,7 +24,7 @@ class TemplateForm(NamedTuple):
     lists: bool
     """Whether it reads contents as lists of parts, ``[{"type": "text", "text": ...}]``, instead of plain texts."""
     prompt: str
-    """The generation prompt: what it writes before an answer."""
+    """The generation prompt: what it writes before an answer; the end of a question where that is followed by the answer."""
     ends: re.Pattern[str]
     """Finds the control token that ends an answer."""
 
@@ -46,7 +46,11 @@ def find_form(template: ChatTemplate, controls: re.Pattern[str]) -> TemplateForm
     lists = _takes_lists(template)
     ask, turn, turns = (_talk(n, lists=lists) for n in (1, 2, 4))
     without, with_prompt, once = next(template.render_all([Job([ask, {**ask, "add_generation_prompt": True}, turn])]))
+    first, _, before_answer, _, last = PLACEHOLDER.split(once)
+    asked = PLACEHOLDER.split(without)[-1]
     prompt = with_prompt.removeprefix(without)
+    if not prompt and before_answer.startswith(asked) and not before_answer[len(asked) :].strip():
+        prompt = asked  # an answer follows what ends the question
     if not with_prompt.startswith(without) or not prompt:
         raise DataError(
             "the chat template has no generation prompt (add_generation_prompt), so the assistant's part of a turn "
@@ -55,7 +59,6 @@ def find_form(template: ChatTemplate, controls: re.Pattern[str]) -> TemplateForm
             fix="set sft.chat_template to another",
         )
     twice, called = template.try_all([Job([turns]), Job([_call(lists=lists)])])
-    first, *_, last = PLACEHOLDER.split(once)
     between = last if isinstance(twice, DataError) else PLACEHOLDER.split(twice[0])[4]
     openings = {*controls.findall(first), *controls.findall(prompt)}
     ends = _turn_ends(between, last, controls, openings)
