@@ -229,3 +229,18 @@ def test_losing_many_conversations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no conversation of 1 is left to train") as caught:
         load(1.0)
     assert "1 that ask for no training" in caught.value.where
+
+
+BRACKETS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}%s{{ m.content }}<end_of_sentence>"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_an_answer_can_follow_the_end_of_a_question(tmp_path: Path) -> None:
+    """Then there is no generation prompt; what a template writes as the head of an answer is none of the model's."""
+    assert trained(encoder(tmp_path, BRACKETS.replace("%s", "")), line(ASK, ANSWER)) == ["a<end_of_sentence>"]
+    assert trained(encoder(tmp_path, BRACKETS.replace("%s", " ")), line(ASK, ANSWER)) == [" a<end_of_sentence>"]
+    for head in ("AI: ", "<beginning_of_sentence>"):
+        with pytest.raises(DataError, match="no generation prompt"):
+            encoder(tmp_path, BRACKETS.replace("%s", head))

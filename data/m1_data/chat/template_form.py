@@ -46,7 +46,8 @@ def find_form(template: ChatTemplate, controls: re.Pattern[str]) -> TemplateForm
     lists = _takes_lists(template)
     ask, turn, turns = (_talk(n, lists=lists) for n in (1, 2, 4))
     without, with_prompt, once = next(template.render_all([Job([ask, {**ask, "add_generation_prompt": True}, turn])]))
-    first, _, before_answer, _, last = PLACEHOLDER.split(once)
+    first, *_, last = PLACEHOLDER.split(once)
+    before_answer = _text_before(once, placeholder(1))
     asked = PLACEHOLDER.split(without)[-1]
     prompt = with_prompt.removeprefix(without)
     if not prompt and before_answer.startswith(asked) and not before_answer[len(asked) :].strip():
