@@ -12,9 +12,9 @@ def sft_data_lines(mix: dict[str, Any]) -> tuple[list[str], list[str]]:
     """
     if "read" not in mix:
         return [], []
-    rows, read, samples = mix["rows"], mix["read"], mix.get("samples", mix["read"])
-    data = [f"{file['file']}: {file['dialect']}, {file['rows']:,} rows" for file in mix.get("files", [])]
-    if samples != read - sum(mix.get("bad_rows", {}).values()):
+    rows, read, samples = mix["rows"], mix["read"], mix["samples"]
+    data = [f"{file['file']}: {file['dialect']}, {file['rows']:,} rows" for file in mix["files"]]
+    if samples != read - sum(mix["bad_rows"].values()):
         data.append(f"{samples:,} samples of {read:,} conversations (sft.earlier_reasoning is split)")
     data += [
         f"{mix['conversations']:,} of {samples:,} conversations in {rows:,} rows: {mix['tokens']:,} tokens, "
@@ -32,6 +32,6 @@ def sft_data_lines(mix: dict[str, Any]) -> tuple[list[str], list[str]]:
     }
     bad = [
         f"{count:,} of {read:,} rows left out (sft.bad_rows is skip): {reason}"
-        for reason, count in mix.get("bad_rows", {}).items()
+        for reason, count in mix["bad_rows"].items()
     ]
     return data, bad + [f"{mix[key]:,} of {samples:,} conversations {words}" for key, words in lost.items() if mix[key]]

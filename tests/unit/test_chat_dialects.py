@@ -185,7 +185,7 @@ def test_each_dialect_is_told_and_gives_the_ids_of_its_openai_form(folder: Path,
     lines(tmp_path / "same.jsonl", same)
     data = load(folder, tmp_path / name)
     assert encoded(data) == encoded(load(folder, tmp_path / "same.jsonl"))
-    assert data.stats.files == [{"file": str(tmp_path / name), "dialect": dialect, "rows": len(rows)}]
+    assert data.stats_dict()["files"] == [{"file": str(tmp_path / name), "dialect": dialect, "rows": len(rows)}]
     assert encoded(load(folder, tmp_path / name, dialect=dialect)) == encoded(data)
 
 
@@ -194,7 +194,7 @@ def test_files_of_several_dialects_are_read_together(folder: Path, tmp_path: Pat
     for path in paths:
         FILES[path.name][1](path, FILES[path.name][2])
     data = load(folder, *paths)
-    assert [(file["dialect"], file["rows"]) for file in data.stats.files] == [
+    assert [(file.dialect, file.rows) for file in data.stats.files] == [
         ("openai", 2),
         ("sharegpt", 2),
         ("alpaca", 2),
@@ -326,7 +326,7 @@ def test_bad_rows_are_counted_by_reason(folder: Path, tmp_path: Path) -> None:
         "not JSON": 1,
         "\"name\" holds the control token '<think>'": 1,
     }
-    assert (data.stats.read, data.stats.samples, data.stats.conversations) == (13, 3, 2)
+    assert (data.stats.read, data.stats.samples, data.stats.conversations) == (13, 2, 2)
     with pytest.raises(DataError, match="11 of 13 conversations would be dropped") as caught:
         load(folder, path, bad_rows="skip", max_dropped_share=0.5)
     assert "11 that are bad rows (" in caught.value.where

@@ -36,11 +36,19 @@ _REFLECTION = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReadFile:
+    """What a file of conversations turned out to be."""
+
+    file: str
+    dialect: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SFTStats:
     """Counts over all conversations of a dataset."""
 
-    files: list[dict[str, Any]]
-    """Of each file its name, its dialect and its number of rows."""
+    files: list[ReadFile]
     read: int
     """Number of rows in the files."""
     bad_rows: dict[str, int]
@@ -152,7 +160,6 @@ class SFTDataset:
             self._encoded.append(encoded)
         self._encoder.close()
         counts["read"] = sum(file.rows for file in self._files)
-        counts["samples"] += refused.total()
         self._bad_rows = sum((file.bad for file in self._files), refused)
         counts["bad"] = self._bad_rows.total()
         self._refuse_losses(counts, longest, max_dropped_share, where=", ".join(map(str, paths)))
@@ -195,7 +202,7 @@ class SFTDataset:
 
     def _refuse_losses(self, counts: Counter[str], longest: int, most: float, *, where: str) -> None:
         dropped = counts["dropped_over_length"] + counts["dropped_untrained"] + counts["bad"]
-        if self._encoded and dropped <= most * (counts["samples"] + sum(f.bad.total() for f in self._files)):
+        if self._encoded and dropped <= most * (counts["samples"] + counts["bad"]):
             return
         reasons = {
             "bad": "that are bad rows ("
@@ -253,7 +260,7 @@ class SFTDataset:
             without_domain=len(self._conversations) - len(named),
             reflections=sum(len(_REFLECTION.findall(text)) for text in texts),
             unused_keys=dict(self._unused_keys.most_common()),
-            files=[{"file": f.file, "dialect": f.dialect, "rows": f.rows} for f in self._files],
+            files=[ReadFile(file=f.file, dialect=f.dialect, rows=f.rows) for f in self._files],
             bad_rows=dict(self._bad_rows.most_common()),
             **{
                 name: counts[name]
