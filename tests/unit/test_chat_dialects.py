@@ -10,10 +10,11 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import zstandard
-from support.chat_tokenizer import write_tokenizer
+from support.chat_tokenizer import SOURCE, write_tokenizer
 
 from m1_data.chat.dataset import SFTDataset
 from m1_data.chat.dialects import DIALECTS, conversation_in, dialect_of
+from m1_data.chat.render_worker import MAX_SECONDS
 from m1_data.chat.rows import FileTally, read_conversations, read_rows
 from m1_data.errors import DataError
 
@@ -334,6 +335,22 @@ def test_bad_rows_are_counted_by_reason(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not an object: int") as caught:
         load(folder, path, bad_rows="skip")
     assert caught.value.where == f"{path}:1"
+
+
+def test_a_row_that_the_template_cannot_write_takes_no_other_along(tmp_path: Path) -> None:
+    """It ends the process that renders, and those behind it in the batch are asked again."""
+    path = tmp_path / "f.jsonl"
+    lines(path, [OPENAI] * 3 + [{"messages": [user("q"), ai("a", name="slow")]}] + [OPENAI] * 70)
+    forever = (
+        "{% if m.name %}{% for i in range(99999) %}{% set b = range(99999) | sort | list %}{% endfor %}{% endif %}"
+    )
+    folder = write_tokenizer(tmp_path, chat_template=SOURCE.replace("{{ m.content }}", forever + "{{ m.content }}"))
+    data = load(folder, path, bad_rows="skip")
+    assert data.stats.bad_rows == {f"the chat template fails: it takes more than {MAX_SECONDS} s": 1}
+    assert (data.stats.samples, data.stats.conversations) == (73, 73)
+    with pytest.raises(DataError, match="it takes more than") as caught:
+        load(folder, path)
+    assert caught.value.where.startswith(f"{path}:4, template ")
 
 
 def test_what_is_no_file_of_rows(tmp_path: Path) -> None:
