@@ -1,4 +1,4 @@
-"""Twelve shapes of chat templates with every kind of tokenizer: transformers' ids, and masks checked by hand."""
+"""Shapes of chat templates with every kind of tokenizer: transformers' ids, and masks checked by hand."""
 
 from __future__ import annotations
 
@@ -90,6 +90,11 @@ SHAPES = {
         each("<|user|>\n{{ m.content }}<|im_end|>\n", "<|assistant|>\n{{ m.content }}<|im_end|>\n", "<|assistant|>\n",
              behind="{% if messages[-1].role == 'assistant' %}<end_of_document>{% endif %}",
              system="<|system|>\n{{ m.content }}<|im_end|>\n"),
+        "<|im_end|>",
+    ),
+    "a document's end in place of the prompt": Shape(
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        + LAST + "<|assistant|>\n{% else %}<|im_start|>{% endif %}",
         "<|im_end|>",
     ),
     "a tail of tokens, and another end of the last": Shape(

@@ -244,3 +244,9 @@ def test_an_answer_can_follow_the_end_of_a_question(tmp_path: Path) -> None:
     for head in ("AI: ", "<beginning_of_sentence>"):
         with pytest.raises(DataError, match="no generation prompt"):
             encoder(tmp_path, BRACKETS.replace("%s", head))
+
+
+def test_the_prompt_can_stand_where_else_the_document_ends(tmp_path: Path) -> None:
+    chat = encoder(tmp_path, SOURCE.replace("{% endif %}", "{% else %}<end_of_document>{% endif %}"))
+    assert chat._form.prompt == "<beginning_of_sentence>assistant\n"
+    assert trained(chat, line(ASK, ANSWER)) == ["a<end_of_sentence>"]

@@ -179,6 +179,17 @@ def test_a_call_can_end_with_a_token_of_its_own(tmp_path: Path) -> None:
     chat = own(tmp_path, source)
     assert spans(chat, user(), ai(None, {}), result("2"), ai("2"))[1::2] == ["[add ]<end_of_document>", f"2{END}"]
     assert chat.end_ids == [256, 258]
+    chat = own(tmp_path, source.replace("<end_of_document>", "</think><end_of_document>"))
+    assert spans(chat, user(), ai(None, {}), result("2"), ai("2"))[1] == "[add ]</think><end_of_document>"
+
+
+def test_a_call_that_is_written_again_with_its_result_is_refused(tmp_path: Path) -> None:
+    """Else all between the two would be trained."""
+    again = "{% if m.role == 'tool' %}{{ messages[loop.index0 - 1].tool_calls[0].function.name }}: {% endif %}{{ m.content }}"
+    chat = own(tmp_path, TURNS.replace("%s", CALLS.replace("%s", "")).replace("{{ m.content }}", again))
+    with pytest.raises(DataError, match="writes the tool calls of a message more than once") as caught:
+        spans(chat, user(), ai(None, {}), result("2"), ai("2"))
+    assert caught.value.where.startswith("f:7, message 1, template ")
 
 
 @pytest.mark.parametrize(

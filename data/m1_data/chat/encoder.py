@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -248,12 +248,18 @@ class ChatEncoder:
                 )
 
     def _refuse_changes(self, numbers: list[int], contents: list[Content], conversation: Conversation) -> None:
-        """A template may leave nothing out, and make nothing up."""
+        """A template may leave nothing out, make nothing up, and write a call in one place only."""
         if max(numbers, default=-1) >= len(contents):
             raise self._lost("the chat template writes more contents than there are", conversation)
-        written = set(numbers)
+        written = Counter(numbers)
         for number, content in enumerate(contents):
-            if number not in written:
+            # A call that is written again with its result would make one trained turn of all between.
+            if written[number] > 1 and content.part == "tool calls":
+                raise self._lost(
+                    "the chat template writes the tool calls of a message more than once",
+                    replace(conversation, where=f"{conversation.where}, message {content.owner}"),
+                )
+            if not written[number]:
                 raise self._lost(
                     f"the chat template leaves out the {content.part} of a message",
                     replace(conversation, where=f"{conversation.where}, message {content.owner}"),

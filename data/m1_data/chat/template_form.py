@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from m1_data.chat.template import ChatTemplate, Job
@@ -49,10 +50,10 @@ def find_form(template: ChatTemplate, controls: re.Pattern[str]) -> TemplateForm
     first, *_, last = PLACEHOLDER.split(once)
     before_answer = _text_before(once, placeholder(1))
     asked = PLACEHOLDER.split(without)[-1]
-    prompt = with_prompt.removeprefix(without)
+    prompt = with_prompt[_shared_length(without, with_prompt, controls) :]
     if not prompt and before_answer.startswith(asked) and not before_answer[len(asked) :].strip():
         prompt = asked  # an answer follows what ends the question
-    if not with_prompt.startswith(without) or not prompt:
+    if not prompt or PLACEHOLDER.search(prompt):
         raise DataError(
             "the chat template has no generation prompt (add_generation_prompt), so the assistant's part of a turn "
             "cannot be told from the template's",
@@ -63,9 +64,12 @@ def find_form(template: ChatTemplate, controls: re.Pattern[str]) -> TemplateForm
     between = last if isinstance(twice, DataError) else PLACEHOLDER.split(twice[0])[4]
     openings = {*controls.findall(first), *controls.findall(prompt)}
     ends = _turn_ends(between, last, controls, openings)
-    behind_call = "" if isinstance(called, DataError) else _text_before(called[0], placeholder(2))
+    call = "" if isinstance(called, DataError) else called[0]
+    behind_call = _text_before(call, placeholder(2)) if call.count(placeholder(1)) == 1 else ""
     if not any_of(ends).search(behind_call):
-        ends += [token for token in controls.findall(behind_call) if token not in openings][:1]
+        # A call may end with a token of its own: one that opens no turn, with one behind it that does.
+        pairs = pairwise(controls.findall(behind_call))
+        ends += [token for token, behind in pairs if token not in openings and behind in openings][:1]
     return TemplateForm(lists, prompt, any_of(ends))
 
 
@@ -97,6 +101,13 @@ def _turn_ends(between: str, last: str, controls: re.Pattern[str], openings: set
     return [*(rest or controls.findall(between))[:1], *controls.findall(last)[-1:]]
 
 
+def _shared_length(without: str, with_prompt: str, controls: re.Pattern[str]) -> int:
+    """The characters before the generation prompt; in its place some templates write the end of the document."""
+    pairs = enumerate(zip(without, with_prompt, strict=False))
+    length = next((at for at, (a, b) in pairs if a != b), min(len(without), len(with_prompt)))
+    return next((c.start() for c in controls.finditer(with_prompt) if c.start() < length < c.end()), length)
+
+
 def _text_before(rendered: str, mark: str) -> str:
     """The text between a placeholder and the one before it; empty when it is not there."""
     before, found, _ = rendered.partition(mark)
@@ -106,10 +117,10 @@ def _text_before(rendered: str, mark: str) -> str:
 def _call(*, lists: bool) -> dict[str, Any]:
     """A question, a call of a tool, its result and the answer; the texts are placeholders."""
     talk = _talk(4, lists=lists)
-    name, call = placeholder(1), {"name": placeholder(1), "arguments": {}}
+    call = {"name": placeholder(1), "arguments": {}}
     result = talk["messages"][2]["content"]
     talk["messages"][1] |= {"content": [] if lists else "", "tool_calls": [{"type": "function", "function": call}]}
-    talk["messages"][2] |= {"role": "tool", "content": [result[0] | {"name": name}] if lists else result}
+    talk["messages"][2] |= {"role": "tool", "content": [result[0] | {"name": "tool"}] if lists else result}
     return talk
 
 
