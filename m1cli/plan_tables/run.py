@@ -29,7 +29,7 @@ def show_host_memory(plan: Plan) -> None:
     console.print(table)
     console.print(
         "[dim]A save copies the state to host memory, whether training waits for it or not; a process keeps that memory for its "
-        "next save. Each node writes its own parts. A distributed optimizer is gathered by every process when a save begins.[/]"
+        "next save. Replicas share the writing. A distributed optimizer is gathered by every process when a save begins.[/]"
     )
     said: dict[str, list[str]] = {str(saves): [] for _, saves in hosts if saves}
     for stage, (_, saves) in zip(stages, hosts, strict=True):

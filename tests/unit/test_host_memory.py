@@ -36,9 +36,10 @@ GIB = 2**30
     [
         (False, {}, 24_292_267, 24_292_267),
         (True, {}, 28_388_925, 28_388_925),
-        (False, {"data": 2, "distributed_optimizer": True}, 32_380_997, 32_380_997),
-        (True, {"data": 2, "expert": 2, "distributed_optimizer": True}, 17_378_373, 28_489_349),
-        (False, {"tensor": 2}, 21_782_827, 24_410_542),
+        (False, {"data": 2, "distributed_optimizer": True}, 16_201_953, 32_380_421),
+        (True, {"data": 2, "expert": 2, "distributed_optimizer": True}, 14_254_552, 28_488_773),
+        (False, {"tensor": 2}, 12_217_830, 24_409_902),
+        (False, {"pipeline": 2}, 12_196_840, 24_291_627),
     ],
 )
 def test_copies_are_what_the_ranks_of_real_runs_wrote(
@@ -51,21 +52,27 @@ def test_copies_are_what_the_ranks_of_real_runs_wrote(
     assert found == pytest.approx((process, all_ranks), rel=0.03)
 
 
-def test_a_node_copies_what_its_own_ranks_write(tmp_path: Path) -> None:
+def test_the_ranks_of_a_stage_share_what_they_hold(tmp_path: Path) -> None:
     m = model_with_vocab(resolved(tmp_path, "m1-456b").config)
     layout = Layout(
         tensor=4, pipeline=2, expert=16, data=8, distributed_optimizer=True
     )  # 64 ranks, 32 a pipeline stage
-    parts = [rank_parameters(m, layout, stage) for stage in (0, 1)]
-    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=8)
-    assert node == 14 * max(4 * x.dense + 8 * x.experts for x in parts), "the first node of a stage has 8 of 16 experts"
-    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=16)
-    assert node == 14 * max(4 * x.dense + 16 * x.experts for x in parts)
-    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=2)
-    assert node == 14 * max(2 * x.dense + 2 * x.experts for x in parts)
-    _, node = host_snapshot_bytes(m, layout, bf16=True, per_node=64)
-    assert node == 14 * sum(4 * x.dense + 16 * x.experts for x in parts), (
+    stages = [14 * (4 * x.dense + 16 * x.experts) for x in (rank_parameters(m, layout, stage) for stage in (0, 1))]
+    copies = {nodes: host_snapshot_bytes(m, layout, bf16=True, per_node=nodes) for nodes in (1, 8, 32, 64, 1000)}
+    assert {process for process, _ in copies.values()} == {max(stages) / 32}
+    assert [copies[n][1] for n in (1, 8, 32)] == pytest.approx([max(stages) * n / 32 for n in (1, 8, 32)])
+    assert copies[64][1] == copies[1000][1] == pytest.approx(sum(stages)), (
         "both stages on one node: the whole checkpoint"
+    )
+
+
+def test_tensors_stay_whole(tmp_path: Path) -> None:
+    """700m on many ranks: gate and up of a layer's 16 experts, in fp32; where experts are cut, the table of the vocabulary."""
+    m = model_with_vocab(resolved(tmp_path, "700m").config)
+    experts = 4 * 16 * 2 * 1536 * 1024
+    assert host_snapshot_bytes(m, Layout(data=64), bf16=True, per_node=8)[0] == pytest.approx(experts)
+    assert (
+        host_snapshot_bytes(m, Layout(data=128, expert=8), bf16=True, per_node=8)[0] == 4 * m.padded_vocab_size * 1024
     )
 
 
@@ -76,7 +83,7 @@ def test_what_each_part_is(tmp_path: Path) -> None:
     parameters = rank.dense + rank.experts
     pinned = CALIBRATION.pinned_rounding
     need = run_host_memory(config, Layout(data=2), per_node=8, device="cuda")
-    assert need.snapshot == need.largest_snapshot == pytest.approx(14 * parameters / GIB)
+    assert need.snapshot == 2 * need.largest_snapshot == pytest.approx(14 * parameters / GIB)
     assert need.optimizer == pytest.approx(pinned * 2 * 12 * parameters / GIB)
     assert need.activations == pytest.approx(pinned * 2 * 16.0), "eight inputs of 2 GiB a process"
     assert need.training == 2 * CALIBRATION.process_gib

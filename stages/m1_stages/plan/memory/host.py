@@ -15,7 +15,7 @@ from m1_stages.plan.hardware import CALIBRATION, GIB, Calibration
 from m1_stages.plan.layout import Layout
 from m1_stages.plan.memory.gpu import Memory
 from m1_stages.plan.memory.policy import MemoryPolicy, choose_activations, memory_policy_of
-from m1_stages.plan.shapes import rank_parameters
+from m1_stages.plan.shapes import expert_parameters, rank_parameters
 from m1_stages.plan.stage_workload import model_with_vocab, stage_workloads
 
 CLEARLY = 0.8
@@ -30,27 +30,29 @@ def checkpoint_bytes(layout: Layout, *, bf16: bool) -> tuple[int, int]:
     return (2 if bf16 else 4), (12 if bf16 or layout.distributed_optimizer else 8)
 
 
-def host_snapshot_bytes(m: ModelConfig, layout: Layout, *, bf16: bool, per_node: int) -> tuple[int, int]:
+def host_snapshot_bytes(m: ModelConfig, layout: Layout, *, bf16: bool, per_node: int) -> tuple[float, float]:
     """Return the bytes that a save copies to host memory: of the process, and of the node, that copy most.
 
-    Of equal parameters one rank writes: the first of the data- and context-parallel ranks, for experts the first of the ranks
-    that hold the same ones. Within a pipeline stage these are the first ranks, one for each cut.
+    The ranks of a pipeline stage share its parameters: of what several hold each writes a part. Tensors stay whole, so one of the
+    ranks copies the largest.
 
     Args:
         per_node: ranks of a machine.
     """
     size = sum(checkpoint_bytes(layout, bf16=bf16))
-    ranks = layout.gpus // layout.pipeline
-    per_node = min(per_node, layout.gpus)
-    stages_of_node = max(1, per_node // ranks)
-    held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
-    of_node = [
-        size
-        * (x.dense * min(layout.tensor, per_node) + x.experts * min(layout.expert * layout.expert_tensor, per_node))
-        for x in held
-    ]
-    fullest = max(sum(of_node[first : first + stages_of_node]) for first in range(0, layout.pipeline, stages_of_node))
-    return size * max(x.dense + x.experts for x in held), fullest
+    ranks, per_node = layout.gpus // layout.pipeline, min(per_node, layout.gpus)
+    stages = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
+    of_stage = [size * (x.dense * layout.tensor + x.experts * layout.expert * layout.expert_tensor) for x in stages]
+    on_node = max(1, per_node // ranks)
+    node = max(sum(of_stage[first : first + on_node]) for first in range(0, layout.pipeline, on_node))
+    process = max(max(of_stage) / ranks, 4 * _largest_tensor(m, layout))
+    return process, max(node * min(1.0, per_node / ranks), process)
+
+
+def _largest_tensor(m: ModelConfig, layout: Layout) -> float:
+    """Parameters of the largest tensor of a rank: gate and up of a layer's experts, or a table of the vocabulary."""
+    experts = 2 / 3 * m.num_experts * expert_parameters(m) / (layout.expert * layout.expert_tensor)
+    return max(experts, m.padded_vocab_size * m.hidden_size / layout.tensor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
