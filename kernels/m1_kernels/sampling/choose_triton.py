@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1_kernels.overlap import overlap, wait_for_previous
+
 BLOCK = 4096
 
 
@@ -56,17 +58,18 @@ def _likeliest(row, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _choose(
-    logits, temperature, top_k, top_p, uniform, banned, bans, forced, tokens, logprobs, stride, vocab, B,
-    BANS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, temperature, top_k, top_p, uniform, banned, lengths, from_length, forced, tokens, logprobs, stride, vocab, B,
+    BANS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """tokens [rows] int64 and logprobs [rows] fp32; banned logits are overwritten. Grid rows."""
+    wait_for_previous(OVERLAP)
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * stride
     highest, token, mass = _likeliest(row, vocab, BLOCK)
     log_sum = highest + tl.log(mass).to(tl.float32)
     taken = tl.load(forced + number)
     taken_logit = tl.load(row + tl.maximum(taken, 0))
-    if tl.load(bans + number) != 0:
+    if tl.load(lengths + number) < tl.load(from_length + number):
         place = tl.arange(0, BANS)
         ids = tl.load(banned + number * B + place, mask=place < B, other=0)
         tl.store(row + ids, tl.full([BANS], float("-inf"), tl.float32), mask=place < B)
@@ -121,7 +124,8 @@ def choose_tokens_triton(
     top_p: Tensor,
     uniform: Tensor,
     banned: Tensor,
-    bans: Tensor,
+    lengths: Tensor,
+    from_length: Tensor,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Take what ``choose_tokens`` takes; banned logits are overwritten."""
@@ -132,7 +136,8 @@ def choose_tokens_triton(
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     size = banned.shape[1]
     _choose[(rows,)](
-        logits, temperature, top_k, top_p, uniform, banned, bans.to(torch.int32), forced, tokens, logprobs,
+        logits, temperature, top_k, top_p, uniform, banned, lengths, from_length, forced, tokens, logprobs,
         logits.stride(0), vocab, size, BANS=triton.next_power_of_2(size), BLOCK=BLOCK, num_warps=16,
+        **overlap(logits.device),
     )  # fmt: skip
     return tokens, logprobs

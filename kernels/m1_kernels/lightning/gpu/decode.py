@@ -6,12 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1_kernels.overlap import overlap, wait_for_previous
+
 
 @triton.jit
 def _step(
     q, k, v, o, state, log_decay, q_row, q_head, k_row, k_head, v_row, v_head, H,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SILU: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)
     parts: tl.constexpr = V // BV
     program = tl.program_id(0)
     head = program // parts % H
@@ -43,6 +46,6 @@ def decode_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Ten
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     _step[(batch * heads * (v_dim // columns),)](
         q, k, v, out, state, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads,
-        K=k_dim, V=v_dim, BV=columns, SILU=silu, num_warps=4,
+        K=k_dim, V=v_dim, BV=columns, SILU=silu, num_warps=4, **overlap(q.device),
     )  # fmt: skip
     return out

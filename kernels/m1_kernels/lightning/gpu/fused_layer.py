@@ -20,6 +20,7 @@ from m1_kernels.lightning.gpu.elementwise import (
 )
 from m1_kernels.lightning.gpu.launch import addressable, config_for, plan_for, run_backward, run_sweep, states
 from m1_kernels.lightning.zigzag import ContextShards
+from m1_kernels.overlap import overlap
 
 SILU_ROWS, SILU_WARPS = 16, 4  # measured: at the copy rate
 BACKWARD_PROGRAMS_PER_PROCESSOR = 2
@@ -48,8 +49,9 @@ def gated_norm_triton(
         dist.all_reduce(sums, group=tp_group)
     y = x.new_empty(tokens, width)
     norm_gate[(tokens,)](
-        out, x, weight, sums, y, eps, width * ranks, C=width, D=dim, BLOCK=block, GIVEN=ranks > 1, num_warps=8
-    )
+        out, x, weight, sums, y, eps, width * ranks, C=width, D=dim, BLOCK=block, GIVEN=ranks > 1, num_warps=8,
+        **overlap(x.device),
+    )  # fmt: skip
     return y, sums
 
 
