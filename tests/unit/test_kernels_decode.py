@@ -74,10 +74,10 @@ def test_a_router_reads_the_norm_as_it_was_rounded() -> None:
 
 @pytest.mark.parametrize("tokens", [3, 40])
 def test_experts_and_the_norm_behind_them(tokens: int) -> None:
-    experts, width, inner = 4, 40, 24
+    experts, width, inner = 5, 40, 24
     x, w13, w2 = random(tokens, width), random(experts, 2, inner, width), random(experts, width, inner)
     weight, weights = random(width), torch.rand(tokens, 2, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    # As many slots as the smaller product takes, none, more than that, more.
+    # As many slots of an expert as a program takes, none, more than twice and more than once as many.
     index = torch.tensor([[0, 2]] * few.FEW + [[2, 3]] * 24, device=DEVICE)[:tokens]
     mixed = mix_experts(x, w13, w2, weights, index, keep=False)
     expected = add_rms_norm(x, mixed, weight, eps=EPS, alpha=ALPHA, beta=BETA)

@@ -32,17 +32,16 @@ def _norm_and_route(
     """out [T, C], weights and index [T, K]. Grid T."""
     wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    value = _sum(x, y, token * C + c, c < C, alpha, beta)
-    rstd = 1 / tl.sqrt(tl.sum(value * value, 0) / C + eps)
+    whole = tl.arange(0, BLOCK)
+    summed = _sum(x, y, token * C + whole, whole < C, alpha, beta)
+    rstd = 1 / tl.sqrt(tl.sum(summed * summed, 0) / C + eps)
     expert = tl.arange(0, EXPERTS)
     logits = tl.zeros([EXPERTS], tl.float32)
     for start in range(0, C, COLUMNS):
         c = start + tl.arange(0, COLUMNS)
         inside = c < C
-        value = _sum(x, y, token * C + c, inside, alpha, beta)
-        value = value * rstd * tl.load(norm + c, mask=inside, other=0.0).to(tl.float32)
-        rounded = value.to(out.dtype.element_ty)
+        value = _sum(x, y, token * C + c, inside, alpha, beta) * rstd
+        rounded = (value * tl.load(norm + c, mask=inside, other=0.0).to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + token * C + c, rounded, mask=inside)
         row = tl.load(
             router + expert[:, None] * C + c[None, :], mask=(expert < E)[:, None] & inside[None, :], other=0.0

@@ -1,11 +1,14 @@
 """The mixture of experts for few tokens: each weight is read once, by the program that multiplies with it.
 
-A program has some rows of one expert's matrix. It finds the slots (token and place among its experts) that chose the expert,
-up to 64 at a time, and multiplies their tokens with its rows; up to 16 with a smaller product. An expert that nobody chose is not
-read. Offsets of weights are 64-bit.
+A program has some rows of one expert's matrix, and up to 16 of the slots (token and place among its experts) that chose the
+expert. It finds them itself, and multiplies their tokens with its rows. Where an expert has more slots, neighbouring programs
+take them at the same time, and the weights come from the L2 cache; with many slots, up to 64 are taken together. An expert that
+nobody chose is not read. Offsets of weights are 64-bit.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,12 +17,24 @@ from torch import Tensor
 
 from m1_kernels.overlap import overlap, wait_for_previous
 
-ROWS_UP, ROWS_DOWN, COLUMNS = 32, 64, 128
-"""Rows of a matrix that a program has, and columns it reads at a time; of those tried on an H200 the fastest."""
+
+class Tiles(NamedTuple):
+    """Rows of a matrix that a program has, columns that it reads at a time, its warps and stages of loads."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        return {"N": self.rows, "BLOCK": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+
+
+UP, DOWN = Tiles(32, 128, 4, 3), Tiles(64, 128, 4, 3)
+"""Of those tried on an H200 the fastest."""
 FEW, MANY = 16, 64
-"""Slots of an expert that are multiplied together: ``FEW`` if it has no more, else ``MANY``; for those that are left, its weights
-are read again. With 16 alone instead of 64 alone, 64 tokens took 33 % longer where one expert of 16 has 35 of the 128 slots, and
-8 % less where all have about 8."""
+"""Slots that a program multiplies together: ``MANY`` where experts can have more than ``FEW`` on average."""
 
 
 @triton.jit
@@ -46,106 +61,82 @@ def _route(logits, weights, index, E, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _slots_of(index, expert, slots, SLOTS: tl.constexpr):
-    """How many slots chose ``expert``, and the rank of each of [SLOTS] among them; -1 for the others."""
-    slot = tl.arange(0, SLOTS)
-    chosen = (tl.load(index + slot, mask=slot < slots, other=-1) == expert).to(tl.int32)
-    return tl.sum(chosen, 0), tl.where(chosen > 0, tl.cumsum(chosen, 0) - 1, -1)
+def _work_of(
+    index, number, first, slots, experts, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, M: tl.constexpr
+):  # fmt: skip
+    """The ``number``-th group of up to M slots that chose the same expert: the expert here, the slots [M], which there are [M].
 
-
-@triton.jit
-def _members(rank, start, count, SLOTS: tl.constexpr, M: tl.constexpr):
-    """The slots of ranks ``start`` to ``start + M``, [M], and which of them there are."""
+    Behind the last group the expert is ``experts`` or more.
+    """
+    slot, expert = tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
+    chosen = (tl.load(index + slot, mask=slot < slots, other=-1) - first).to(tl.int32)
+    counts = tl.sum((chosen[None, :] == expert[:, None]).to(tl.int32), 1)
+    groups = tl.where(expert < experts, (counts + M - 1) // M, 0)
+    ends = tl.cumsum(groups, 0)
+    mine = tl.sum((ends <= number).to(tl.int32), 0)
+    start = (number - tl.sum(tl.where(expert < mine, groups, 0), 0)) * M
+    is_mine = (chosen == mine).to(tl.int32)
+    rank = tl.where(is_mine > 0, tl.cumsum(is_mine, 0) - 1, -1)
     wanted = start + tl.arange(0, M)
     found = rank[None, :] == wanted[:, None]
-    return tl.sum(tl.where(found, tl.arange(0, SLOTS)[None, :], 0), 1), wanted < count
-
-
-@triton.jit
-def _up_together(
-    x, gate_at, up_at, weights, inner, rank, start, count, row, x_row, INNER, C,
-    K: tl.constexpr, SLOTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    slot, there = _members(rank, start, count, SLOTS, M)
-    gate = tl.zeros([M, N], tl.float32)
-    up = tl.zeros([M, N], tl.float32)
-    for at in range(0, C, BLOCK):
-        c = at + tl.arange(0, BLOCK)
-        part = tl.load(x + (slot // K)[:, None] * x_row + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0)
-        inside = (row < INNER)[:, None] & (c < C)[None, :]
-        gate += tl.dot(part, tl.trans(tl.load(gate_at + c[None, :], mask=inside, other=0.0)), input_precision="ieee")
-        up += tl.dot(part, tl.trans(tl.load(up_at + c[None, :], mask=inside, other=0.0)), input_precision="ieee")
-    scale = tl.load(weights + slot, mask=there, other=0.0)
-    out = gate * tl.sigmoid(gate) * up * scale[:, None]
-    tl.store(
-        inner + slot[:, None] * INNER + row[None, :], out.to(inner.dtype.element_ty),
-        mask=there[:, None] & (row < INNER)[None, :],
-    )  # fmt: skip
+    return mine, tl.sum(tl.where(found, slot[None, :], 0), 1), wanted < tl.sum(is_mine, 0)
 
 
 @triton.jit
 def _up(
-    x, w13, weights, index, inner, first, slots, x_row, INNER, C, K: tl.constexpr, SLOTS: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    x, w13, weights, index, inner, first, slots, experts, x_row, INNER, C, K: tl.constexpr, SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """inner [slots, INNER] = silu(w1 x) * (w3 x) * weight. Grid (experts here, INNER / N)."""
+    """inner [slots, INNER] = silu(w1 x) * (w3 x) * weight. Grid (groups of slots, INNER / N)."""
     wait_for_previous(OVERLAP)
-    expert = tl.program_id(0)
-    count, rank = _slots_of(index, expert + first, slots, SLOTS)
-    row = tl.program_id(1) * N + tl.arange(0, N)
-    gate_at = w13 + (expert.to(tl.int64) * 2 * INNER + row[:, None]) * C
-    up_at = gate_at + INNER.to(tl.int64) * C
-    if (count > 0) & (count <= FEW):
-        _up_together(
-            x, gate_at, up_at, weights, inner, rank, 0, count, row, x_row, INNER, C,
-            K=K, SLOTS=SLOTS, M=FEW, N=N, BLOCK=BLOCK,
+    expert, slot, there = _work_of(index, tl.program_id(0), first, slots, experts, SLOTS, EXPERTS, M)
+    if expert < experts:
+        row = tl.program_id(1) * N + tl.arange(0, N)
+        gate_at = w13 + (expert.to(tl.int64) * 2 * INNER + row[:, None]) * C
+        up_at = gate_at + INNER.to(tl.int64) * C
+        gate = tl.zeros([M, N], tl.float32)
+        up = tl.zeros([M, N], tl.float32)
+        for at in range(0, C, BLOCK):
+            c = at + tl.arange(0, BLOCK)
+            part = tl.load(
+                x + (slot // K)[:, None] * x_row + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0.0
+            )
+            inside = (row < INNER)[:, None] & (c < C)[None, :]
+            gate += tl.dot(
+                part, tl.trans(tl.load(gate_at + c[None, :], mask=inside, other=0.0)), input_precision="ieee"
+            )
+            up += tl.dot(part, tl.trans(tl.load(up_at + c[None, :], mask=inside, other=0.0)), input_precision="ieee")
+        scale = tl.load(weights + slot, mask=there, other=0.0)
+        out = gate * tl.sigmoid(gate) * up * scale[:, None]
+        tl.store(
+            inner + slot[:, None] * INNER + row[None, :], out.to(inner.dtype.element_ty),
+            mask=there[:, None] & (row < INNER)[None, :],
         )  # fmt: skip
-    if MANY > FEW and count > FEW:
-        for start in range(0, count, MANY):
-            _up_together(
-                x, gate_at, up_at, weights, inner, rank, start, count, row, x_row, INNER, C,
-                K=K, SLOTS=SLOTS, M=MANY, N=N, BLOCK=BLOCK,
-            )  # fmt: skip
-
-
-@triton.jit
-def _down_together(
-    inner, weight_at, out, rank, start, count, row, INNER, C,
-    SLOTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    slot, there = _members(rank, start, count, SLOTS, M)
-    total = tl.zeros([M, N], tl.float32)
-    for at in range(0, INNER, BLOCK):
-        c = at + tl.arange(0, BLOCK)
-        part = tl.load(
-            inner + slot[:, None] * INNER + c[None, :], mask=there[:, None] & (c < INNER)[None, :], other=0.0
-        )
-        weight = tl.load(weight_at + c[None, :], mask=(row < C)[:, None] & (c < INNER)[None, :], other=0.0)
-        total += tl.dot(part, tl.trans(weight), input_precision="ieee")
-    tl.store(
-        out + slot[:, None] * C + row[None, :], total.to(out.dtype.element_ty),
-        mask=there[:, None] & (row < C)[None, :],
-    )  # fmt: skip
 
 
 @triton.jit
 def _down(
-    inner, w2, index, out, first, slots, INNER, C, SLOTS: tl.constexpr,
-    FEW: tl.constexpr, MANY: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    inner, w2, index, out, first, slots, experts, INNER, C, SLOTS: tl.constexpr,
+    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out [slots, C] = w2 inner. Grid (experts here, C / N)."""
+    """out [slots, C] = w2 inner. Grid (groups of slots, C / N)."""
     wait_for_previous(OVERLAP)
-    expert = tl.program_id(0)
-    count, rank = _slots_of(index, expert + first, slots, SLOTS)
-    row = tl.program_id(1) * N + tl.arange(0, N)
-    weight_at = w2 + (expert.to(tl.int64) * C + row[:, None]) * INNER
-    if (count > 0) & (count <= FEW):
-        _down_together(inner, weight_at, out, rank, 0, count, row, INNER, C, SLOTS=SLOTS, M=FEW, N=N, BLOCK=BLOCK)
-    if MANY > FEW and count > FEW:
-        for start in range(0, count, MANY):
-            _down_together(
-                inner, weight_at, out, rank, start, count, row, INNER, C, SLOTS=SLOTS, M=MANY, N=N, BLOCK=BLOCK
+    expert, slot, there = _work_of(index, tl.program_id(0), first, slots, experts, SLOTS, EXPERTS, M)
+    if expert < experts:
+        row = tl.program_id(1) * N + tl.arange(0, N)
+        weight_at = w2 + (expert.to(tl.int64) * C + row[:, None]) * INNER
+        total = tl.zeros([M, N], tl.float32)
+        for at in range(0, INNER, BLOCK):
+            c = at + tl.arange(0, BLOCK)
+            part = tl.load(
+                inner + slot[:, None] * INNER + c[None, :], mask=there[:, None] & (c < INNER)[None, :], other=0.0
             )
+            weight = tl.load(weight_at + c[None, :], mask=(row < C)[:, None] & (c < INNER)[None, :], other=0.0)
+            total += tl.dot(part, tl.trans(weight), input_precision="ieee")
+        tl.store(
+            out + slot[:, None] * C + row[None, :], total.to(out.dtype.element_ty),
+            mask=there[:, None] & (row < C)[None, :],
+        )  # fmt: skip
 
 
 @triton.jit
@@ -178,14 +169,17 @@ def expert_rows_triton(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, inde
     slots = tokens * k
     inner = x.new_empty(slots, hidden)
     rows = x.new_empty(tokens, k, width)
-    many = min(max(triton.next_power_of_2(tokens), FEW), MANY)  # a token chooses an expert once
-    sizes = {"SLOTS": triton.next_power_of_2(slots), "FEW": FEW, "MANY": many, "BLOCK": COLUMNS, "num_warps": 4}
-    sizes |= overlap(x.device)
-    _up[(experts, triton.cdiv(hidden, ROWS_UP))](
-        x, w13, weights, index, inner, first, slots, x.stride(0), hidden, width, K=k, N=ROWS_UP, **sizes
+    together = FEW if slots <= FEW * experts else MANY
+    groups = min(slots, experts + slots // together)  # at most
+    sizes = {
+        "SLOTS": triton.next_power_of_2(slots), "EXPERTS": triton.next_power_of_2(experts), "M": together,
+        **overlap(x.device),
+    }  # fmt: skip
+    _up[(groups, triton.cdiv(hidden, UP.rows))](
+        x, w13, weights, index, inner, first, slots, experts, x.stride(0), hidden, width, K=k, **sizes, **UP.options()
     )
-    _down[(experts, triton.cdiv(width, ROWS_DOWN))](
-        inner, w2, index, rows, first, slots, hidden, width, N=ROWS_DOWN, **sizes
+    _down[(groups, triton.cdiv(width, DOWN.rows))](
+        inner, w2, index, rows, first, slots, experts, hidden, width, **sizes, **DOWN.options()
     )
     return rows
 
