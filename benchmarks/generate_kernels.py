@@ -42,13 +42,6 @@ DOWN_TILES = (
 )  # fmt: skip
 
 
-class Alone:
-    """A process group of one rank."""
-
-    def size(self) -> int:
-        return 1
-
-
 def measure(bench: Any) -> None:
     """Print everything; ``bench.broken`` becomes true where a kernel is wrong."""
     if bench.device.name == "cpu":
@@ -110,7 +103,7 @@ def differences(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         for rows in (tokens, 5, 1):
             yield f"{name}, {rows}", compared(
                 mix_and_norm, n[:rows], w13, w2, weights[:rows], chosen[:rows], norm, first=0, num_experts=experts,
-                group=Alone(), **scales,
+                **scales,
             )  # fmt: skip
     slots, capacity = 64, 1344
     positions = torch.randint(0, capacity - 1, (slots,), generator=generator)

@@ -132,6 +132,24 @@ def test_new_weights_take_effect_in_place(model: Any) -> None:
         rates.log_decay = slopes
 
 
+def test_a_new_rope_base_is_read_from_where_the_old_one_was(model: Any) -> None:
+    engine, asked = engine_on(model, slots=1), Request(prompt=prompt(30), max_tokens=12, sampling=GREEDY)
+    (before,) = answers(engine, [asked])
+    softmax = next(n for n, layer in enumerate(model.decoder.layers) if hasattr(layer.self_attention, "rope_base"))
+    place = engine.model._rates[softmax].data_ptr()  # a captured graph reads there
+    try:
+        model.set_rope_base(30.0)
+        engine.weights_changed("longer")
+        (after,) = answers(engine, [asked])
+        assert engine.model._rates[softmax].data_ptr() == place
+        assert after.logprobs == pytest.approx(
+            whole_pass(model, asked.prompt, after.tokens).max(-1).values.tolist(), abs=1e-4
+        )
+        assert after.logprobs != pytest.approx(before.logprobs, abs=1e-2)
+    finally:
+        model.set_rope_base(1e4)
+
+
 def test_the_state_of_lightning_layers_does_not_grow_with_the_context(model: Any) -> None:
     sizes = {n: engine_on(model, slots=2, capacity=n).states.num_bytes() for n in (1024, 65_536)}
     assert sizes[1024]["lightning"] == sizes[65_536]["lightning"] == 3 * 2 * 4 * 8 * 8 * 4

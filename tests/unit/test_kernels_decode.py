@@ -30,13 +30,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS, ALPHA, BETA = 1e-2, 1.5, 0.7
 
 
-class Alone:
-    """A process group of one rank."""
-
-    def size(self) -> int:
-        return 1
-
-
 def random(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + len(shape) + sum(shape))
     return torch.randn(shape, generator=generator).to(DEVICE)
@@ -84,9 +77,10 @@ def test_experts_and_the_norm_behind_them(tokens: int) -> None:
     rows = few.expert_rows_triton(x, w13, w2, weights, index, 0)
     assert largest(rows.sum(1), mixed) < 1e-5
     assert largest(post_norm_triton.sum_and_norm_triton(rows, x, weight, ALPHA, BETA, EPS), expected) < 1e-5
-    more: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "beta": BETA, "group": Alone()}
-    plain = mix_and_norm(x, w13, w2, weights, index, weight, first=0, num_experts=experts, **more)
-    assert largest(plain, expected) < 1e-5
+    more: dict[str, Any] = {"eps": EPS, "alpha": ALPHA, "beta": BETA}
+    for add_up, scale in ((None, 1.0), (lambda share: share * 2, 2.0)):
+        plain = mix_and_norm(x, w13, w2, weights, index, weight, first=0, num_experts=experts, add_up=add_up, **more)
+        assert largest(plain, add_rms_norm(x, mixed * scale, weight, eps=EPS, alpha=ALPHA, beta=BETA)) < 1e-5
 
 
 @pytest.mark.parametrize(("kv", "group", "dim", "rotary_dim"), [(1, 3, 24, 24), (2, 2, 20, 12)])

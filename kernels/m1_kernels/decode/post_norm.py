@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from m1_kernels.moe.local_experts import FEW_SLOTS, fp32_logits, mix_local_experts, route
@@ -50,7 +51,7 @@ def mix_and_norm(
     eps: float,
     alpha: float,
     beta: float,
-    group: dist.ProcessGroup,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Compute ``rmsnorm(alpha x + beta y) * norm_weight`` with ``y`` the mixture of the tokens' experts.
 
@@ -58,18 +59,18 @@ def mix_and_norm(
         x, w13, w2, weights, index, first, num_experts: as for ``mix_local_experts``.
         norm_weight: [h], of the norm behind the sublayer.
         eps, alpha, beta: as for ``add_rms_norm``.
-        group: the ranks that share the experts; their shares are summed.
+        add_up: adds up the shares [T, h] of the ranks that have the experts; None: this rank has all of them.
 
     Returns:
         [T, h] in x's dtype.
     """
-    if group.size() == 1 and takes_triton(x) and index.numel() <= FEW_SLOTS:
+    if add_up is None and takes_triton(x) and index.numel() <= FEW_SLOTS:
         from m1_kernels.decode.post_norm_triton import sum_and_norm_triton
         from m1_kernels.moe.decode_triton import expert_rows_triton
 
         rows = expert_rows_triton(x, w13, w2, weights, index, first)
         return sum_and_norm_triton(rows, x, norm_weight, alpha, beta, eps)
     y = mix_local_experts(x, w13, w2, weights, index, first=first, num_experts=num_experts)
-    if group.size() > 1:
-        dist.all_reduce(y, group=group)
+    if add_up is not None:
+        y = add_up(y)
     return add_rms_norm(x, y, norm_weight, eps=eps, alpha=alpha, beta=beta)

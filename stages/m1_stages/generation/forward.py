@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -158,6 +159,7 @@ class IncrementalModel:
         layers = list(self.model.decoder.layers)
         x: Tensor = layers[0].attn_norm(self._embed(tokens))
         following = [layer.attn_norm for layer in layers[1:]] + [self.model.decoder.final_layernorm]
+        add_up = partial(self._summed, group=self.expert_group) if self.expert_group.size() > 1 else None
         for number, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             attend = softmax if self._kinds[number] else lightning
             attended = attend(layer.self_attention, self._index[number], number, x)
@@ -169,7 +171,7 @@ class IncrementalModel:
             x = mix_and_norm(
                 y, experts.w13, experts.w2, weights, index, next_norm.weight,
                 first=layer.mlp.ep_group.rank() * experts.num_local_experts, num_experts=self.config.num_experts,
-                eps=next_norm.eps, group=self.expert_group, **scales,
+                eps=next_norm.eps, add_up=add_up, **scales,
             )  # fmt: skip
         return x
 
