@@ -94,7 +94,7 @@ class TrainingDisplay:
                     "the guard held the ramp; the next stage starts from where they are",
                     soft_wrap=True,
                 )
-            since = f" since step {self._stage.step}" if self._stage and self._stage.step else ""
+            since = f" since step {event.since_step}" if event.since_step else ""
             console.print(
                 f"[green]stage {event.stage} done[/] in {event.seconds:.0f} s{since}: loss {event.first_loss:.3f} → "
                 f"{event.last_loss:.3f}; checkpoint {escape(event.checkpoint)}",

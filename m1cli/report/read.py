@@ -58,7 +58,7 @@ class History:
     evaluated: dict[str, Record] = field(default_factory=dict)
     """The last ``StageEvaluated`` of each stage."""
     clock_s: dict[str, float] = field(default_factory=dict)
-    """Seconds by the clock of each stage, from its start to its last save: steps, those repeated too, saves, waiting."""
+    """Seconds by the clock of each stage, from its start to its last step or save: steps, those repeated too, saves, waiting."""
     wall_s: dict[str, float] = field(default_factory=dict)
     """Seconds by phase of all processes that could say so when they ended."""
     held: dict[str, int] = field(default_factory=dict)
@@ -86,13 +86,15 @@ def read_history(run_dir: Path) -> History:
     path = run_dir / METRICS
     if not path.is_file():
         raise DataError("this run has reported nothing yet", where=str(path), fix="run m1 pretrain first")
-    history, steps, last = History(), {}, 0.0
+    history, steps, last, stage = History(), {}, 0.0, ""
     for record in read_events(path):
         kind = record["event"]
-        if kind in _TIMED:
+        if kind == "StageStarted":
+            stage = record["stage"]
+        if kind in _TIMED and record["stage"] == stage:  # a stage may be finished beside the next one
             now = _time_of(record, path)
             if kind != "StageStarted":
-                history.clock_s[record["stage"]] = history.clock_s.get(record["stage"], 0.0) + now - last
+                history.clock_s[stage] = history.clock_s.get(stage, 0.0) + now - last
             last = now
         if kind == "RunStopped":
             for phase, seconds in record["wall_s"].items():

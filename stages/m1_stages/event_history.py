@@ -15,6 +15,8 @@ _RENAMED_FIELDS = {
 _ADDED_FIELDS: dict[str, dict[str, Any]] = {
     "RunStarted": {"backends": {}, "data": []},
     "RunStopped": {"wall_s": {}},
+    "CheckpointSaved": {"write_s": 0.0},
+    "StageFinished": {"since_step": 0},
     "StageStarted": {"title": "", "later": None},
     "StepDone": {"metrics": {}},
 }

@@ -209,6 +209,8 @@ class CheckpointSaved:
     """From the copy of the state to the commit."""
     stall_s: float
     """Seconds of these that training stood still."""
+    write_s: float
+    """Seconds in which the slowest rank wrote, flushed, read back and compared; the commit follows at the end of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,13 +240,16 @@ class EventsDelayed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageFinished:
-    """A stage's last step is done and its checkpoint committed."""
+    """A stage's last step is done and its checkpoint committed, which may be after the next stage has begun."""
 
     stage: str
     steps: int
+    since_step: int
+    """Step of the stage at which this process began or continued it."""
     first_loss: float
     last_loss: float
     seconds: float
+    """From the first of these steps to the end of the last one."""
     checkpoint: str
     ramp_progress: float
     """1 when the decay rates arrived; less when the guard held them back until the stage ended."""

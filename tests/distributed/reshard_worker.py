@@ -33,7 +33,7 @@ def work(job: dict[str, Any]) -> None:
         state = restored(run, folder / job["load"]) if job["load"] else begun(run)
         same = [i for i, param in enumerate(run.model.parameters()) if torch.equal(param, before[i])]
         mutate(job.get("mutation", ""), run)
-        run.checkpointer.save_now(state, stage_final=False)
+        run.checkpointer.save_now(state)
         record = {
             "unchanged": same,
             "losses": [train(run, state), train(run, state)],

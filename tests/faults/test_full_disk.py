@@ -62,7 +62,7 @@ def job(root: Path, patience_s: float) -> Job:
 def test_a_final_checkpoint_waits_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, run = Disk(monkeypatch), job(tmp_path / "checkpoints", 30.0)
     disk.refusals = 5  # more than max_failed, within the patience
-    assert run.save_now(1, final=True).endswith("step_00000001")
+    assert [path.name for path in run.save_final(1)] == ["step_00000001"]
     assert run.told() == [("failed", 1)] * 5 + [("saved", 1)]
 
 
@@ -80,7 +80,7 @@ def test_fast_steps_do_not_use_up_the_patience_and_a_disk_that_stays_full_ends_t
     assert str(tmp_path / "checkpoints" / "step_00000007") in caught.value.where
     assert caught.value.exit_code == 5
     with pytest.raises(CheckpointError, match="consecutive"):
-        run.save_now(8, final=True)
+        run.save_final(8)
     assert [path.name for path in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000001"], (
         "nothing is left behind"
     )

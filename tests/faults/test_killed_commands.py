@@ -28,7 +28,10 @@ Events = list[dict[str, Any]]
 
 
 class Command:
-    """``m1 pretrain --stage all`` in one project, with a run directory of its own for each uninterrupted chain of kills."""
+    """``m1 pretrain --stage all`` in one project, with a run directory of its own for each uninterrupted chain of kills.
+
+    The run that is not killed saves in the foreground, those that are killed in the background, final checkpoints too.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.config = small(folder)
@@ -46,7 +49,9 @@ class Command:
         self.chains = 0
 
     def start(self) -> subprocess.Popen[bytes]:
-        arguments = ["pretrain", "--config", str(self.config), "--stage", "all", "--set", f"run.dir={self.run_dir}"]
+        saves = "off" if self.run_dir.name == "uncut" else "on"
+        settings = ["--set", f"run.dir={self.run_dir}", "--set", f"run.async_save={saves}"]
+        arguments = ["pretrain", "--config", str(self.config), "--stage", "all", *settings]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen([sys.executable, "-m", "m1cli", *arguments], env=environment, stdout=subprocess.DEVNULL)
 

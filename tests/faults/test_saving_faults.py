@@ -96,7 +96,7 @@ def test_without_the_copy_it_would_not_be(root: Path, gate: Gate, monkeypatch: p
         load(CheckpointStore(root))
 
 
-def test_one_save_at_a_time_and_final_ones_wait(root: Path, gate: Gate) -> None:
+def test_one_save_at_a_time_and_the_last_one_waits(root: Path, gate: Gate) -> None:
     job = Job(root)
     job.save(1)
     job.checkpointer.poll()
@@ -104,12 +104,12 @@ def test_one_save_at_a_time_and_final_ones_wait(root: Path, gate: Gate) -> None:
     gate.open.set()
     job.save(2)  # first waits for the one before it
     assert job.told() == [("saved", 1)]
-    path = job.save_now(3, final=True)
+    path = job.save_now(3)
     assert job.told() == [("saved", 1), ("saved", 2), ("saved", 3)]
-    assert Path(path).name == "step_00000003"
+    assert path.name == "step_00000003"
     job.checkpointer.poll()
     job.checkpointer.finish_save()
-    assert [c.meta.stage_final for c in job.store.committed()] == [True, False, False]
+    assert [c.meta.global_step for c in job.store.committed()] == [3, 2]
     saved = job.events[0]
     assert 0 < saved.stall_s <= saved.seconds
 
@@ -167,7 +167,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_tried(
             job.save_and_wait(5, 6, 7)
         assert caught.value.exit_code == 5
         with pytest.raises(CheckpointError, match=os.strerror(error)):
-            job.save_now(8, final=True)
+            job.save_now(8)
     assert load(CheckpointStore(root)) == 4
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_checkpoint import load, save
+from torch.distributed.checkpoint import FileSystemReader
 
 from m1_stages.checkpoint import CheckpointStore, files, snapshot
 from m1_stages.checkpoint.files import in_threads
@@ -42,6 +43,25 @@ def test_files_are_as_many_as_threads_and_hold_the_state(store: CheckpointStore)
     saved = save(store, 1)
     assert sorted(path.name for path in saved.glob("*.distcp")) == ["__0_0.distcp", "__0_1.distcp", "__0_2.distcp"]
     assert load(CheckpointStore(store.root)) == 1
+
+
+def test_files_are_read_side_by_side(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(store, 1)
+    running: set[int] = set()
+    most, read_data = 0, FileSystemReader.read_data
+
+    def slow(*args: Any) -> Any:
+        nonlocal most
+        running.add(threading.get_ident())
+        most = max(most, len(running))
+        time.sleep(0.3)
+        running.remove(threading.get_ident())
+        return read_data(*args)
+
+    monkeypatch.setattr(FileSystemReader, "read_data", slow)
+    assert load(CheckpointStore(store.root)) == 1
+    assert most == THREADS
+    assert FileSystemReader.read_data is slow, "the reader is torch's own again"
 
 
 def test_one_file_that_cannot_be_written_fails_the_save(

@@ -25,8 +25,15 @@ def train(
     stop_at: int = -1,
     settings: Sequence[str] = (),
     loads: int | None = None,
+    **more: Any,
 ) -> int:
-    job = {"config": str(config), "stages": stages, "events": str(out), "stop_at": stop_at, "set": list(settings)}
+    job = {
+        "config": str(config),
+        "stages": stages,
+        "events": str(out),
+        "stop_at": stop_at,
+        "set": list(settings),
+    } | more
     (ended,) = run_on_ranks(1, "support.pretraining:pretrained", job, fresh=True, timeout_s=200)
     assert ended["exit"] in (0, 75) or settings, ended["error"]
     assert loads in (None, ended["loaded"])
@@ -55,7 +62,8 @@ def copy_run(prepared: Path, target: Path) -> Path:
 def uncut(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
     config = copy_run(prepared, tmp_path_factory.mktemp("uncut") / "run")
     out = config.parent / "steps.jsonl"
-    assert train(config, "all", out, loads=0) == 0, "a stage goes on from what is in memory"
+    beside = ["run.async_save=on"]
+    assert train(config, "all", out, settings=beside, loads=0, slow_finals="1m") == 0, "stages go on from memory"
     return steps(out), config.parent / "run" / "checkpoints"
 
 
@@ -84,6 +92,27 @@ def test_cut_and_continued(
     assert len(mine) > 100, "weights and both Adam moments"
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
     assert read_manifest(final).meta.decay == read_manifest(checkpoints / final.name).meta.decay
+
+
+def test_a_stage_is_finished_while_the_next_one_trains(uncut: tuple[list[Any], Path]) -> None:
+    """Its final checkpoint is committed after the first step of the next stage, and only then the stage is said to be done."""
+    names = ("StepDone", "CheckpointSaved", "StageFinished")
+    events = events_of(uncut[1].parent.parent / "steps.jsonl", *names)
+    order = [(e["event"], e["stage"], e.get("step", -1)) for e in events if e.get("stage_final", True)]
+    for stage, following, num_steps in (("32k", "128k", 6), ("512k", "1m", 2)):
+        at = [
+            order.index(what)
+            for what in (
+                ("StepDone", stage, num_steps - 1),
+                ("StepDone", following, 0),
+                ("CheckpointSaved", stage, num_steps),
+                ("StageFinished", stage, -1),
+            )
+        ]
+        assert at == sorted(at), order
+    finished = [event for event in events if event["event"] == "StageFinished"]
+    assert [event["stage"] for event in finished] == list(STAGE_NAMES)
+    assert [Path(event["checkpoint"]).name for event in finished] == [f"step_{n:08d}" for n in (6, 12, 16, 18, 20)]
 
 
 def test_distributed_optimizer_continues_exactly(prepared: Path, tmp_path: Path) -> None:

@@ -48,8 +48,14 @@ class Job:
             self.save(step)
             self.checkpointer.finish_save()
 
-    def save_now(self, step: int, *, final: bool = False) -> str:
-        return self.checkpointer.save_now(TrainState(stage="32k", stage_step=step, global_step=step), stage_final=final)
+    def save_now(self, step: int) -> Path:
+        return self.checkpointer.save_now(TrainState(stage="32k", stage_step=step, global_step=step))
+
+    def save_final(self, step: int) -> list[Path]:
+        """Begin a final checkpoint; the list gets its path when it is committed."""
+        paths: list[Path] = []
+        self.checkpointer.save_final(TrainState(stage="32k", stage_step=step, global_step=step), paths.append)
+        return paths
 
     def told(self) -> list[tuple[str, int]]:
         """("saved" or "failed", step) in order."""

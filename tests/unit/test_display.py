@@ -146,7 +146,14 @@ def test_the_time_of_a_continued_stage_is_that_of_its_rest(
     monkeypatch: pytest.MonkeyPatch, step: int, since: str
 ) -> None:
     done = StageFinished(
-        stage="32k", steps=10, first_loss=7.0, last_loss=6.1, seconds=5.0, checkpoint="step_00000010", ramp_progress=1.0
+        stage="32k",
+        steps=10,
+        since_step=step,
+        first_loss=7.0,
+        last_loss=6.1,
+        seconds=5.0,
+        checkpoint="step_00000010",
+        ramp_progress=1.0,
     )
     assert f"stage 32k done {since}" in shown(
         monkeypatch, Clock(), [(0.0, stage_started("32k", step)), (1.0, step_done("32k", 9)), (0.0, done)]

@@ -38,7 +38,6 @@ def test_every_stage_starts_a_new_peak(resets: list[torch.device]) -> None:
     run: Any = mock.Mock(device=GPU)
     run.topology.pp_size = 1
     run.stop.received = ""
-    run.checkpointer.save_now.return_value = "checkpoint"
     for stage in ("32k", "128k"):
         plan: Any = mock.Mock(stage=stage, num_steps=0, slopes_new=[[0.5]])
         state = TrainState(stage=stage, slopes=[[0.5]], guard=GuardState())

@@ -51,6 +51,7 @@ def write_run(folder: Path) -> None:
         StageFinished(
             stage="32k",
             steps=10,
+            since_step=5,
             first_loss=7.0,
             last_loss=6.1,
             seconds=5.0,

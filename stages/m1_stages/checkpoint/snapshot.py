@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m1_stages.checkpoint.files import HashedFile, in_threads
+from m1_stages.checkpoint.host_copy import HostCopy
 from m1_stages.checkpoint.single_process import without_collectives
 from m1_stages.runtime.collectives import barrier, world
 
@@ -37,6 +38,7 @@ class Snapshot:
         sharded_state_dict: as ``dist_checkpointing.save`` takes it; it belongs to Megatron afterwards.
         read: gives the values of tensors that are on the meta device, when they are written: one of them is in memory at a time.
         files: to write, of about the same size; default: by ``FILE_BYTES``.
+        host: where a GPU's tensors are copied to; default: memory of its own.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Snapshot:
         *,
         read: ReadPart | None = None,
         files: int | None = None,
+        host: HostCopy | None = None,
     ) -> None:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -61,6 +64,7 @@ class Snapshot:
                 async_sharded_save=True,
                 async_strategy="mcore",
             )
+        self._host = host or HostCopy()
         self._read, self._finish = read, request.finalize_fns
         self._transforms: Any = None
         self._files: list[Any] = []
@@ -70,25 +74,17 @@ class Snapshot:
             _, self._files, self._results = request.async_fn_args
 
     def copy(self) -> None:
-        """Copy the tensors to host memory (pinned, from a GPU): training may change them from now on."""
-        import torch
-
-        def host(tensor: Any) -> Any:
-            if tensor.is_meta:
-                return tensor
-            if not tensor.is_cuda:
-                return tensor.clone()
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
+        """Copy the tensors to host memory: training may change them from now on."""
+        tensors = [tensor for _, _, (_, values) in self._files for _, tensor in values if not tensor.is_meta]
+        on_gpu = any(tensor.is_cuda for tensor in tensors)
+        copies = iter(self._host.of(tensors) if on_gpu else [tensor.clone() for tensor in tensors])
         self._files = [
-            (path, key, (data, [(item, host(tensor)) for item, tensor in tensors]))
-            for path, key, (data, tensors) in self._files
+            (path, key, (data, [(item, tensor if tensor.is_meta else next(copies)) for item, tensor in values]))
+            for path, key, (data, values) in self._files
         ]
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
 
     def write(self, report_progress: Callable[[], None]) -> Files:
-        """Write this rank's files to the disk; no collectives, so any thread may do it.
+        """Write this rank's files to the disk; no collectives, so any thread may do it, and again after a failure.
 
         Args:
             report_progress: called after every piece, from which others see that the writer is not stuck.
@@ -105,10 +101,10 @@ class Snapshot:
             threads=1 if one_tensor_at_a_time else len(self._files),
         )
         if self._results is not None:
+            while not self._results.empty():  # of an attempt that failed on another rank
+                self._results.get()
             self._results.put({number: items for number, (items, _) in enumerate(parts)})
-        hashes = {key: committed for (_, key, _), (_, committed) in zip(self._files, parts, strict=True)}
-        self._files = []
-        return hashes
+        return {key: committed for (_, key, _), (_, committed) in zip(self._files, parts, strict=True)}
 
     def _write_file(
         self, planned: tuple[str, str, tuple[Any, Any]], report_progress: Callable[[], None]
@@ -135,7 +131,7 @@ class Snapshot:
         return read
 
     def finish(self) -> None:
-        """After ``write`` on all ranks: rank 0 writes ``.metadata`` and ``metadata.json``; collective."""
+        """After ``write`` on all ranks: rank 0 writes ``.metadata`` and ``metadata.json``; collective, once a ``write``."""
         for function in self._finish:
             function()
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,8 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from m1_data.storage.durable import flush, write_atomically
+from m1_stages.checkpoint.directories import (
+    directory_for,
+    free_name,
+    is_complete,
+    left_behind,
+    step_directories,
+    temporary_name,
+)
 from m1_stages.checkpoint.files import sha256_of
-from m1_stages.checkpoint.loading import load_verified
+from m1_stages.checkpoint.host_copy import HostCopy
+from m1_stages.checkpoint.loading import load_verified, verify_share
 from m1_stages.checkpoint.manifest import (
     MANIFEST,
     CheckpointMeta,
@@ -26,14 +33,11 @@ from m1_stages.checkpoint.manifest import (
     read_manifest,
 )
 from m1_stages.checkpoint.snapshot import Files, ReadPart, Snapshot
-from m1_stages.checkpoint.verification import verify_share
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together
 
 LATEST = "LATEST"
-_STEP = re.compile(r"step_(\d{8,})(-[a-z0-9]+)?$")
-_LEFT_BEHIND = re.compile(r"step_\d{8,}(-[a-z0-9]+)?\.tmp-([0-9a-f]{8}|removed)$")
 _LOOK_S = 0.2
 """Seconds between two looks at a writer that is waited for."""
 
@@ -50,6 +54,7 @@ class _Save:
     meta: CheckpointMeta
     temporary: Path
     final: Path
+    repeatable: bool
 
 
 class CheckpointStore:
@@ -86,6 +91,11 @@ class CheckpointStore:
         self._before_writing = before_writing
         self._on_rejected, self._on_waiting, self._on_stuck = on_rejected, on_waiting, on_stuck
         self._saving: _Save | None = None
+        self._failed: _Save | None = None
+        """The save that failed last, if ``write_again`` may be asked for: it holds its copy of the state."""
+        self.write_s = 0.0
+        """Seconds in which the slowest rank wrote its files of the last committed checkpoint, read back and compared."""
+        self._host = HostCopy()
         self._abandoned: list[Writer] = []
         self._verified: set[Path] = set()
         """Checkpoints whose files this process has read and found to be what the manifest says."""
@@ -97,7 +107,7 @@ class CheckpointStore:
             OtherFormat: there is one of another version, which is neither damaged nor to be skipped.
         """
         found = []
-        for path in self._step_dirs():
+        for path in step_directories(self.root):
             try:
                 found.append(read_manifest(path))
             except OtherFormat:
@@ -144,33 +154,53 @@ class CheckpointStore:
         *,
         read: ReadPart | None = None,
         files: int | None = None,
+        repeatable: bool = False,
     ) -> None:
         """Copy the state and start to write it; training may go on, and ``poll`` commits it.
+
+        Args: those of ``save``, and
+            repeatable: keep the copy if it cannot be written, for ``write_again``.
 
         Raises:
             CheckpointError: the step is committed already, the writer of an earlier save is still stuck, or there is no room.
         """
         assert self._saving is None, "one save at a time: poll(wait=True) first"
+        self._failed = None
         committed = self.committed()
         newest = next(iter(committed), None)
-        final = self.root / f"step_{meta.global_step:08d}"
-        if any(c.path == final and c.meta.stage != meta.stage for c in committed):
-            final = final.with_name(
-                f"{final.name}-{meta.stage}"
-            )  # both start from one stage: fine-tuning, and the next one
+        final = directory_for(self.root, meta, committed)
         if final.exists():
             raise CheckpointError("this step is committed already", where=str(final), fix="use another run.dir")
-        temporary = gather(final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"))[0]
+        temporary = gather(temporary_name(final))[0]
         meta = dataclasses.replace(meta, parent=newest.path.name if newest else "")
         with self._failing(temporary, final):
             run_together(self._refuse_while_stuck)
             self.sweep()
             run_together(lambda: self._make(temporary) if rank() == 0 else None)
             planned: list[Snapshot] = []
-            run_together(lambda: planned.append(Snapshot(sharded_state_dict, temporary, read=read, files=files)))
+            plan = partial(Snapshot, sharded_state_dict, temporary, read=read, files=files, host=self._host)
+            run_together(lambda: planned.append(plan()))
             (snapshot,) = planned
             run_together(snapshot.copy)
-            self._saving = _Save(snapshot, Writer(snapshot.write, deadline_s=self._deadline_s), meta, temporary, final)
+            self._saving = _Save(snapshot, self._write(snapshot), meta, temporary, final, repeatable)
+
+    def write_again(self) -> None:
+        """Start to write the copy of a save that failed, once more: what was copied may have changed since.
+
+        Raises:
+            CheckpointError: the writer that failed is still stuck, or there is no room.
+        """
+        assert self._failed is not None, "nothing was begun as repeatable and failed"
+        save = self._failed
+        with self._failing(save.temporary, save.final, keep=True):  # the directory may be that of the stuck writer
+            run_together(self._refuse_while_stuck)
+            self.sweep()
+            run_together(lambda: self._make(save.temporary) if rank() == 0 else None)
+        self._saving = dataclasses.replace(save, writer=self._write(save.snapshot))
+        self._failed = None
+
+    def _write(self, snapshot: Snapshot) -> Writer:
+        return Writer(snapshot.write, deadline_s=self._deadline_s)
 
     def _make(self, temporary: Path) -> None:
         self._before_writing()
@@ -194,12 +224,16 @@ class CheckpointStore:
         if progress == Progress.WRITING:
             return None
         save, self._saving = self._saving, None
+        self._failed = save if save.repeatable else None
         with self._failing(save.temporary, save.final, keep=progress == Progress.STUCK):
             if progress != Progress.DONE:
                 run_together(lambda: self._abandon(save.writer, mine))
             run_together(save.snapshot.finish)
-            files = {name: value for part in gather(save.writer.files) for name, value in part.items()}
+            parts = gather((save.writer.files, save.writer.seconds))
+            files = {name: value for part, _ in parts for name, value in part.items()}
             run_together(lambda: self._commit(save, files) if rank() == 0 else None)
+        self._failed = None
+        self.write_s = max(seconds for _, seconds in parts)
         self._verified.add(save.final)
         if rank() == 0:
             self._retain()
@@ -310,7 +344,7 @@ class CheckpointStore:
     def _retain(self) -> None:
         """Remove old checkpoints, as long as two newer ones are known to be good."""
         committed = self.committed()
-        good = list(islice((c for c in committed if c.path in self._verified and _complete(c)), 2))
+        good = list(islice((c for c in committed if c.path in self._verified and is_complete(c)), 2))
         if len(good) < 2:
             return
         passing = [c for c in committed if not c.meta.stage_final]
@@ -322,10 +356,9 @@ class CheckpointStore:
 
     def sweep(self) -> None:
         """Remove what interrupted saves and removals left behind; only the command that holds the run's lock may call it."""
-        if rank() == 0 and self.root.is_dir():
-            for path in self.root.iterdir():
-                if _LEFT_BEHIND.match(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+        if rank() == 0:
+            for path in left_behind(self.root):
+                shutil.rmtree(path, ignore_errors=True)
 
     def rename_newer(self, committed: Committed, stage: str) -> None:
         """Rename the checkpoints of ``stage`` after ``committed``: training diverges from it. Every rank calls it."""
@@ -333,7 +366,7 @@ class CheckpointStore:
         newer = [c.path for c in later if c.meta.stage == stage]
         barrier()
         for path in newer if rank() == 0 else ():
-            path.rename(_free_name(path, "rolled-back"))
+            path.rename(free_name(path, "rolled-back"))
         barrier()
 
     def rename_stage(self, stage: str) -> None:
@@ -341,12 +374,12 @@ class CheckpointStore:
         paths = [c.path for c in self.committed() if c.meta.stage == stage]
         barrier()
         for path in paths if rank() == 0 else ():
-            path.rename(_free_name(path, "before"))
+            path.rename(free_name(path, "before"))
         barrier()
 
     def _quarantine_broken_manifests(self) -> list[str]:
         reasons = []
-        for path in self._step_dirs():
+        for path in step_directories(self.root):
             try:
                 read_manifest(path)
             except OtherFormat:
@@ -358,30 +391,9 @@ class CheckpointStore:
 
     def _quarantine(self, path: Path, reason: str) -> None:
         barrier()
-        moved = _free_name(path, "quarantined")
+        moved = free_name(path, "quarantined")
         barrier()
         if rank() == 0:
             path.rename(moved)
         barrier()
         self._on_rejected(path, reason, moved)
-
-    def _step_dirs(self) -> list[Path]:
-        if not self.root.is_dir():
-            return []
-        return sorted(path for path in self.root.iterdir() if path.is_dir() and _STEP.match(path.name))
-
-
-def _free_name(path: Path, word: str) -> Path:
-    """Return ``<path>.<word>-<n>`` with the first number that is free."""
-    number = 1
-    while (moved := path.with_name(f"{path.name}.{word}-{number}")).exists():
-        number += 1
-    return moved
-
-
-def _complete(committed: Committed) -> bool:
-    """Whether every file is there in its size."""
-    try:
-        return all((committed.path / name).stat().st_size == size for name, (size, _) in committed.files.items())
-    except OSError:
-        return False

@@ -33,6 +33,8 @@ class Writer:
         self._write, self._deadline_s = write, deadline_s
         self._pieces, self._seen, self._waited, self._looked = 0, 0, 0.0, time.monotonic()
         self.files: Files = {}
+        self.seconds = 0.0
+        """That it took to write them."""
         self.reason = "the writer ended without a reason"
         """The reason why it failed; empty when it did not."""
         self._thread = threading.Thread(target=self._run, name="checkpoint writer", daemon=True)
@@ -63,8 +65,10 @@ class Writer:
     def _run(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException
 
+        began = time.monotonic()
         try:
             self.files, self.reason = self._write(self._report_progress), ""
+            self.seconds = time.monotonic() - began
         except (Exception, CheckpointException) as error:
             self.reason = reason_of(error)
 

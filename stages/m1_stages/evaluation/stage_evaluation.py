@@ -12,31 +12,25 @@ from m1_data.arrays import Ints
 from m1_data.sampling.needles import SHORTEST_TOKENS, Haystack
 from m1_data.seeded_random import derive_seed
 from m1_data.storage.store import PreparedData, Store
-from m1_stages.checkpoint import Committed
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
 from m1_stages.evaluation.long_context import Subject, loss_by_position, needle_map
-from m1_stages.evaluation.results import needle_lengths, write_result
+from m1_stages.evaluation.results import needle_lengths
 from m1_stages.event_values import NeedleMap, PositionLoss
-from m1_stages.events import Sink, StageEvaluated
+from m1_stages.events import StageEvaluated
 
 
-def evaluate_stage(
-    resolved: Resolved,
-    subject: Subject,
-    plan: StagePlan,
-    committed: Committed,
-    data: PreparedData,
-    *,
-    emit: Sink,
-    check: Callable[[], None],
+def measure_stage(
+    resolved: Resolved, subject: Subject, plan: StagePlan, data: PreparedData, *, check: Callable[[], None]
 ) -> StageEvaluated:
-    """Measure the loaded weights, write ``RUN_DIR/evaluation/STAGE.json`` and report; every rank calls it.
+    """Measure the loaded weights; every rank calls it.
 
     Args:
-        committed: the checkpoint whose weights are loaded.
         data: whose held-out documents are measured on.
-        check: called between passes on every rank; whatever it raises ends the measurement, and nothing is written.
+        check: called between passes on every rank; whatever it raises ends the measurement.
+
+    Returns:
+        The result, which does not name the checkpoint yet.
     """
     began, skipped = time.perf_counter(), []
     config = resolved.config
@@ -75,11 +69,11 @@ def evaluate_stage(
         )
     else:
         skipped.append("loss by position: evaluate.documents is 0")
-    result = StageEvaluated(
+    return StageEvaluated(
         stage=plan.stage,
-        checkpoint=committed.path.name,
-        checkpoint_sha256=committed.sha256,
-        global_step=committed.meta.global_step,
+        checkpoint="",
+        checkpoint_sha256="",
+        global_step=0,
         seq_len=plan.seq_len,
         recall=float(np.mean(needles.recall)) if needles else None,
         needles=needles,
@@ -87,10 +81,6 @@ def evaluate_stage(
         skipped=skipped,
         seconds=time.perf_counter() - began,
     )
-    if subject.topology.rank == 0:
-        write_result(resolved.run_dir, result)
-    emit(result)
-    return result
 
 
 def _haystack(held_out: Store, trained: Store, longest: int) -> tuple[Haystack, str]:

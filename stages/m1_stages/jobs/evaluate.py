@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from m1_data.storage.store import PreparedData, open_prepared
 from m1_stages.checkpoint import Committed
@@ -11,14 +12,15 @@ from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.errors import CheckpointError, Preempted
 from m1_stages.evaluation.long_context import Subject
-from m1_stages.evaluation.results import read_result
-from m1_stages.evaluation.stage_evaluation import evaluate_stage
+from m1_stages.evaluation.results import read_result, write_result
+from m1_stages.evaluation.stage_evaluation import measure_stage
 from m1_stages.events import Sink
 from m1_stages.jobs.prepared import described
 from m1_stages.runtime.collectives import agree_max, from_rank_0
 from m1_stages.runtime.watchdog import heartbeat
 from m1_stages.training.run import Run
 from m1_stages.training.session import open_session, with_vocab
+from m1_stages.training.train_state import TrainState
 
 
 def run(resolved: Resolved, stage: str, sinks: Sequence[Sink]) -> None:
@@ -39,43 +41,55 @@ def run(resolved: Resolved, stage: str, sinks: Sequence[Sink]) -> None:
                 where=str(opened.checkpointer.store.root),
                 fix=f"train it first: m1 pretrain --stage {stage}",
             )
-        committed, state = found
-        _evaluate(opened, resolved, plan, committed, state.slopes, data)
+        _, state = found
+        _evaluate(opened, resolved, plan, state, data)
 
 
-def evaluate_finished(
-    run: Run, resolved: Resolved, plan: StagePlan, slopes: list[list[float]], data: PreparedData
-) -> None:
+def evaluate_finished(run: Run, resolved: Resolved, plan: StagePlan, state: TrainState, data: PreparedData) -> None:
     """Evaluate the stage whose final weights are loaded, unless that was done or is switched off.
+
+    Their checkpoint may still be being written: the result is written and reported when it is committed.
 
     Raises:
         Preempted: a stop was requested; nothing is written, and the same command measures again.
     """
-    finals = run.checkpointer.finals(plan.stage)
-    if not resolved.config.evaluate.enabled or not finals:
+    if not resolved.config.evaluate.enabled:
         return
-    if not from_rank_0(read_result(run.run_dir, plan.stage, finals[0].sha256)):
-        _evaluate(run, resolved, plan, finals[0], slopes, data)
+    if not run.checkpointer.is_writing_final(plan.stage):
+        finals = run.checkpointer.finals(plan.stage)
+        if not finals or from_rank_0(read_result(run.run_dir, plan.stage, finals[0].sha256)):
+            return
+    _evaluate(run, resolved, plan, state, data)
 
 
-def _evaluate(
-    run: Run, resolved: Resolved, plan: StagePlan, committed: Committed, slopes: list[list[float]], data: PreparedData
-) -> None:
+def _evaluate(run: Run, resolved: Resolved, plan: StagePlan, state: TrainState, data: PreparedData) -> None:
     run.model.set_rope_base(plan.rope_base)
-    run.model.set_slopes(slopes)
+    run.model.set_slopes(state.slopes)
     subject = Subject(model=run.trainable, topology=run.topology, device=run.device)
-    check = _between_passes(run, plan.stage, committed)
-    evaluate_stage(resolved, subject, plan, committed, data, emit=run.emit, check=check)
+    measured = measure_stage(resolved, subject, plan, data, check=lambda: _between_passes(run, state))
+
+    def report(committed: Committed) -> None:
+        result = replace(
+            measured,
+            checkpoint=committed.path.name,
+            checkpoint_sha256=committed.sha256,
+            global_step=committed.meta.global_step,
+        )
+        if run.topology.rank == 0:
+            write_result(run.run_dir, result)
+        run.emit(result)
+
+    run.checkpointer.when_final(plan.stage, report)
 
 
-def _between_passes(run: Run, stage: str, committed: Committed) -> Callable[[], None]:
-    def check() -> None:
-        heartbeat("evaluate", committed.meta.global_step)
-        if agree_max(int(run.stop.asked())):
-            raise Preempted(
-                f"stopped on {run.stop.received or 'request'} while stage {stage} was evaluated; its final checkpoint is saved",
-                where=str(committed.path),
-                fix="run the same command again to evaluate and go on",
-            )
-
-    return check
+def _between_passes(run: Run, state: TrainState) -> None:
+    heartbeat("evaluate", state.global_step)
+    if agree_max(int(run.stop.asked())):
+        raise Preempted(
+            f"stopped on {run.stop.received or 'request'} while stage {state.stage} was evaluated; its final checkpoint is saved",
+            where=str(run.checkpointer.finals(state.stage)[0].path),
+            fix="run the same command again to evaluate and go on",
+        )
+    if run.checkpointer.is_writing_final(state.stage):
+        run.device.synchronize()  # a commit would wait for the passes that were begun, and count that as its own stall
+        run.checkpointer.poll()

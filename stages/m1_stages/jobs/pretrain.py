@@ -57,7 +57,8 @@ def run(
         refuse_uneven_pipeline(resolved, plans, opened.topology.dp_size)
         ended: TrainState | None = None
         for number, plan in enumerate(plans):
-            plan = starting_point(plan, opened.checkpointer.store.committed())
+            if ended is None:
+                plan = starting_point(plan, opened.checkpointer.store.committed())
             rows = stage_rows(resolved, plan, data.training)
             state = restore_stage(opened, resolved, plan, rows, ended=ended)
             ended = None
@@ -72,7 +73,7 @@ def run(
                 with out_of_memory_explained(resolved.config, plan, opened.topology, decision):
                     state = ended = train_stage(opened, plan, rows, state, NextTokenCrossEntropy())
                 _report_drawn(opened, plan, rows, state)
-            evaluate_finished(opened, resolved, plan, state.slopes, data)
+            evaluate_finished(opened, resolved, plan, state, data)
 
 
 def _report_drawn(opened: Run, plan: StagePlan, rows: PackedDataset, state: TrainState) -> None:

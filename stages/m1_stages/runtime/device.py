@@ -38,6 +38,11 @@ class Device:
         """Name that the driver gives the GPU; empty on a CPU."""
         return torch.cuda.get_device_name(self.torch_device) if self.name == "cuda" else ""
 
+    def synchronize(self) -> None:
+        """Wait until a GPU has done what it was given."""
+        if self.name == "cuda":
+            torch.cuda.synchronize(self.torch_device)
+
     def reset_peak_memory(self) -> None:
         """Start a new peak on a GPU, so that a stage does not report the one before; a process on a CPU keeps its peak."""
         if self.name == "cuda":

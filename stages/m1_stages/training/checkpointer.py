@@ -1,17 +1,19 @@
 """Decides what a run's checkpoints hold and when they are written, and restores one.
 
-Periodic checkpoints are written beside training (in the background, by default on a GPU) or while the loop waits; final ones
-while it waits. A disk that is full for a while costs messages: the run ends when ``run.max_failed_saves`` consecutive saves have
-failed and the first of them is ``SAVE_PATIENCE_S`` seconds ago.
+Checkpoints are written beside training (in the background, by default on a GPU) or while the loop waits. One that must be
+written, the final one of a stage and the one before leaving, is tried again from its copy in host memory while it fails: a
+stage counts as finished when its final checkpoint is committed. A disk that is full for a while costs messages: the run ends when
+``run.max_failed_saves`` consecutive saves have failed and the first of them is ``SAVE_PATIENCE_S`` seconds ago.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m1_data.storage.durable import FULL_DISK_S
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from m1_stages.model import ModelChunks  # it imports Megatron-Core, and the device is chosen first
 
 SAVE_PATIENCE_S = FULL_DISK_S
+_LOOK_S = 0.2
 _RETRY_S = 5.0
 """Seconds after which a checkpoint that must be written is tried again."""
 _SHARDING = {
@@ -49,8 +52,14 @@ class _Save:
 
     state: TrainState
     stage_final: bool
+    must: bool
+    """It is tried again while it cannot be written; one that need not be is given up."""
+    then: Callable[[Path], None]
+    """Called with its path when it is committed."""
     began: float
     stall_s: float = 0.0
+    again_at: float | None = None
+    """When to write it again, after a failure."""
 
 
 class Checkpointer:
@@ -102,29 +111,46 @@ class Checkpointer:
         Raises:
             CheckpointError: too many consecutive ones could not be written.
         """
-        heartbeat("save", state.global_step)
-        self.finish_save()
-        with self._failures_counted(state.global_step):
-            self._begin(state, stage_final=False)
-        if not self._background:
-            self.finish_save()
+        self._start(state, stage_final=False, must=False, then=lambda path: None)
 
-    def save_now(self, state: TrainState, *, stage_final: bool) -> str:
+    def save_now(self, state: TrainState) -> Path:
         """Commit a checkpoint of this moment, trying again while it fails, and wait for it; returns its path.
 
         Raises:
             CheckpointError: too many consecutive ones could not be written.
         """
-        heartbeat("save", state.global_step)
+        paths: list[Path] = []
+        self._start(state, stage_final=False, must=True, then=paths.append)
         self.finish_save()
-        while True:
-            with self._failures_counted(state.global_step):
-                self._begin(state, stage_final=stage_final)
-                return self._commit(wait=True)
-            retry_at = time.monotonic() + min(_RETRY_S, self._patience_s)
-            while time.monotonic() < retry_at:
-                report_progress()
-                time.sleep(0.2)
+        return paths[0]
+
+    def save_final(self, state: TrainState, then: Callable[[Path], None]) -> None:
+        """Write the final checkpoint of a stage, trying again while it fails; training may go on meanwhile.
+
+        Args:
+            then: called with its path when it is committed, in a later ``poll`` perhaps.
+
+        Raises:
+            CheckpointError: too many consecutive ones could not be written.
+        """
+        self._start(state, stage_final=True, must=True, then=then)
+
+    def when_final(self, stage: str, then: Callable[[Committed], None]) -> None:
+        """Call ``then`` with the final checkpoint of ``stage``: now, or when it is committed if it is being written."""
+        if self._save is None or not self.is_writing_final(stage):
+            then(self.finals(stage)[0])
+            return
+        before = self._save.then
+
+        def both(path: Path) -> None:
+            before(path)
+            then(next(c for c in self.finals(stage) if c.path == path))
+
+        self._save.then = both
+
+    def is_writing_final(self, stage: str) -> bool:
+        """Whether the final checkpoint of ``stage`` is being written; the same on all ranks."""
+        return self._save is not None and self._save.stage_final and self._save.state.stage == stage
 
     def poll(self) -> None:
         """At every step boundary: commit what has been written meanwhile. It costs nothing while nothing is being written.
@@ -133,8 +159,7 @@ class Checkpointer:
             CheckpointError: too many consecutive ones could not be written.
         """
         if self._save is not None:
-            with self._failures_counted(self._save.state.global_step):
-                self._commit(wait=False)
+            self._look(self._save, wait=False)
 
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any.
@@ -143,8 +168,11 @@ class Checkpointer:
             CheckpointError: too many consecutive ones could not be written.
         """
         if self._save is not None:
-            with self._failures_counted(self._save.state.global_step):
-                self._commit(wait=True)
+            heartbeat("save", self._save.state.global_step)
+        while self._save is not None:
+            self._look(self._save, wait=True)
+            if self._save is not None:
+                _wait_a_little()
 
     def restore(self, candidates: Sequence[Committed]) -> tuple[Committed, TrainState] | None:
         """Load the first of ``candidates`` that verifies; None when there are none.
@@ -175,24 +203,52 @@ class Checkpointer:
         return committed, TrainState.from_dict(loaded["train_state"])
 
     def finals(self, stage: str) -> list[Committed]:
-        """Committed final checkpoints of ``stage``, newest first."""
+        """Committed final checkpoints of ``stage``, newest first; one that is being written is waited for."""
+        if self.is_writing_final(stage):
+            self.finish_save()
         return [c for c in self.store.committed() if c.meta.stage == stage and c.meta.stage_final]
 
-    def _begin(self, state: TrainState, *, stage_final: bool) -> None:
-        save = _Save(state=copy.copy(state), stage_final=stage_final, began=time.perf_counter())
-        self.store.begin(self._sharded_state(state, is_loading=False), self._meta(state, stage_final))
-        save.stall_s = time.perf_counter() - save.began
-        self._save = save
+    def _start(self, state: TrainState, *, stage_final: bool, must: bool, then: Callable[[Path], None]) -> None:
+        heartbeat("save", state.global_step)
+        self.finish_save()
+        while True:
+            began = time.perf_counter()
+            with self._failures_counted(state.global_step):
+                meta = self._meta(state, stage_final)
+                self.store.begin(self._sharded_state(state, is_loading=False), meta, repeatable=must)
+                self._save = _Save(state=copy.copy(state), stage_final=stage_final, must=must, then=then, began=began)
+                self._save.stall_s = time.perf_counter() - began
+            if self._save is not None or not must:
+                break
+            retry_at = time.monotonic() + self._retry_s
+            while time.monotonic() < retry_at:
+                _wait_a_little()
+        if not self._background:
+            self.finish_save()
 
-    def _commit(self, *, wait: bool) -> str:
-        """Path of the checkpoint when it is committed now, else an empty text."""
-        looked, save, self._save = time.perf_counter(), self._save, None
-        assert save is not None
-        path = self.store.poll(wait=wait)
-        save.stall_s += time.perf_counter() - looked
-        if path is None:
+    def _look(self, save: _Save, *, wait: bool) -> None:
+        """Commit ``save`` if it is written; after a failure, give it up or write it again when it is time for that."""
+        self._save, path, failed = None, None, True
+        with self._failures_counted(save.state.global_step):
+            if save.again_at is not None:
+                if from_rank_0(time.monotonic() < save.again_at):
+                    self._save = save
+                    return
+                self.store.write_again()
+                save.again_at = None
+            looked = time.perf_counter()
+            path = self.store.poll(wait=wait)
+            save.stall_s += time.perf_counter() - looked
+            failed = False
+        if path is not None:
+            self._committed(save, path)
+        elif not failed:
             self._save = save
-            return ""
+        elif save.must:
+            save.again_at = time.monotonic() + self._retry_s
+            self._save = save
+
+    def _committed(self, save: _Save, path: Path) -> None:
         self._failed = 0
         self._emit(
             CheckpointSaved(
@@ -203,9 +259,14 @@ class Checkpointer:
                 stage_final=save.stage_final,
                 seconds=time.perf_counter() - save.began,
                 stall_s=save.stall_s,
+                write_s=self.store.write_s,
             )
         )
-        return str(path)
+        save.then(path)
+
+    @property
+    def _retry_s(self) -> float:
+        return min(_RETRY_S, self._patience_s)
 
     @contextmanager
     def _failures_counted(self, step: int) -> Iterator[None]:
@@ -275,3 +336,8 @@ class Checkpointer:
                     where=str(committed.path),
                     fix=f"set {change.key} back, use another run.dir, or start over with --fresh",
                 )
+
+
+def _wait_a_little() -> None:
+    report_progress()
+    time.sleep(_LOOK_S)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
 from m1_data.sampling.loader import PackedBatch
 from m1_stages.curriculum import StagePlan, move_ramp
@@ -23,7 +25,9 @@ from m1_stages.training.update import judge_and_apply
 
 
 def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, objective: Objective) -> TrainState:
-    """Train ``plan`` from ``state.stage_step`` to its end and commit the stage-final checkpoint.
+    """Train ``plan`` from ``state.stage_step`` to its end and begin the stage-final checkpoint.
+
+    The stage is finished, and reported so, when that is committed: at once, or beside what follows (``run.async_save``).
 
     Returns:
         The state at the end; another object than ``state`` after a roll back.
@@ -32,7 +36,7 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, object
         Preempted: a stop was requested; the run is saved.
         NumericStop: the guard stops the run at a step that is not finite or a spike; the step changed no parameter.
     """
-    began, last_loss = time.perf_counter(), float("nan")
+    began, since_step, last_loss = time.perf_counter(), state.stage_step, float("nan")
     run.device.reset_peak_memory()
     run.model.set_rope_base(plan.rope_base)
     end_reports = run.model.before_each_forward(report_progress)
@@ -71,23 +75,23 @@ def train_stage(run: Run, plan: StagePlan, rows: Rows, state: TrainState, object
             break
         run.checkpointer.poll()
         if stop:
-            _leave_if_asked(run, state, run.checkpointer.save_now(state, stage_final=False))
+            _leave_if_asked(run, state, run.checkpointer.save_now(state))
         if state.stage_step % run.save_every_steps == 0 and not state.guard.consecutive:  # not between spikes
             run.checkpointer.save(state)
     end_reports()
-    path = run.checkpointer.save_now(state, stage_final=True)
-    run.emit(
-        StageFinished(
-            stage=plan.stage,
-            steps=plan.num_steps,
-            first_loss=state.first_loss,
-            last_loss=last_loss,
-            seconds=time.perf_counter() - began,
-            checkpoint=path,
-            ramp_progress=1.0 if state.slopes == plan.slopes_new else min(state.ramp_progress, 0.99),
-        )
+    finished = StageFinished(
+        stage=plan.stage,
+        steps=plan.num_steps,
+        since_step=since_step,
+        first_loss=state.first_loss,
+        last_loss=last_loss,
+        seconds=time.perf_counter() - began,
+        checkpoint="",
+        ramp_progress=1.0 if state.slopes == plan.slopes_new else min(state.ramp_progress, 0.99),
     )
-    _leave_if_asked(run, state, path)
+    run.checkpointer.save_final(state, lambda path: run.emit(replace(finished, checkpoint=str(path))))
+    if agree_max(int(bool(run.stop.received))):
+        _leave_if_asked(run, state, run.checkpointer.finals(plan.stage)[0].path)
     return state
 
 
@@ -128,10 +132,10 @@ def _repeat(
     return again
 
 
-def _leave_if_asked(run: Run, state: TrainState, saved_as: str) -> None:
+def _leave_if_asked(run: Run, state: TrainState, saved_as: Path) -> None:
     if agree_max(int(bool(run.stop.received))):
         raise Preempted(
             f"stopped on {run.stop.received or 'request'} after saving stage {state.stage} step {state.stage_step}",
-            where=saved_as,
+            where=str(saved_as),
             fix="run the same command again to continue",
         )

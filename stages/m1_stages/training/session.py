@@ -101,9 +101,11 @@ def _locked_session(
             emit(_run_started(resolved, run, data))
             try:
                 yield run
-            except NumericStop:  # on all ranks at the same step; what is being written is from before it
-                with suppress(CheckpointError):
-                    run.checkpointer.finish_save()
+                run.checkpointer.finish_save()
+            except M1Error as error:  # what is being written is from before it
+                if isinstance(error, NumericStop) or topology.world_size == 1:  # else the other ranks may be elsewhere
+                    with suppress(M1Error):
+                        run.checkpointer.finish_save()
                 raise
             emit(RunStopped(reason="done", exit_code=0, wall_s=wall_seconds()))
         close()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from m1_data.sampling.stage_draw import order_version
-from m1_stages.checkpoint import Committed
 from m1_stages.checkpoint.changed_settings import refuse_changes, settings_changed, start_over
 from m1_stages.checkpoint.imported import refuse_beside_import
 from m1_stages.config import STAGE_NAMES, Resolved
@@ -40,8 +39,8 @@ def restore_stage(
     """Find where ``plan`` stands and load it: its own newest checkpoint, else the final one of the stage before, else nothing.
 
     Args:
-        ended: what the model and the optimizer hold now, if this process has just trained a stage to its end and committed it:
-            the next one goes on from memory, with the values that its final checkpoint would give back.
+        ended: what the model and the optimizer hold now, if this process has just trained a stage to its end: the next one goes
+            on from memory, with the values that its final checkpoint, which may still be being written, will give back.
 
     Raises:
         CheckpointError: the stage before has no final checkpoint.
@@ -52,7 +51,12 @@ def restore_stage(
     committed = store.committed()
     refuse_beside_import(plan, committed)
     own = [c for c in committed if c.meta.stage == plan.stage]
-    before = [c for c in committed if c.meta.stage == plan.starts_from and c.meta.stage_final]
+    if ended is not None and ended.stage == plan.starts_from and not own:
+        state = enter_stage(plan, rows.fingerprint, TrainState.from_dict(ended.as_dict()))
+        return apply_rollback_exclusions(
+            state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint, plan.num_steps)
+        )
+    before = run.checkpointer.finals(plan.starts_from) if plan.starts_from else []
     if plan.starts_from and not own and not before:
         raise CheckpointError(
             f"stage {plan.stage} starts from the final checkpoint of stage {plan.starts_from}, and there is none",
@@ -60,11 +64,7 @@ def restore_stage(
             fix=f"run first: m1 pretrain --stage {plan.starts_from}   (or --stage all)",
         )
     refuse_changes([*own[:1], *before[:1]], resolved, plan)
-    found: tuple[Committed, TrainState] | None
-    if ended is not None and not own and before and before[0].meta.global_step == ended.global_step:
-        found = before[0], TrainState.from_dict(ended.as_dict())
-    else:
-        found = run.checkpointer.restore([*own, *before])
+    found = run.checkpointer.restore([*own, *before])
     if found is None:
         if any(c.meta.stage in STAGE_NAMES for c in committed):
             raise CheckpointError(

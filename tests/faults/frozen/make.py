@@ -82,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, session(Path(folder)) as opened:
         for name, tensor in tensors(opened):
             tensor.copy_(expected(name, tensor))
-        path: Any = opened.checkpointer.save_now(position(), stage_final=False)
+        path: Any = opened.checkpointer.save_now(position())
         shutil.rmtree(CHECKPOINT, ignore_errors=True)
         shutil.copytree(path, CHECKPOINT)
 
