@@ -12,10 +12,8 @@ from m1_kernels.overlap import overlap, wait_for_previous
 
 @triton.jit
 def _begin(
-    positions, active, at, uniform, forced, rows, seen, lengths, my_uniform, my_forced, slots, capacity,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    positions, active, at, uniform, forced, rows, seen, lengths, my_uniform, my_forced, slots, capacity, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    wait_for_previous(OVERLAP)
     slot = tl.arange(0, BLOCK)
     inside = slot < slots
     position = tl.load(positions + slot, mask=inside, other=0)
@@ -54,8 +52,7 @@ def begin_step_triton(
     slots = positions.shape[0]
     found = *(torch.empty_like(positions) for _ in range(3)), torch.empty_like(uniform[0]), torch.empty_like(forced[0])
     _begin[(1,)](
-        positions, active, at, uniform, forced, *found, slots, capacity, BLOCK=triton.next_power_of_2(slots), num_warps=4,
-        **overlap(positions.device),
+        positions, active, at, uniform, forced, *found, slots, capacity, BLOCK=triton.next_power_of_2(slots), num_warps=4
     )  # fmt: skip
     return found
 
