@@ -48,7 +48,7 @@ x, norm = new(slots, width), new(width)
 n, weights, index = post_norm_triton.norm_and_route_triton(x, x, norm, new(experts, width), 2, 3.5, 1.0, 1e-5)
 post_norm_triton.norm_and_route_triton(new(1, 6144), new(1, 6144), new(6144), new(32, 6144), 2, 3.5, 1.0, 1e-5)
 rows = decode_triton.expert_rows_triton(n, new(4, 2, inner, width), new(4, width, inner), weights, index, 0)
-post_norm_triton.sum_and_norm_triton(rows, n, norm, 3.5, 1.0, 1e-5)
+post_norm_triton.sum_and_norm_triton(rows, n, norm, 3.5, 1.0, 1e-5, new(4096, width))
 decode_triton.mix_few_triton(n, new(4, 2, inner, width), new(4, width, inner), weights, index, 0)
 for slots in (64, 1):
     bookkeeping_triton.begin_step_triton(ids(slots), ids(slots), ids(1), fp64(8, slots), ids(8, slots), slots)
