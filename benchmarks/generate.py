@@ -19,8 +19,9 @@ The bandwidth is the maker's figure for the GPU (printed); beside it stands the 
 
 Prefill is one prompt of ``--prefill`` tokens, read at once and in pieces of a quarter, against the forward pass of training over
 the same tokens (loss of every token, no gradients). ``kernels`` is the part in ``generate_kernels.py``. Checked, else the exit
-code is 1: the probabilities of drawn tokens of four prompts against the forward pass of training (correlation at least 0.999),
-in fp32 the greedy tokens of transformers, and every kernel of a step.
+code is 1: with ``--config``, or in fp32, the probabilities of drawn tokens of four prompts against the forward pass of training
+(correlation at least 0.999; random weights in bf16 give nearly equal probabilities to all tokens, between which rounding
+differs by more, so there it is printed only), in fp32 the greedy tokens of transformers, and every kernel of a step.
 """
 
 from __future__ import annotations
@@ -208,9 +209,10 @@ class Bench:
         correlation = statistics.correlation(ours, theirs)
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         self.results["correlation"] = {"correlation": correlation, "largest_difference": worst}
-        self.broken |= not correlation >= LEAST_CORRELATION
+        checked = bool(self.args.config) or self.precision == "fp32"
+        self.broken |= checked and not correlation >= LEAST_CORRELATION
         print(f"probabilities of {len(ours)} drawn tokens against the training forward: correlation {correlation:.6f}, "
-              f"largest difference {worst:.2g}", flush=True)  # fmt: skip
+              f"largest difference {worst:.2g}{'' if checked else ' (not checked: random weights)'}", flush=True)  # fmt: skip
 
     def _transformers(self) -> None:
         from m1_stages.generation import Request, Sampling

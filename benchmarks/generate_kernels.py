@@ -3,16 +3,20 @@
 1. Each kernel against PyTorch on the CPU, bf16 and fp32, at the sizes of the 700m preset.
 2. A step, replayed: milliseconds by events, its kernels by name, with and without programmatic dependent launch, and whether
    both give the same tokens. With it a kernel's time holds its wait for the one before it: compare sums without it.
-3. The two kernels of the experts with other tile sizes, where tokens choose experts evenly, and where one gets every fourth.
+3. The choice of tokens alone, with 512 and with 32,000 of them.
+4. The step with other settings of its kernels, one changed at a time, and some together (``VARIANTS``), captured anew each time.
+In all of them ``experts read`` is the mean over layers of those that some row chose: fewer are read where rows say the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,15 +35,30 @@ from m1_kernels import (
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest difference over largest value; a bf16 number has 8 bits, and the CPU rounds in more places."""
-REPLAYS = 40
+REPLAYS = 25
+_MOE, _NORM, _ATTENTION, _OVERLAP = (
+    f"m1_kernels.{name}"
+    for name in ("moe.decode_triton", "decode.post_norm_triton", "softmax_attention.decode_triton", "overlap")
+)
+WITHOUT_OVERLAP = {(_OVERLAP, "_CAPABILITY"): (99, 0)}
 UP_TILES = (
-    (32, 128, 4, 3), (32, 128, 4, 2), (32, 128, 4, 4), (16, 128, 4, 3), (16, 256, 4, 3), (64, 64, 4, 3), (64, 128, 8, 3),
-    (32, 64, 4, 4), (32, 256, 8, 2), (16, 256, 4, 2),
+    (32, 128, 4, 3), (32, 64, 4, 4), (64, 128, 4, 2), (64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 8, 4),
 )  # fmt: skip
 DOWN_TILES = (
-    (64, 128, 4, 3), (32, 128, 4, 3), (32, 256, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4), (16, 256, 4, 3), (128, 64, 4, 3),
-    (64, 256, 8, 2), (32, 256, 4, 2), (16, 512, 4, 2),
+    (64, 128, 4, 3), (64, 128, 4, 5), (64, 128, 8, 4), (32, 128, 4, 4), (32, 128, 4, 5), (32, 256, 4, 3),
 )  # fmt: skip
+VARIANTS: dict[str, dict[tuple[str, str], Any]] = {
+    "no programmatic dependent launch": WITHOUT_OVERLAP,
+    "first weights of experts not read ahead": {(_MOE, "AHEAD"): 0},
+    "256 bytes of a row read ahead": {(_MOE, "AHEAD"): 256},
+    "1024 bytes of a row read ahead": {(_MOE, "AHEAD"): 1024},
+    "next projection not read ahead": {(_NORM, "AHEAD_BYTES"): 0},
+    "nothing read ahead": {(_MOE, "AHEAD"): 0, (_NORM, "AHEAD_BYTES"): 0},
+    "attention, 32 keys at once": {(_ATTENTION, "KEYS_AT_ONCE"): 32},
+    **{f"up {tiles}": {(_MOE, "UP"): tiles} for tiles in UP_TILES},
+    **{f"down {tiles}": {(_MOE, "DOWN"): tiles} for tiles in DOWN_TILES},
+}
+"""Module and name of what is set, and to what: kernels read these when they are launched."""
 
 
 def measure(bench: Any) -> None:
@@ -54,16 +73,16 @@ def measure(bench: Any) -> None:
             print(
                 f"{str(dtype)[6:]:9} {name:22} largest difference {difference:.1e}{' WRONG' if bad else ''}", flush=True
             )
+    choice_times()
     told = {}
-    for overlapping in (True, False):
-        with overlap_is(overlapping):
-            title = f"{'with' if overlapping else 'without'} programmatic dependent launch"
-            told[overlapping] = step_times(bench, title)
+    for name, settings in (("as it is", {}), ("without programmatic dependent launch", WITHOUT_OVERLAP)):
+        with settings_are(settings):
+            told[name] = step_times(bench, name)
             bench._free()
-    equal = told[True] == told[False]
+    equal = len({repr(answers) for answers in told.values()}) == 1
     bench.broken |= not equal
-    print(f"tokens and log-probabilities with and without it: {'equal in every bit' if equal else 'DIFFERENT'}")
-    sweep_tiles(bench)
+    print(f"tokens and log-probabilities of both: {'equal in every bit' if equal else 'DIFFERENT'}")
+    sweep(bench)
 
 
 def differences(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -143,51 +162,129 @@ def differences(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
 
 @contextmanager
-def overlap_is(on: bool) -> Iterator[None]:
-    """Kernels are launched with or without programmatic dependent launch."""
-    from m1_kernels import overlap
+def settings_are(settings: dict[tuple[str, str], Any]) -> Iterator[None]:
+    """Kernels are launched with these settings, by module and name."""
+    from m1_kernels.moe.decode_triton import Tiles
+    from m1_kernels.overlap import overlap
 
-    before = overlap._CAPABILITY
-    overlap._CAPABILITY = before if on else (99, 0)
-    overlap.overlap.cache_clear()
+    before = [(importlib.import_module(module), name) for module, name in settings]
+    values = [getattr(module, name) for module, name in before]
+    for (module, name), value in zip(before, settings.values(), strict=True):
+        setattr(module, name, Tiles(*value) if name in ("UP", "DOWN") else value)
+    overlap.cache_clear()
     try:
         yield
     finally:
-        overlap._CAPABILITY = before
-        overlap.overlap.cache_clear()
+        for (module, name), value in zip(before, values, strict=True):
+            setattr(module, name, value)
+        overlap.cache_clear()
+
+
+def choice_times() -> None:
+    """Print the microseconds of the choice of tokens for 64 rows, in a graph."""
+    for vocab in (512, 32_000):
+        logits = torch.randn(64, vocab, device="cuda") * 2
+        zeros = torch.zeros(64, dtype=torch.int64, device="cuda")
+        uniform = torch.rand(64, dtype=torch.float64, device="cuda")
+        found = []
+        for heat, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 0, 0.95), (1.0, 50, 1.0)):
+            rules = {
+                "temperature": uniform.float() * 0 + heat, "top_k": zeros + top_k, "top_p": uniform * 0 + top_p,
+                "uniform": uniform, "banned": zeros[:, None], "lengths": zeros + 1, "from_length": zeros, "forced": zeros - 1,
+            }  # fmt: skip
+            graph = captured(lambda x=logits, rules=rules: [choose_tokens(x, **rules) for _ in range(20)])
+            found.append(f"{1e3 * events_ms(graph.replay) / 20:.1f}")
+        print(f"choice of tokens, {vocab} logits: greedy, sampled, top-p 0.95, top-k 50: {', '.join(found)} us")
+
+
+class Steps:
+    """An engine in the middle of answers, and its captured step."""
+
+    def __init__(self, bench: Any) -> None:
+        from m1_stages.generation import Request, Sampling
+
+        a = self.args = bench.args
+        engine = bench.engine(slots=a.batch, capacity=a.prompt + a.tokens + 64, steps=a.steps)
+        self.asked = [Request(prompt=p, max_tokens=a.tokens, sampling=Sampling(temperature=0.0)) for p in bench.prompts]
+        self.answers = [(answer.tokens, answer.logprobs) for (answer,) in engine.generate(self.asked)]
+        for request in self.asked:
+            engine.submit(request)
+        begun: set[int] = set()
+        while len(begun) < a.batch:
+            begun |= {update.request for update in engine.step()}
+        self.decoder = engine._decoder
+        self.engine = engine
+
+    def ask(self, temperature: float, top_p: float) -> None:
+        """Choose tokens so from now on, and go a few steps."""
+        self.decoder._rules.temperature.fill_(temperature)
+        self.decoder._rules.top_p.fill_(top_p)
+        self.decoder._uniform.uniform_()
+        for _ in range(3):
+            self.replay()
+
+    def capture(self) -> None:
+        """Record the step again, with the settings of now."""
+        self.decoder._at.zero_()
+        self.decoder._warm_up()
+        self.decoder._graph = self.decoder._captured()
+
+    def replay(self) -> None:
+        """Go ``--steps`` steps from the middle of the answers."""
+        self.decoder._at.zero_()
+        self.decoder.length.fill_(self.args.prompt + self.args.tokens // 2)
+        for _ in range(self.decoder.steps):
+            self.decoder._graph.replay()
+
+    def ms(self) -> float:
+        """Milliseconds of a step."""
+        self.replay()
+        return events_ms(self.replay) / self.decoder.steps
+
+    def experts_read(self) -> float:
+        """Experts of a layer that the rows choose, the mean over layers; goes a step."""
+        from m1_stages.generation import forward
+
+        chosen: list[int] = []
+
+        def route(*inputs: Any, **more: Any) -> Any:
+            result = norm_and_route(*inputs, **more)
+            chosen.append(result[2].unique().numel())
+            return result
+
+        with mock.patch.object(forward, "norm_and_route", route):
+            self.decoder._at.zero_()
+            self.decoder._step()
+        return statistics.mean(chosen)
+
+
+KINDS = {"greedy": (0.0, 1.0), "sampled": (1.0, 1.0), "filtered": (1.0, 0.95)}
+"""Temperature and top-p."""
 
 
 def step_times(bench: Any, title: str) -> list[Any]:
     """Print time and kernels of a step; returns tokens and log-probabilities of greedy answers."""
+    steps = Steps(bench)
+    bound, _ = bench._bound()
+    for kind, rules in KINDS.items():
+        steps.ask(*rules)
+        ms, experts = steps.ms(), steps.experts_read()
+        bench.results[f"step {title}, {kind}"] = {"ms": ms, "experts_read": experts}
+        print(f"\na step {title}, {kind}: {ms:.4f} ms, {bound / 1e9 / ms:.3f} TB/s of the bound; experts read {experts:.2f} "
+              f"of {bench.shape.num_experts}")  # fmt: skip
+        if kind != "sampled":
+            steps.decoder._at.zero_()
+            print_kernels(steps.decoder._graph.replay)
+    return steps.answers
+
+
+def print_kernels(action: Callable[[], Any]) -> None:
+    """Print the kernels of ``action`` by name."""
     from train_step_profile import busy_ms, shortened, traced
 
-    from m1_stages.generation import Request, Sampling
-
-    a = bench.args
-    engine = bench.engine(slots=a.batch, capacity=a.prompt + a.tokens + 64, steps=a.steps)
-    asked = [Request(prompt=p, max_tokens=a.tokens, sampling=Sampling(temperature=0.0)) for p in bench.prompts]
-    done = engine.generate(asked)
-    for request in asked:
-        engine.submit(request)
-    begun: set[int] = set()
-    while len(begun) < a.batch:
-        begun |= {update.request for update in engine.step()}
-    decoder = engine._decoder
-
-    def replayed() -> None:
-        decoder._at.zero_()
-        for _ in range(a.steps):
-            decoder._graph.replay()
-
-    replayed()
-    step_ms = events_ms(replayed) / a.steps
-    bound, _ = bench._bound()
-    bench.results[f"step {title}"] = step_ms
-    decoder._at.zero_()
-    kernels, _ = traced(decoder._graph.replay)
+    kernels, _ = traced(action)
     span = (max(k.start + k.duration for k in kernels) - min(k.start for k in kernels)) / 1e3
-    print(f"\na step {title}: {step_ms:.4f} ms, {bound / 1e9 / step_ms:.3f} TB/s; {len(kernels)} kernels, profiled "
-          f"{span:.4f} ms, of them {span - busy_ms(kernels):.4f} between kernels")  # fmt: skip
+    print(f"{len(kernels)} kernels, profiled {span:.4f} ms, of them {span - busy_ms(kernels):.4f} between kernels")
     print("\n| us | times | us each | kernel |\n|---:|---:|---:|---|")
     by_name: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
@@ -195,7 +292,6 @@ def step_times(bench: Any, title: str) -> list[Any]:
     for name, times in sorted(by_name.items(), key=lambda x: -sum(x[1])):
         print(f"| {sum(times):.1f} | {len(times)} | {statistics.median(times):.2f} | {shortened(name)} |")
     print(flush=True)
-    return [(answer.tokens, answer.logprobs) for (answer,) in done]
 
 
 def events_ms(action: Callable[[], Any], repeats: int = REPLAYS) -> float:
@@ -211,36 +307,43 @@ def events_ms(action: Callable[[], Any], repeats: int = REPLAYS) -> float:
     return statistics.median(times)
 
 
-def sweep_tiles(bench: Any) -> None:
-    """Microseconds of a layer's expert kernels, in a graph over all layers, so that no weight comes from the cache."""
-    from m1_kernels.moe import decode_triton as few
+def captured(action: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A graph of ``action``, which ran once before."""
+    action()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        action()
+    return graph
 
-    layers = [layer.mlp.experts for layer in bench.model.decoder.layers]
-    count, k, rows = bench.shape.num_experts, bench.shape.experts_per_token, bench.args.batch
-    slot = torch.arange(rows * k, device="cuda").view(rows, k)
-    patterns = {"even": slot % count, "skewed": torch.where(slot % 4 == 0, 0, 1 + slot % (count - 1))}
-    x = torch.randn(rows, bench.shape.hidden_size, device="cuda").to(layers[0].w13.dtype)
-    weights = torch.full((rows, k), 1 / k, device="cuda")
-    best_up, best_down = few.UP, few.DOWN
-    tried = [(few.Tiles(*up), best_down) for up in UP_TILES] + [(best_up, few.Tiles(*down)) for down in DOWN_TILES]
-    for up, down in tried:
-        few.UP, few.DOWN = up, down
+
+def sweep(bench: Any) -> None:
+    """Print the milliseconds of a step, greedy and sampled, with the settings as they are and with each of ``VARIANTS``.
+
+    At the end stand all changes together that each saved at least 2 us, the best one of each setting.
+    """
+    steps = Steps(bench)
+
+    def told(name: str, settings: dict[tuple[str, str], Any]) -> float:
         found = []
-        for index in patterns.values():
+        try:
+            with settings_are(settings):
+                steps.capture()
+                for kind in ("greedy", "sampled"):
+                    steps.ask(*KINDS[kind])
+                    found.append(steps.ms())
+        except Exception as error:  # the others are measured all the same
+            print(f"{name}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+            return float("inf")
+        bench.results[f"variant {name}"] = found
+        print(f"{name:42} greedy {found[0]:.4f} ms, sampled {found[1]:.4f} ms", flush=True)
+        return found[1]
 
-            def all_layers(index: Tensor = index) -> None:
-                for experts in layers:
-                    few.expert_rows_triton(x, experts.w13, experts.w2, weights, index, 0)
-
-            try:
-                all_layers()
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph), torch.no_grad():
-                    all_layers()
-                found.append(f"{1e3 * events_ms(graph.replay) / len(layers):.2f} us")
-            except Exception as error:  # other tiles are measured all the same
-                found.append(f"{type(error).__name__}")
-        shown = ", ".join(f"{name} {time}" for name, time in zip(patterns, found, strict=True))
-        print(f"experts of a layer, up {tuple(up)}, down {tuple(down)}: {shown}", flush=True)
-    few.UP, few.DOWN = best_up, best_down
+    usual = told("as it is", {})
+    times = {name: told(name, settings) for name, settings in VARIANTS.items()}
+    usual = min(usual, told("as it is, once more", {}))
+    best: dict[tuple[str, str], Any] = {}
+    for name in sorted(times, key=lambda x: -times[x]):
+        if times[name] < usual - 0.002:
+            best |= VARIANTS[name]
+    told(f"the best together: {[f'{name} {value}' for (_, name), value in best.items()]}\n", best)

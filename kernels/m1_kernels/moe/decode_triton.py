@@ -1,10 +1,10 @@
 """The mixture of experts for few tokens: each weight is read once, by the program that multiplies with it.
 
 A program has some rows of one expert's matrix, and up to 16 of the slots (token and place among its experts) that chose the
-expert. It finds them itself, and multiplies their tokens with its rows. While it looks, and before it waits for the kernel before,
-its first weights are on their way into the L2 cache: of the expert that it has if every expert is chosen by a few. Where an expert has more slots, neighbouring programs
-take them at the same time, and the weights come from the L2 cache; with many slots, up to 64 are taken together. An expert that
-nobody chose is not read. Offsets of weights are 64-bit.
+expert. It finds them itself, and multiplies their tokens with its rows. Before that, and before it waits for the kernel before,
+it brings the first weights of the expert that it probably has into the L2 cache: of its own number, as if each had one group.
+Where an expert has more slots, neighbouring programs take them at the same time, and the weights come from the L2 cache; with
+many slots, up to 64 are taken together. An expert that nobody chose is not multiplied with. Offsets of weights are 64-bit.
 """
 
 from __future__ import annotations
@@ -88,10 +88,11 @@ def _work_of(
 @triton.jit
 def _read_ahead(matrix, row, rows, columns, AHEAD: tl.constexpr):
     """Bring the first AHEAD bytes of the rows [N] of a matrix [rows, columns] into the L2 cache."""
-    size: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth // 8
-    at = tl.minimum(tl.arange(0, AHEAD // SECTOR) * SECTOR, (columns - 1) * size)
-    start = matrix.to(tl.int64) + tl.minimum(row, rows - 1).to(tl.int64) * columns * size
-    prefetch(start[:, None] + at[None, :])
+    if AHEAD > 0:
+        size: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth // 8
+        at = tl.minimum(tl.arange(0, AHEAD // SECTOR) * SECTOR, (columns - 1) * size)
+        start = matrix.to(tl.int64) + tl.minimum(row, rows - 1).to(tl.int64) * columns * size
+        prefetch(start[:, None] + at[None, :])
 
 
 @triton.jit
@@ -101,11 +102,10 @@ def _up(
 ):  # fmt: skip
     """inner [slots, INNER] = silu(w1 x) * (w3 x) * weight. Grid (groups of slots, INNER / N)."""
     row = tl.program_id(1) * N + tl.arange(0, N)
-    if AHEAD > 0:
-        if tl.program_id(0) < experts:
-            likely = w13 + tl.program_id(0).to(tl.int64) * 2 * INNER * C
-            _read_ahead(likely, row, INNER, C, AHEAD)
-            _read_ahead(likely + INNER.to(tl.int64) * C, row, INNER, C, AHEAD)
+    likely = tl.program_id(0).to(tl.int64)
+    if likely < experts:
+        _read_ahead(w13 + likely * 2 * INNER * C, row, INNER, C, AHEAD)
+        _read_ahead(w13 + (likely * 2 + 1) * INNER * C, row, INNER, C, AHEAD)
     wait_for_previous(OVERLAP, START_NEXT=False)
     expert, slot, there = _work_of(index, tl.program_id(0), first, slots, experts, SLOTS, EXPERTS, M)
     if expert < experts:
@@ -139,9 +139,9 @@ def _down(
 ):  # fmt: skip
     """out [slots, C] = w2 inner. Grid (groups of slots, C / N)."""
     row = tl.program_id(1) * N + tl.arange(0, N)
-    if AHEAD > 0:
-        if tl.program_id(0) < experts:
-            _read_ahead(w2 + tl.program_id(0).to(tl.int64) * C * INNER, row, C, INNER, AHEAD)
+    likely = tl.program_id(0).to(tl.int64)
+    if likely < experts:
+        _read_ahead(w2 + likely * C * INNER, row, C, INNER, AHEAD)
     wait_for_previous(OVERLAP)
     expert, slot, there = _work_of(index, tl.program_id(0), first, slots, experts, SLOTS, EXPERTS, M)
     if expert < experts:

@@ -45,7 +45,7 @@ def _likeliest(row, vocab, BLOCK: tl.constexpr):
     best = tl.full([BLOCK], -3.4e38, tl.float32)  # finite: the difference of two infinities is not a number
     best_at = tl.zeros([BLOCK], tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
         at = start + lane
         x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
         higher = tl.maximum(best, x)
