@@ -36,9 +36,8 @@ from m1_kernels import (
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest difference over largest value; a bf16 number has 8 bits, and the CPU rounds in more places."""
 REPLAYS = 25
-_MOE, _NORM, _ATTENTION, _OVERLAP = (
-    f"m1_kernels.{name}"
-    for name in ("moe.decode_triton", "decode.post_norm_triton", "softmax_attention.decode_triton", "overlap")
+_MOE, _ATTENTION, _OVERLAP = (
+    f"m1_kernels.{name}" for name in ("moe.decode_triton", "softmax_attention.decode_triton", "overlap")
 )
 WITHOUT_OVERLAP = {(_OVERLAP, "_CAPABILITY"): (99, 0)}
 UP_TILES = (
@@ -52,8 +51,8 @@ VARIANTS: dict[str, dict[tuple[str, str], Any]] = {
     "first weights of experts not read ahead": {(_MOE, "AHEAD"): 0},
     "256 bytes of a row read ahead": {(_MOE, "AHEAD"): 256},
     "1024 bytes of a row read ahead": {(_MOE, "AHEAD"): 1024},
-    "next projection not read ahead": {(_NORM, "AHEAD_BYTES"): 0},
-    "nothing read ahead": {(_MOE, "AHEAD"): 0, (_NORM, "AHEAD_BYTES"): 0},
+    "projections not read ahead": {(_OVERLAP, "AHEAD_BYTES"): 0},
+    "nothing read ahead": {(_MOE, "AHEAD"): 0, (_OVERLAP, "AHEAD_BYTES"): 0},
     "attention, 32 keys at once": {(_ATTENTION, "KEYS_AT_ONCE"): 32},
     **{f"up {tiles}": {(_MOE, "UP"): tiles} for tiles in UP_TILES},
     **{f"down {tiles}": {(_MOE, "DOWN"): tiles} for tiles in DOWN_TILES},
@@ -346,4 +345,5 @@ def sweep(bench: Any) -> None:
     for name in sorted(times, key=lambda x: -times[x]):
         if times[name] < usual - 0.002:
             best |= VARIANTS[name]
-    told(f"the best together: {[f'{name} {value}' for (_, name), value in best.items()]}\n", best)
+    told("the best together", best)
+    print("which are " + (", ".join(f"{name} {value}" for (_, name), value in best.items()) or "none"))

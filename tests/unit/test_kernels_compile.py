@@ -28,7 +28,8 @@ run = JITFunction.run
 def compiled(self, *args, grid, warmup, **options):
     code = run(self, *args, grid=grid, warmup=True, **options)
     waits, starts = ("griddepcontrol." + what in code.asm["ptx"] for what in ("wait", "launch_dependents"))
-    print(self.fn.__name__, waits and starts and code.metadata.launch_pdl)
+    ahead = "prefetch.global.L2" in code.asm["ptx"]
+    print(self.fn.__name__, waits and starts and code.metadata.launch_pdl, ahead)
 
 JITFunction.run = compiled
 from m1_kernels import overlap
@@ -63,12 +64,14 @@ q = rotary_triton.rotate_into_cache_triton(new(64, 1, 10, 128), ids(64), ids(64)
 attention.decode_attention_triton(q, cache, cache, ids(64))
 parts = new(64, 8, 4, 128)
 out = decode.decode_triton(*parts[:, :, :3].unbind(2), fp32(8), fp32(64, 8, 128, 128), silu=True)
-fused_layer.gated_norm_triton(out, parts, new(1024), 1e-5, None)
+fused_layer.gated_norm_triton(out, parts, new(1024), 1e-5, None, new(1024, 1024))
 """
 KERNELS = {
     "_norm_and_route", "_up", "_down", "_sum_and_norm", "_sum_slots", "_end", "_choose", "_rotate_into_cache",
     "_partial", "_joined", "_step", "norm_gate",
 }  # fmt: skip
+READ_AHEAD = {"_up", "_down", "_sum_and_norm", "norm_gate"}
+"""Those that bring weights into the L2 cache while they wait."""
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
@@ -79,6 +82,5 @@ def test_kernels_compile_and_wait_for_the_one_before(dtype: str, tmp_path: Path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = {tuple(line.split()) for line in done.stdout.splitlines()}
-    assert compiled == {(name, "True") for name in KERNELS} | {("_begin", "False")}, (
-        "the first one of a graph has none before it"
-    )
+    expected = {(name, "True", str(name in READ_AHEAD)) for name in KERNELS}
+    assert compiled == expected | {("_begin", "False", "False")}, "the first one of a graph has none before it"

@@ -23,7 +23,7 @@ from m1_kernels import (
 )
 from m1_kernels.decode import bookkeeping_triton, post_norm_triton
 from m1_kernels.moe import decode_triton as few
-from m1_kernels.overlap import overlap
+from m1_kernels.overlap import AHEAD_BYTES, overlap, read_ahead
 from m1_kernels.softmax_attention import rotary_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,3 +140,29 @@ def test_kernels_overlap_on_a_device_that_can(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         options = overlap.__wrapped__(torch.device("cuda"))
         assert options == ({"OVERLAP": True, "launch_pdl": True} if expected else {"OVERLAP": False})
+
+
+def test_weights_are_read_ahead_where_kernels_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, device = torch.zeros(3, 40), torch.device("cpu")
+    nothing = {"ahead": None, "ahead_bytes": 0, "AHEAD": 0}
+    assert read_ahead(matrix, device) == nothing
+    monkeypatch.setattr("m1_kernels.overlap.overlap", lambda _: {"OVERLAP": True})
+    assert read_ahead(None, device) == nothing
+    assert read_ahead(matrix, device) == {"ahead": matrix, "ahead_bytes": 480, "AHEAD": 1024}
+    assert read_ahead(torch.empty(AHEAD_BYTES, dtype=torch.float16), device)["ahead_bytes"] == AHEAD_BYTES
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter tells the addresses")
+def test_the_first_bytes_of_the_probable_expert_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, width, inner, k = 3, 40, 24, 2
+    w13, w2 = random(experts, 2, inner, width), random(experts, width, inner)
+    addresses: list[int] = []
+    monkeypatch.setattr(few, "prefetch", lambda address: addresses.extend(address.handle.data.flatten().tolist()))
+    monkeypatch.setattr(few, "overlap", lambda _: {"OVERLAP": True})
+    for name in ("wait_for_previous", "start_next"):
+        monkeypatch.setattr(few, name, lambda *_, **__: None)
+    monkeypatch.setattr(few, "AHEAD", 64)
+    few.expert_rows_triton(random(2, width), w13, w2, torch.ones(2, k), torch.tensor([[0, 2], [1, 2]]), 0)
+    assert set(addresses) == {
+        row.data_ptr() + at for matrix in (w13, w2) for row in matrix.flatten(0, -2) for at in (0, 32)
+    }

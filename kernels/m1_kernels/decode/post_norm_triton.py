@@ -11,12 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from m1_kernels.moe.decode_triton import choose_experts
-from m1_kernels.overlap import overlap, prefetch_share, wait_for_previous
+from m1_kernels.overlap import overlap, prefetch_share, read_ahead, wait_for_previous
 
 ROUTER_ELEMENTS = 16384
 """Elements of the router's matrix that a program holds at a time."""
-AHEAD_BYTES = 2**24
-"""At most so much is brought into the L2 cache for the next kernel: a part of the cache, which others need too."""
 
 
 @triton.jit
@@ -59,8 +57,7 @@ def _sum_and_norm(
     AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [T, C] from x [T, C] and the rows [T, K, C] of each token's experts. Grid T."""
-    if AHEAD > 0:
-        prefetch_share(ahead, ahead_bytes, AHEAD)
+    prefetch_share(ahead, ahead_bytes, AHEAD)
     wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -96,14 +93,12 @@ def sum_and_norm_triton(
 ) -> Tensor:
     """rows [T, k, C], x [T, C], norm [C]; returns the norm of ``alpha x + beta sum(rows)``, [T, C].
 
-    ``ahead``: what the next kernel reads; its first ``AHEAD_BYTES`` are brought into the L2 cache meanwhile.
+    ``ahead``: the matrix that the next kernel reads.
     """
-    x, options = x.contiguous(), overlap(x.device)
-    reads_ahead = options["OVERLAP"] and ahead is not None and AHEAD_BYTES > 0
+    x = x.contiguous()
     (tokens, k, width), out = rows.shape, torch.empty_like(x)
     _sum_and_norm[(tokens,)](
-        rows, x, norm, out, ahead if reads_ahead else x, min(ahead.nbytes, AHEAD_BYTES) if reads_ahead else 0,
-        alpha, beta, eps, C=width, K=k, BLOCK=triton.next_power_of_2(width), AHEAD=1024 if reads_ahead else 0, num_warps=8,
-        **options,
+        rows, x, norm, out, alpha=alpha, beta=beta, eps=eps, C=width, K=k, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        **read_ahead(ahead, x.device), **overlap(x.device),
     )  # fmt: skip
     return out

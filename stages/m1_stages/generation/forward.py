@@ -135,7 +135,7 @@ class IncrementalModel:
             parts = F.linear(x, module.linear_in.weight).view(-1, module.num_heads, 4, module.head_dim)
             out = lightning_decode_layer(
                 parts, module.norm.weight, self._rates[number], states.recurrent[index],
-                eps=module.norm.eps, tp_group=self.tp_group,
+                eps=module.norm.eps, tp_group=self.tp_group, ahead=module.linear_out.weight,
             )  # fmt: skip
             return self._row_parallel(out, module)
 
