@@ -166,3 +166,17 @@ def test_the_first_bytes_of_the_probable_expert_are_read_ahead(monkeypatch: pyte
     assert set(addresses) == {
         row.data_ptr() + at for matrix in (w13, w2) for row in matrix.flatten(0, -2) for at in (0, 32)
     }
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter tells the addresses")
+@pytest.mark.parametrize("numel", [3, 20_000])
+def test_the_programs_share_what_is_read_ahead(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sectors: list[int] = []
+    ahead = random(numel)
+    monkeypatch.setattr("m1_kernels.overlap.prefetch", lambda address: sectors.extend(address.handle.data.tolist()))
+    monkeypatch.setattr("m1_kernels.overlap.overlap", lambda _: {"OVERLAP": True})
+    monkeypatch.setattr(post_norm_triton, "overlap", lambda _: {"OVERLAP": True})
+    monkeypatch.setattr(post_norm_triton, "wait_for_previous", lambda *_: None)
+    post_norm_triton.sum_and_norm_triton(random(2, 2, 8), random(2, 8), random(8), ALPHA, BETA, EPS, ahead)
+    found = {at - ahead.data_ptr() for at in sectors}
+    assert found == {*range(0, ahead.nbytes, 32), ahead.nbytes - 1}
