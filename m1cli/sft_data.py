@@ -12,9 +12,12 @@ def sft_data_lines(mix: dict[str, Any]) -> tuple[list[str], list[str]]:
     """
     if "read" not in mix:
         return [], []
-    rows, read = mix["rows"], mix["read"]
-    data = [
-        f"{mix['conversations']:,} of {read:,} conversations in {rows:,} rows: {mix['tokens']:,} tokens, "
+    rows, read, samples = mix["rows"], mix["read"], mix["samples"]
+    data = [f"{file['file']}: {file['dialect']}, {file['rows']:,} rows" for file in mix["files"]]
+    if samples != read - sum(mix["bad_rows"].values()):
+        data.append(f"{samples:,} samples of {read:,} conversations (sft.earlier_reasoning is split)")
+    data += [
+        f"{mix['conversations']:,} of {samples:,} conversations in {rows:,} rows: {mix['tokens']:,} tokens, "
         f"{mix['trained_tokens']:,} of them trained, {mix['padding_share']:.1%} of the rows is padding"
     ]
     if mix["unwanted"]:
@@ -27,4 +30,8 @@ def sft_data_lines(mix: dict[str, Any]) -> tuple[list[str], list[str]]:
         "truncated": "cut to the length of a row (sft.over_length is truncate)",
         "dropped_untrained": "dropped: no answer is left in the row",
     }
-    return data, [f"{mix[key]:,} of {read:,} conversations {words}" for key, words in lost.items() if mix[key]]
+    bad = [
+        f"{count:,} of {read:,} rows left out (sft.bad_rows is skip): {reason}"
+        for reason, count in mix["bad_rows"].items()
+    ]
+    return data, bad + [f"{mix[key]:,} of {samples:,} conversations {words}" for key, words in lost.items() if mix[key]]

@@ -12,6 +12,9 @@ from m1_stages.event_types import checked
 from m1_stages.events import Record, read_events
 from m1_stages.run_dir import METRICS
 
+_BEFORE_DIALECTS: Record = {"files": [], "bad_rows": {}}
+"""What runs did not record when every file had OpenAI messages and every row was one conversation."""
+
 LISTED = (
     "CheckpointRejected",
     "SaveFailed",
@@ -146,7 +149,7 @@ def _drawable(stage: Record, path: Path) -> Record:
         if "length_classes" in mix:
             mix = checked(_Mix, mix)
         elif "read" in mix:
-            mix = checked(SFTStats, mix)
+            mix = checked(SFTStats, _BEFORE_DIALECTS | {"samples": mix["read"]} | mix)
         if any(not rate > 0 for row in stage.get("slopes_new", []) for rate in row):
             raise ValueError("slopes_new has a decay rate that is not above 0")
     except ValueError as error:

@@ -186,3 +186,35 @@ def background_saves(job: dict[str, Any]) -> list[Any]:
         if topology.rank == 1:
             del files.open  # type: ignore[attr-defined]
         parallel.stop()
+
+
+def replicas(job: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that each rank wrote of eight tensors that both hold, and what is loaded of them."""
+    from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
+
+    topology = parallel.start(ParallelConfig(), device=device.use("cpu"), seed=1)
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    def state(value: float) -> dict[str, Any]:
+        return {
+            "model": {
+                f"t{n}": ShardedTensor.from_rank_offsets(
+                    f"t{n}", torch.full((1000,), value * n), replica_id=topology.rank
+                )
+                for n in range(8)
+            }
+        }
+
+    meta = CheckpointMeta(
+        stage="32k", stage_step=1, global_step=1, stage_final=False, config_sha256="", data_fingerprint="", topology={}, decay={}
+    )  # fmt: skip
+    try:
+        store = CheckpointStore(Path(job["folder"]))
+        path = store.save(state(1.0), meta)
+        written = {name: size for name, (size, _) in store.committed()[0].files.items() if name.endswith(".distcp")}
+        found = store.load_first_verified(store.committed(), lambda _: state(0.0))
+        assert found is not None
+        values = [found[1]["model"][f"t{n}"].unique().tolist() for n in range(8)]
+        return {"path": path.name, "written": written, "values": values}
+    finally:
+        parallel.stop()

@@ -76,3 +76,13 @@ def test_background_saves_of_two_ranks(tmp_path: Path) -> None:
         assert again == "step_00000005"
         assert loaded == ([] if rank else ["step_00000001", [10.0] * 4 + [11.0] * 4])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step_00000001", "step_00000005"]
+
+
+def test_what_two_ranks_hold_each_writes_half_of(tmp_path: Path) -> None:
+    first, second = run_on_ranks(2, "distributed.saving_worker:replicas", {"folder": str(tmp_path)})
+    assert first == second
+    assert first["values"] == [[float(n)] for n in range(8)]
+    sizes = {name.split("_")[2]: size for name, size in first["written"].items()}
+    assert sizes.keys() == {"0", "1"}
+    assert 16_000 < sizes["0"] < 28_000
+    assert 16_000 < sizes["1"] < 28_000

@@ -90,19 +90,18 @@ def test_weights_and_train_take_turns_out_of_the_loss(tmp_path: Path, key: dict[
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (line(weight=0.5), r'"weight" is 0\.5: a token is trained \(1\) or not \(0\)'),
-        (line(ASK, ANSWER | {"weight": 2}), '"weight" is 2'),
-        (line(weight=None), '"weight" is None'),
-        (line(train="no"), '"train" must be true or false'),
-        (line(weight=1, train=False), '"train" is False and "weight" is 1'),
-        (line(ASK | {"weight": 1}, ANSWER), 'only assistant messages can have .*"weight": 1'),
-        (line(tools={"name": "f"}), '"tools" must be a list of objects'),
-        (line(tools=["f"]), '"tools" must be a list of objects'),
-        (line(system=["s"]), '"system" must be a string, not list'),
+        (line(weight=0.5), '"weight" is neither 0 nor 1, and there is nothing between: 0\\.5'),
+        (line(ASK, ANSWER | {"weight": 2}), '"weight" is neither 0 nor 1.*: 2'),
+        (line(train="no"), "\"train\" is neither true nor false: 'no'"),
+        (line(weight=1, train=False), '"train" and "weight" say two things: False and 1'),
+        (line(ASK | {"weight": 1}, ANSWER), 'only assistant messages have .*"weight": 1'),
+        (line(tools={"name": "f"}), '"tools" is not a list of objects'),
+        (line(tools=["f"]), '"tools" is not a list of objects'),
+        (line(system=["s"]), '"system" is not a string: list'),
         (line({"role": "system", "content": "s"}, ANSWER, system="t"), "system prompt is given twice"),
         (line(functions=[TOOL]), "keys that would be lost: functions"),
         (line(chat_template_kwargs={}, images=[]), "keys that would be lost: chat_template_kwargs, images"),
-        (line(ASK | {"name": 3}, ANSWER), '"name" must be strings'),
+        (line(ASK | {"name": 3}, ANSWER), '"name" or "tool_call_id" is not a string'),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(text: bytes, message: str) -> None:
@@ -230,3 +229,24 @@ def test_losing_many_conversations_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no conversation of 1 is left to train") as caught:
         load(1.0)
     assert "1 that ask for no training" in caught.value.where
+
+
+BRACKETS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}%s{{ m.content }}<end_of_sentence>"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_an_answer_can_follow_the_end_of_a_question(tmp_path: Path) -> None:
+    """Then there is no generation prompt; what a template writes as the head of an answer is none of the model's."""
+    assert trained(encoder(tmp_path, BRACKETS.replace("%s", "")), line(ASK, ANSWER)) == ["a<end_of_sentence>"]
+    assert trained(encoder(tmp_path, BRACKETS.replace("%s", " ")), line(ASK, ANSWER)) == [" a<end_of_sentence>"]
+    for head in ("AI: ", "<beginning_of_sentence>"):
+        with pytest.raises(DataError, match="no generation prompt"):
+            encoder(tmp_path, BRACKETS.replace("%s", head))
+
+
+def test_the_prompt_can_stand_where_else_the_document_ends(tmp_path: Path) -> None:
+    chat = encoder(tmp_path, SOURCE.replace("{% endif %}", "{% else %}<end_of_document>{% endif %}"))
+    assert chat._form.prompt == "<beginning_of_sentence>assistant\n"
+    assert trained(chat, line(ASK, ANSWER)) == ["a<end_of_sentence>"]

@@ -31,7 +31,7 @@ def test_ids_and_mask_of_a_short_conversation(folder: Path) -> None:
     """Control tokens are 256 and on; every byte is an id of its own."""
     encoder = ChatEncoder(write_tokenizer(folder, chat_template=SOURCE))
     encoded = encoder.encode(talk(("user", "q<think>"), ("assistant", "ab")))
-    plain = {text: encoder._plain.encode(text).ids for text in ("user\nq<think>", "\n", "assistant\n", "ab")}
+    plain = {text: encoder._pieces.plain.encode(text).ids for text in ("user\nq<think>", "\n", "assistant\n", "ab")}
     assert len(plain["user\nq<think>"]) == 13
     ids = [
         257,

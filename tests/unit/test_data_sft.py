@@ -153,7 +153,7 @@ def test_the_tokenizers_own_template_wins_and_may_strip_or_inline(folder: Path, 
     with pytest.raises(DataError, match="rewrites the contents"):
         ChatEncoder(folder, own).spans(parse_conversation(talk(user("q"), ai("a")), "t"))
     own.write_text(source.replace("for m in messages", "for m in messages if m.role != 'system'"))
-    with pytest.raises(DataError, match="message 0 is not in the rendered text"):
+    with pytest.raises(DataError, match=r"leaves out the content of a message \| t, message 0"):
         ChatEncoder(folder, own).spans(
             parse_conversation(talk({"role": "system", "content": "s"}, user("q"), ai("a")), "t")
         )
@@ -178,16 +178,19 @@ def test_hostile_templates_are_stopped(source: str, message: str) -> None:
     ("line", "message"),
     [
         (b"{", "not JSON"),
-        (b"[]", "non-empty list"),
-        (b'{"messages": []}', "non-empty list"),
+        (b"[]", "not an object: list"),
+        (b'{"messages": []}', "not a list with messages"),
         (talk(user("q")), "no assistant message"),
-        (talk({"role": "human", "content": "q"}), "role 'human'"),
+        (talk({"role": "human", "content": "q"}), "unknown role: 'human'"),
         (talk(user("q"), ai("<think>never ends")), "never closed"),
         (talk(user("q"), ai("<think>a</think>b", reasoning_content="c")), "given twice"),
-        (talk(user("q"), ai("a", tool_calls=[])), "keys that would be lost: tool_calls"),
-        (talk(user("q"), {"role": "assistant", "content": None}), "must be strings"),
+        (talk(user("q"), ai("a", audio={})), "keys of a message that would be lost: audio"),
+        (
+            talk(user("q"), {"role": "assistant", "content": None}),
+            "neither a string nor a list of text parts: NoneType",
+        ),
         (talk(user("q"), ai("")), "is empty"),
-        (talk(user("q"), ai("a", train="no")), '"train" must be'),
+        (talk(user("q"), ai("a", train="no")), '"train" is neither'),
     ],
 )
 def test_bad_lines_name_file_and_line(folder: Path, tmp_path: Path, line: bytes, message: str) -> None:

@@ -94,7 +94,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
             "nothing to answer",
         ),
-        (b'{"messages": [{"role": "robot", "content": "a"}]}', "role 'robot'"),
+        (b'{"messages": [{"role": "robot", "content": "a"}]}', "unknown role: 'robot'"),
     ],
 )
 def test_a_bad_line_is_named(line: bytes, message: str, tmp_path: Path) -> None:

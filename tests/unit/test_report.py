@@ -113,6 +113,19 @@ def test_the_page_names_dropped_conversations(tmp_path: Path) -> None:
     assert "15 of 900 conversations in 12 rows: 800 tokens, 300 of them trained, 25.0% of the rows is padding" in page
     assert "keys that nothing reads: &lt;id&gt; (900)" in page
     assert "<b>885 of 900 conversations dropped: longer than a row (sft.over_length is drop)</b>" in page
+    more = {
+        "files": [{"file": "<a>.json", "dialect": "alpaca", "rows": 900}],
+        "bad_rows": {"not JSON": 3},
+        "samples": 1000,
+    }
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines(dataclasses.replace(stage("sft"), mix=mix | more))
+    lines.close()
+    page = write_report(tmp_path, None, tmp_path / "report.html").read_text()
+    assert "&lt;a&gt;.json: alpaca, 900 rows" in page
+    assert "1,000 samples of 900 conversations (sft.earlier_reasoning is split)" in page
+    assert "15 of 1,000 conversations in 12 rows" in page
+    assert "<b>3 of 900 rows left out (sft.bad_rows is skip): not JSON</b>" in page
 
 
 def evaluated(name: str, lengths: list[int], *, positions: bool = True) -> StageEvaluated:

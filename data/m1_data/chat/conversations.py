@@ -1,21 +1,22 @@
-"""Reads conversations from OpenAI-messages JSON Lines, strictly: every refusal names file and line."""
+"""Conversations and their checks. Nothing that a row says about its conversation is ignored: it is honoured or refused."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import orjson
 
 from m1_data.errors import DataError
-from m1_data.storage.streams import open_lines
 from m1_data.storage.text_digest import text_digest
 
-ROLES = ("system", "user", "assistant", "tool")
-_MESSAGE_KEYS = {"role", "content", "reasoning_content", "train", "weight", "name"}
-_KEYS = {"messages", "tools", "system", "domain", "train", "weight"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+KEYS = frozenset({"tools", "system", "domain", "train", "weight"})
+"""Keys beside the turns that are honoured, whatever dialect the row is in."""
+_MESSAGE_KEYS = {
+    "role", "content", "reasoning_content", "train", "weight", "name", "tool_calls", "tool_call_id",
+}  # fmt: skip
 _KEYS_WITH_MEANING = {
     "functions", "function_call", "tool_choice", "parallel_tool_calls", "chat_template", "chat_template_kwargs",
     "enable_thinking", "thinking", "reasoning", "reasoning_content", "documents", "developer", "system_prompt",
@@ -23,6 +24,29 @@ _KEYS_WITH_MEANING = {
     "images", "image", "audio", "audios", "video", "videos",
 }  # fmt: skip
 """Keys beside the messages that change what is said or trained, and that nothing here honours."""
+_LARGEST = 2**63
+
+
+class BadRow(DataError):
+    """A row that is not a conversation.
+
+    Args:
+        reason: what is wrong, in words that are the same for all such rows, so that they can be counted.
+        detail: what this row has.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, where: str, fix: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason, where=where, fix=fix)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that an assistant's turn makes."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +59,14 @@ class Message:
     train: bool = True
     """Whether an assistant turn is trained."""
     name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    """The call that a tool's turn answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The turns of one line, where they came from, and the optional ``domain`` field."""
+    """The turns of one row, where they came from, and the optional ``domain`` field."""
 
     messages: tuple[Message, ...]
     where: str
@@ -47,11 +74,11 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     """Descriptions of tools, as they are given to the template."""
     unused_keys: tuple[str, ...] = ()
-    """Keys of the line that nothing reads: an id, a source."""
+    """Keys of the row that nothing reads: an id, a source."""
 
     @property
     def wanted(self) -> bool:
-        """Whether the line asks that at least one turn is trained."""
+        """Whether the row asks that at least one turn is trained."""
         return any(m.role == "assistant" and m.train for m in self.messages)
 
     def repeats(self, texts: Collection[bytes]) -> bool:
@@ -61,106 +88,195 @@ class Conversation:
         )
 
 
-def read_conversations(path: Path) -> Iterator[Conversation]:
-    """Yield the conversations of a .jsonl, .jsonl.gz or .jsonl.zst file; blank lines are skipped.
-
-    Raises:
-        DataError: a missing or damaged file, or a line that is not a conversation.
-    """
-    if not path.is_file():
-        raise DataError("there is no such file of conversations", where=str(path), fix="check the paths in sft.data")
-    for number, line in enumerate(open_lines(path), 1):
-        if line.strip():
-            yield parse_conversation(line, f"{path}:{number}")
-
-
 def parse_conversation(line: bytes, where: str) -> Conversation:
-    """Decode and check one line and return its conversation. Nothing that it says about the conversation is ignored.
+    """Decode one line of OpenAI messages and return its conversation.
 
     Raises:
-        DataError: the line is not a valid conversation; the error names ``where``.
+        BadRow: the line is not a valid conversation; the error names ``where``.
+    """
+    return trainable(conversation_of(decoded(line, where), where))
+
+
+def decoded(line: bytes, where: str) -> Any:
+    """Return the JSON value of a line.
+
+    Raises:
+        BadRow: it is not JSON.
     """
     try:
-        record = orjson.loads(line)
+        return orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise _bad(f"not JSON: {error}", where) from error
-    conversation = conversation_of(record, where)
+        raise BadRow("not JSON", str(error), where=where) from error
+
+
+def trainable(conversation: Conversation) -> Conversation:
+    """Return a conversation that has an answer.
+
+    Raises:
+        BadRow: it has none.
+    """
     if not any(m.role == "assistant" for m in conversation.messages):
-        raise _bad("the conversation has no assistant message, so there is nothing to train", where)
+        raise BadRow("no assistant message, so there is nothing to train", where=conversation.where)
     return conversation
 
 
 def conversation_of(record: Any, where: str) -> Conversation:
-    """Check a decoded line and return its conversation, which may end with any turn.
+    """Check a row of OpenAI messages and return its conversation, which may end with any turn. A null is no value.
 
     Raises:
-        DataError: it is not a valid conversation; the error names ``where``.
+        BadRow: it is not a valid conversation; the error names ``where``.
     """
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list) or not record["messages"]:
-        raise _bad('expected an object with a non-empty list under "messages"', where)
+        raise BadRow('no object with a non-empty list under "messages"', where=where)
+    record = without_nulls(record)
     if lost := sorted(_KEYS_WITH_MEANING & set(record)):
-        raise _bad(f"keys that would be lost: {', '.join(lost)}", where)
+        raise BadRow("keys that would be lost", ", ".join(lost), where=where)
     domain = record.get("domain", "")
     if not isinstance(domain, str):
-        raise _bad(f'"domain" must be a string, not {type(domain).__name__}', where)
+        raise BadRow('"domain" is not a string', type(domain).__name__, where=where)
     messages = tuple(_message(m, f"{where}, message {i}") for i, m in enumerate(record["messages"]))
     if not _is_trained(record, where):
         messages = tuple(replace(m, train=False) for m in messages)
-    unused = tuple(key for key in record if key not in _KEYS)
-    return Conversation(_system(record, messages, where), where, domain, _tools(record, where), unused)
+    messages = _named_results(_system(record, messages, where), where)
+    unused = tuple(key for key in record if key not in KEYS and key != "messages")
+    return Conversation(messages, where, domain, _tools(record, where), unused)
+
+
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without the keys whose value is null: tables write one where there is no value."""
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def _system(record: dict[str, Any], messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
-    """The messages, with a ``system`` key of the line before them."""
-    system = record.get("system") or ""
+    """The messages, with a ``system`` key of the row before them."""
+    system = record.get("system", "")
     if not isinstance(system, str):
-        raise _bad(f'"system" must be a string, not {type(system).__name__}', where)
-    if system and any(m.role == "system" for m in messages):
-        raise _bad('the system prompt is given twice: in "system" and as a message', where)
+        raise BadRow('"system" is not a string', type(system).__name__, where=where)
+    if system and any(m.role in ("system", "developer") for m in messages):
+        raise BadRow('the system prompt is given twice: in "system" and as a message', where=where)
     return (Message("system", system), *messages) if system else messages
 
 
 def _tools(record: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
     tools = record.get("tools") or []
+    if isinstance(tools, str):  # tables hold what differs from row to row as a text
+        tools = decoded(tools.encode(), f'{where}, "tools"')
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _bad('"tools" must be a list of objects, one for each tool', where)
+        raise BadRow('"tools" is not a list of objects, one for each tool', where=where)
+    _refuse_unwritable(tools, where)
     return tuple(tools)
 
 
 def _is_trained(raw: dict[str, Any], where: str) -> bool:
-    """What ``train`` and ``weight`` of a line or a message say."""
+    """What ``train`` and ``weight`` of a row or a message say."""
     train, weight = raw.get("train", True), raw.get("weight", 1)
     if not isinstance(train, bool):
-        raise _bad(f'"train" must be true or false, not {train!r}', where)
+        raise BadRow('"train" is neither true nor false', repr(train), where=where)
     if weight not in (0, 1):
-        raise _bad(f'"weight" is {weight!r}: a token is trained (1) or not (0), with nothing between', where)
+        raise BadRow('"weight" is neither 0 nor 1, and there is nothing between', repr(weight), where=where)
     if "train" in raw and "weight" in raw and train != bool(weight):
-        raise _bad(f'"train" is {train!r} and "weight" is {weight!r}', where)
+        raise BadRow('"train" and "weight" say two things', f"{train!r} and {weight!r}", where=where)
     return train and bool(weight)
 
 
 def _message(raw: Any, where: str) -> Message:
     if not isinstance(raw, dict):
-        raise _bad(f"a message must be an object, not {type(raw).__name__}", where)
-    role, content, reasoning = raw.get("role"), raw.get("content"), raw.get("reasoning_content") or ""
+        raise BadRow("a message is not an object", type(raw).__name__, where=where)
+    raw = without_nulls(raw)
+    role, reasoning, name = raw.get("role"), raw.get("reasoning_content", ""), raw.get("name", "")
     if role not in ROLES:
-        raise _bad(f"role {role!r} is none of {', '.join(ROLES)}", where)
+        raise BadRow("unknown role", f"{role!r} is none of {', '.join(ROLES)}", where=where)
     if unknown := sorted(set(raw) - _MESSAGE_KEYS):
-        raise _bad(f"keys that would be lost: {', '.join(unknown)}", where)
-    name = raw.get("name") or ""
-    if not isinstance(content, str) or not isinstance(reasoning, str) or not isinstance(name, str):
-        raise _bad('"content", "reasoning_content" and "name" must be strings', where)
+        raise BadRow("keys of a message that would be lost", ", ".join(unknown), where=where)
+    calls, call_id = _calls(raw.get("tool_calls", []), where), raw.get("tool_call_id", "")
+    content, part_name = _content(raw.get("content", "" if calls else None), role, where)
+    name = name or part_name
+    if not all(isinstance(text, str) for text in (reasoning, name, call_id)):
+        raise BadRow('"reasoning_content", "name" or "tool_call_id" is not a string', where=where)
     train = _is_trained(raw, where)
+    if call_id and role != "tool":
+        raise BadRow('"tool_call_id" of a turn that is not a tool\'s', role, where=where)
     if role != "assistant":
-        if reasoning or raw.get("train") or raw.get("weight"):
-            raise _bad('only assistant messages can have "reasoning_content", "train": true or "weight": 1', where)
-        return Message(role, content, name=name)
+        if reasoning or calls or raw.get("train") or raw.get("weight"):
+            raise BadRow(
+                'only assistant messages have "reasoning_content", "tool_calls", "train": true or "weight": 1',
+                role,
+                where=where,
+            )
+        return Message(role, content, name=name, tool_call_id=call_id)
     inline, content = _split_thinking(content, where)
     if inline and reasoning:
-        raise _bad('reasoning is given twice: in "reasoning_content" and inside <think>', where)
-    if train and not content and not (reasoning or inline):
-        raise _bad("the assistant message is empty", where)
-    return Message(role, content, reasoning or inline, train, name)
+        raise BadRow('reasoning is given twice: in "reasoning_content" and inside <think>', where=where)
+    if train and not (content or reasoning or inline or calls):
+        raise BadRow("an assistant message is empty", where=where)
+    return Message(role, content, reasoning or inline, train, name, calls)
+
+
+def _content(raw: Any, role: str, where: str) -> tuple[str, str]:
+    """The text of a message, and the name that a tool's parts give: a string, or a list of parts that are joined."""
+    if isinstance(raw, str):
+        return raw, ""
+    if not isinstance(raw, list):
+        raise BadRow('"content" is neither a string nor a list of text parts', type(raw).__name__, where=where)
+    known = {"type", "text", "name"} if role == "tool" else {"type", "text"}
+    parts = [without_nulls(part) if isinstance(part, dict) else {} for part in raw]
+    for part in parts:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str) or set(part) - known:
+            raise BadRow('a part of "content" is not {"type": "text", "text": ...}', where=where)
+    names = {part.get("name", "") for part in parts}
+    if len(names) > 1 or not all(isinstance(name, str) for name in names):
+        raise BadRow("a tool message holds results of several tools", where=where, fix="give each a message of its own")
+    return "".join(part["text"] for part in parts), next(iter(names), "")
+
+
+def _calls(raw: Any, where: str) -> tuple[ToolCall, ...]:
+    if not isinstance(raw, list):
+        raise BadRow('"tool_calls" is not a list', type(raw).__name__, where=where)
+    return tuple(_call(call, f"{where}, tool call {i}") for i, call in enumerate(raw))
+
+
+def _call(raw: Any, where: str) -> ToolCall:
+    raw = without_nulls(raw) if isinstance(raw, dict) else {}
+    function = raw.get("function")
+    if raw.get("type", "function") != "function" or not isinstance(function, dict):
+        raise BadRow(
+            'a tool call is not {"type": "function", "function": {"name": ..., "arguments": ...}}', where=where
+        )
+    if unknown := sorted((set(raw) - {"id", "type", "function", "index"}) | (set(function) - {"name", "arguments"})):
+        raise BadRow("keys of a tool call that would be lost", ", ".join(unknown), where=where)
+    name, arguments, call_id = function.get("name"), function.get("arguments"), raw.get("id", "")
+    if not isinstance(name, str) or not name or not isinstance(call_id, str):
+        raise BadRow("a tool call without a name, or its id is not a string", where=where)
+    if isinstance(arguments, str):
+        arguments = decoded(arguments.encode(), f"{where}, arguments") if arguments else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise BadRow("the arguments of a tool call are not an object", type(arguments).__name__, where=where)
+    _refuse_unwritable(arguments, where)
+    return ToolCall(name, arguments, call_id)
+
+
+def _refuse_unwritable(value: Any, where: str) -> None:
+    """Refuse what JSON does not have, and numbers that may have lost digits: a parser makes large integers rounded floats."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_unwritable(item, where)
+    elif isinstance(value, int | float) and value == value // 1 and abs(value) >= _LARGEST:
+        raise BadRow("a number of more than 64 bits in tools or tool calls", where=where)
+    elif not isinstance(value, str | int | float | None):
+        raise BadRow("a value that JSON does not have in tools or tool calls", type(value).__name__, where=where)
+
+
+def _named_results(messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:
+    """The messages, with the name of its tool in each result that has only the id of the call."""
+    names = {call.id: call.name for m in messages for call in m.tool_calls if call.id}
+    for i, m in enumerate(messages):
+        if m.tool_call_id and names and m.tool_call_id not in names:
+            raise BadRow('"tool_call_id" is the id of no call', f"{m.tool_call_id!r}, message {i}", where=where)
+    return tuple(
+        replace(m, name=names[m.tool_call_id]) if m.tool_call_id in names and not m.name else m for m in messages
+    )
 
 
 def _split_thinking(content: str, where: str) -> tuple[str, str]:
@@ -170,9 +286,5 @@ def _split_thinking(content: str, where: str) -> tuple[str, str]:
         return "", content
     thinking, closed, answer = text.removeprefix("<think>").partition("</think>")
     if not closed:
-        raise _bad("<think> is opened and never closed", where)
+        raise BadRow("<think> is opened and never closed", where=where)
     return thinking.strip("\n"), answer.lstrip("\n")
-
-
-def _bad(what: str, where: str) -> DataError:
-    return DataError(what, where=where, fix='one object a line: {"messages": [{"role": ..., "content": ...}, ...]}')

@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from m1_data.chat.conversations import Conversation, read_conversations
+from m1_data.chat.conversations import Conversation
 from m1_data.chat.encoder import ChatEncoder, Encoded
+from m1_data.chat.reasoning import EarlierReasoning, samples_of
+from m1_data.chat.rows import BadRows, FileTally, read_conversations
 from m1_data.errors import DataError
 from m1_data.sampling.loader import PackedBatch, Segment, collate
 from m1_data.sampling.packing import best_fit
@@ -34,13 +36,27 @@ _REFLECTION = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReadFile:
+    """What a file of conversations turned out to be."""
+
+    file: str
+    dialect: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SFTStats:
     """Counts over all conversations of a dataset."""
 
+    files: list[ReadFile]
     read: int
-    """Number of conversations in the files."""
+    """Number of rows in the files."""
+    bad_rows: dict[str, int]
+    """Number of rows that are left out because they are no conversation, or none that the template can write, by reason."""
+    samples: int
+    """Number of conversations after those with earlier reasoning are split into several."""
     conversations: int
-    """Number of conversations that are trained."""
+    """Number of samples that are trained."""
     tokens: int
     trained_tokens: int
     rows: int
@@ -67,12 +83,16 @@ class SFTDataset:
     """Packed conversations. Row i belongs to epoch ``i // rows_per_epoch``; every epoch holds each conversation once.
 
     Args:
-        paths: JSON Lines files of OpenAI messages.
+        paths: files of conversations, and folders that ``datasets`` saved; see ``rows``.
         tokenizer_dir: see ``ChatEncoder``; ``chat_template`` too.
         over_length: what to do with conversations of more than ``seq_len`` tokens; ``truncate`` keeps the beginning.
         max_dropped_share: the share of conversations that may be dropped.
         date: see ``ChatEncoder``.
         held_out: ``text_digest`` of texts that must not be trained; conversations with one of them are dropped.
+        dialect: a name of ``dialects.DIALECTS`` for all files; ``auto`` takes that of each file's first row.
+        ignored_keys: keys of the rows that are taken out of them.
+        bad_rows: what to do with rows that are no conversation, or none that the template can write.
+        earlier_reasoning: see ``samples_of``.
 
     Raises:
         DataError: an unreadable file or line (file and line named), a conversation that is too long under ``error``,
@@ -91,6 +111,10 @@ class SFTDataset:
         max_dropped_share: float = 1.0,
         date: str = "",
         held_out: Collection[bytes] = (),
+        dialect: str = "auto",
+        ignored_keys: Collection[str] = (),
+        bad_rows: BadRows = "error",
+        earlier_reasoning: EarlierReasoning = "keep",
     ) -> None:
         self._seq_len, self._seed = seq_len, seed
         self._encoder = ChatEncoder(Path(tokenizer_dir), Path(chat_template) if chat_template else None, date=date)
@@ -98,10 +122,18 @@ class SFTDataset:
         self._encoded: list[Encoded] = []
         counts: Counter[str] = Counter()
         self._unused_keys: Counter[str] = Counter()
-        lines = (conversation for path in paths for conversation in read_conversations(Path(path)))
+        self._files = [FileTally(str(path), "" if dialect == "auto" else dialect) for path in paths]
+        refused: Counter[str] = Counter()
+        samples = (
+            sample
+            for path, tally in zip(paths, self._files, strict=True)
+            for row in read_conversations(Path(path), tally, ignored_keys=ignored_keys, bad_rows=bad_rows)
+            for sample in samples_of(row, earlier_reasoning)
+        )
+        skip = None if bad_rows == "error" else lambda error: refused.update([error.what])
         longest = 0
-        for conversation, encoded in self._encoder.encode_all(lines):
-            counts["read"] += 1
+        for conversation, encoded in self._encoder.encode_all(samples, skip):
+            counts["samples"] += 1
             self._unused_keys.update(conversation.unused_keys)
             if not conversation.wanted:
                 counts["unwanted"] += 1
@@ -127,6 +159,9 @@ class SFTDataset:
             self._conversations.append(conversation)
             self._encoded.append(encoded)
         self._encoder.close()
+        counts["read"] = sum(file.rows for file in self._files)
+        self._bad_rows = sum((file.bad for file in self._files), refused)
+        counts["bad"] = self._bad_rows.total()
         self._refuse_losses(counts, longest, max_dropped_share, where=", ".join(map(str, paths)))
         self._lengths = np.array([len(e.ids) for e in self._encoded], dtype=np.int64)
         self._epochs: dict[int, list[list[int]]] = {}
@@ -166,10 +201,13 @@ class SFTDataset:
             yield merged
 
     def _refuse_losses(self, counts: Counter[str], longest: int, most: float, *, where: str) -> None:
-        dropped = counts["dropped_over_length"] + counts["dropped_untrained"]
-        if self._encoded and dropped <= most * counts["read"]:
+        dropped = counts["dropped_over_length"] + counts["dropped_untrained"] + counts["bad"]
+        if self._encoded and dropped <= most * (counts["samples"] + counts["bad"]):
             return
         reasons = {
+            "bad": "that are bad rows ("
+            + "; ".join(f"{count:,} {reason}" for reason, count in self._bad_rows.most_common())
+            + ")",
             "dropped_over_length": f"longer than a row of {self._seq_len:,} tokens (the longest has {longest:,})",
             "dropped_untrained": f"with no answer in the first {self._seq_len:,} tokens",
             "dropped_held_out": "with a text that is held out to measure on",
@@ -180,7 +218,7 @@ class SFTDataset:
             if self._encoded
             else f"no conversation of {counts['read']:,} is left to train",
             where=f"{where}: " + ", ".join(f"{counts[key]:,} {words}" for key, words in reasons.items() if counts[key]),
-            fix="raise sft.context_tokens"
+            fix=("mend the bad rows" if counts["bad"] else "raise sft.context_tokens")
             + (f", or set sft.max_dropped_share (now {most:g}) if this is wanted" if self._encoded else ""),
         )
 
@@ -222,10 +260,13 @@ class SFTDataset:
             without_domain=len(self._conversations) - len(named),
             reflections=sum(len(_REFLECTION.findall(text)) for text in texts),
             unused_keys=dict(self._unused_keys.most_common()),
+            files=[ReadFile(file=f.file, dialect=f.dialect, rows=f.rows) for f in self._files],
+            bad_rows=dict(self._bad_rows.most_common()),
             **{
                 name: counts[name]
                 for name in (
                     "read",
+                    "samples",
                     "unwanted",
                     "dropped_over_length",
                     "truncated",

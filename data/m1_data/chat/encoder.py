@@ -3,29 +3,33 @@
 The template is rendered twice: with the true contents, and with placeholders for them. The second says which parts
 of the text are the template's and which are contents, so that control tokens in contents stay text, and which part of a
 turn the model has to write itself: all that follows the generation prompt, up to and including the token that ends the
-turn. That token is the one that the template writes behind the answers of a conversation made for the purpose: other control
-tokens, as the end of a turn's reasoning, come before it. Where the mask changes the text is encoded separately, as it is when the
-model generates.
+turn: content, reasoning, tool calls. That token is the one that the template writes behind the answers of a conversation made for
+the purpose: other control tokens, as the end of a turn's reasoning, come before it. Where the mask changes the text is encoded
+separately, as it is when the model generates.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator
-from importlib import resources
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from m1_data.chat.conversations import Conversation, Message
+from m1_data.chat.conversations import Conversation
+from m1_data.chat.pieces import PieceEncoder, Place
+from m1_data.chat.placing import Content, Placing, argument_keys, follow
 from m1_data.chat.template import ChatTemplate, Job
-from m1_data.chat.template_form import PLACEHOLDER, any_of, find_form, placeholder
+from m1_data.chat.template_form import PLACEHOLDER, any_of, find_form
 from m1_data.errors import DataError
-from m1_data.tokenizer import text_tokenizer
+
+SHIPPED_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+"""The template used when the tokenizer has none, and when ``sft.chat_template`` is ``m1``. It writes MiniMax-M1's tool format."""
 
 
 class Span(NamedTuple):
@@ -61,7 +65,7 @@ class ChatEncoder:
             config = _read_json(tokenizer_dir / "tokenizer_config.json")
             tokens = json.loads(data).get("added_tokens", [])
             added = {t["content"]: int(t["id"]) for t in tokens}
-            self._plain = text_tokenizer(data)
+            self._pieces = PieceEncoder(data)
         except OSError as error:
             raise DataError(
                 f"there is no tokenizer: {error.strerror}", where=str(tokenizer_dir), fix="run m1 prepare-data first"
@@ -85,7 +89,7 @@ class ChatEncoder:
                     where=str(tokenizer_dir),
                     fix="set sft.chat_template to a template that fits this tokenizer",
                 )
-        self.vocab_size = max(self._plain.get_vocab_size(with_added_tokens=False) - 1, *added.values(), 0) + 1
+        self.vocab_size = max(self._pieces.plain.get_vocab_size(with_added_tokens=False) - 1, *added.values(), 0) + 1
         pad = names.get("pad_token") or names.get("eos_token")
         if pad not in added:
             raise DataError(
@@ -95,6 +99,8 @@ class ChatEncoder:
             )
         self.pad_id: int = added[pad]
         self._form = find_form(self.template, self._special)
+        source = self.template.source
+        self._placing = Placing(self._form.lists, "reasoning_content" in source, "developer" in source)
 
     def encode(self, conversation: Conversation) -> Encoded:
         """Return the token ids and the loss mask of one conversation.
@@ -105,20 +111,20 @@ class ChatEncoder:
         ((_, encoded),) = self.encode_all([conversation])
         return encoded
 
-    def encode_all(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, Encoded]]:
+    def encode_all(
+        self, conversations: Iterable[Conversation], refused: Callable[[DataError], None] | None = None
+    ) -> Iterator[tuple[Conversation, Encoded]]:
         """Yield each conversation with its token ids and its loss mask.
+
+        Args:
+            refused: is called with the error of each conversation that cannot be encoded, which is then left out; without
+                it that error is raised.
 
         Raises:
             DataError: as ``encode``.
         """
-        for conversation, spans in self._all_spans(conversations):
-            ids: list[int] = []
-            trained: list[bool] = []
-            for text, is_trained in self._runs(spans):
-                encoded = [text] if isinstance(text, int) else self._plain.encode(text, add_special_tokens=False).ids
-                ids.extend(encoded)
-                trained.extend([is_trained] * len(encoded))
-            yield conversation, Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
+        for conversation, spans in self._all_spans(conversations, refused=refused):
+            yield conversation, self._encoded(spans)
 
     def encode_prompt(self, conversation: Conversation) -> npt.NDArray[np.int64]:
         """Return the token ids of a conversation that the model is to answer: with the generation prompt, int64 ``[n]``.
@@ -129,10 +135,17 @@ class ChatEncoder:
             DataError: as ``encode``.
         """
         ((_, spans),) = self._all_spans([conversation], add_generation_prompt=True)
+        return self._encoded(spans).ids
+
+    def _encoded(self, spans: list[Span]) -> Encoded:
         ids: list[int] = []
-        for text, _ in self._runs(spans):
-            ids.extend([text] if isinstance(text, int) else self._plain.encode(text, add_special_tokens=False).ids)
-        return np.array(ids, dtype=np.int64)
+        trained: list[bool] = []
+        place: Place = "first"
+        for text, is_trained in self._runs(spans):
+            ids.extend([text] if isinstance(text, int) else self._pieces.encode(text, place))
+            trained.extend([is_trained] * (len(ids) - len(trained)))
+            place = "behind" if isinstance(text, int) else "within"
+        return Encoded(np.array(ids, dtype=np.int64), np.array(trained, dtype=bool))
 
     @property
     def end_ids(self) -> list[int]:
@@ -149,36 +162,61 @@ class ChatEncoder:
         self.template.close()
 
     def _all_spans(
-        self, conversations: Iterable[Conversation], *, add_generation_prompt: bool = False
+        self,
+        conversations: Iterable[Conversation],
+        *,
+        add_generation_prompt: bool = False,
+        refused: Callable[[DataError], None] | None = None,
     ) -> Iterator[tuple[Conversation, list[Span]]]:
-        asked: deque[tuple[Conversation, list[tuple[int, str]]]] = deque()
+        asked: deque[tuple[Conversation, list[Content]]] = deque()
 
         def jobs() -> Iterator[Job]:
             for conversation in conversations:
-                self._refuse_controls(conversation)
-                contents: list[tuple[int, str]] = []
-                placed = [self._as_dict(m, i, contents) for i, m in enumerate(conversation.messages)]
-                true = [self._as_dict(m, i, None) for i, m in enumerate(conversation.messages)]
+                try:
+                    self._refuse_controls(conversation)
+                except DataError as error:
+                    if refused is None:
+                        raise
+                    refused(error)
+                    continue
+                contents: list[Content] = []
+                placed = [self._placing.as_dict(m, i, contents) for i, m in enumerate(conversation.messages)]
+                true = [self._placing.as_dict(m, i, None) for i, m in enumerate(conversation.messages)]
                 asked.append((conversation, contents))
                 tools = conversation.tools or None
                 more = {"add_generation_prompt": True} if add_generation_prompt else {}
                 renderings = [{"messages": placed, "tools": tools} | more, {"messages": true, "tools": tools} | more]
                 yield Job([*renderings, {"messages": true} | more] if tools else renderings, conversation.where)
 
-        for placed, truth, *without_tools in self.template.render_all(jobs()):
+        for answer in self.template.try_all(jobs()):
             conversation, contents = asked.popleft()
-            if truth in without_tools:
-                raise self._lost(
-                    'the chat template does not write the "tools"', conversation, "one that does, or take them out"
-                )
-            yield conversation, self._cut(placed, truth, contents, conversation)
+            try:
+                if isinstance(answer, DataError):
+                    raise answer
+                placed, truth, *without_tools = answer
+                if truth in without_tools:
+                    raise self._lost(
+                        'the chat template does not write the "tools"',
+                        conversation,
+                        '"m1" or another that does, or take them out',
+                    )
+                spans = self._cut(placed, truth, contents, conversation)
+            except DataError as error:
+                if refused is None:
+                    raise
+                refused(error)
+                continue
+            yield conversation, spans
 
-    def _cut(self, placed: str, truth: str, contents: list[tuple[int, str]], conversation: Conversation) -> list[Span]:
+    def _cut(self, placed: str, truth: str, contents: list[Content], conversation: Conversation) -> list[Span]:
         parts = PLACEHOLDER.split(placed)
         template_texts, numbers = parts[::2], [int(n) for n in parts[1::2]]
-        values = self._as_rendered(template_texts, numbers, contents, truth, conversation)
+        self._refuse_changes(numbers, contents, conversation)
+        values = follow(template_texts, [contents[n] for n in numbers], truth)
+        if values is None:
+            raise self._lost("the chat template rewrites the contents in a way that cannot be followed", conversation)
         spans: list[Span] = []
-        owners = [contents[n][0] for n in numbers]
+        owners = [contents[n].owner for n in numbers]
         trained_owner = {i for i, m in enumerate(conversation.messages) if m.role == "assistant" and m.train}
         for k, text in enumerate(template_texts):
             before = owners[k - 1] if k else -1
@@ -194,54 +232,41 @@ class ChatEncoder:
                 spans.append(Span(values[k], owners[k] in trained_owner, True))
         return [s for s in spans if s.text]
 
-    def _as_dict(self, message: Message, owner: int, contents: list[tuple[int, str]] | None) -> dict[str, Any]:
-        """A message for the template; with ``contents`` its texts are collected there and placeholders written."""
-
-        def text(value: str) -> str:
-            if contents is None or not value:
-                return value
-            contents.append((owner, value))
-            return placeholder(len(contents) - 1)
-
-        out: dict[str, Any] = {"role": message.role}
-        if message.reasoning and "reasoning_content" in self.template.source:
-            out["reasoning_content"] = text(message.reasoning)
-            out["content"] = text(message.content)
-        elif message.reasoning:
-            out["content"] = f"<think>\n{text(message.reasoning)}\n</think>\n\n{text(message.content)}"
-        else:
-            out["content"] = text(message.content)
-        if message.name:
-            out["name"] = message.name
-        if self._form.lists:
-            part = {"type": "text", "text": out["content"]}
-            out["content"] = [part | {"name": message.name} if message.name else part]
-        return out
-
     def _refuse_controls(self, conversation: Conversation) -> None:
         """What the template weaves into its own text must not hold its control tokens: there they would not stay text."""
+        arguments = (call.arguments for m in conversation.messages for call in m.tool_calls)
         for what, text in (
             ("tools", json.dumps(conversation.tools, ensure_ascii=False)),
             *(("name", m.name) for m in conversation.messages),
+            *(("tool_call_id", m.tool_call_id) for m in conversation.messages),
+            *(("id", call.id) for m in conversation.messages for call in m.tool_calls),
+            *(("arguments", key) for value in arguments for key in argument_keys(value)),
         ):
             if found := self._special.search(text) or PLACEHOLDER.search(text):
                 raise DataError(
                     f'"{what}" holds the control token {found.group()!r}', where=conversation.where, fix="take it out"
                 )
 
-    def _as_rendered(
-        self, texts: list[str], numbers: list[int], contents: list[tuple[int, str]], truth: str, where: Conversation
-    ) -> list[str]:
-        """The contents as the template writes them: as they are, or stripped."""
+    def _refuse_changes(self, numbers: list[int], contents: list[Content], conversation: Conversation) -> None:
+        """A template may leave nothing out, make nothing up, and write a call in one place only."""
         if max(numbers, default=-1) >= len(contents):
-            raise self._lost("the chat template writes more contents than there are", where)
-        for change in (str, str.strip):
-            values = [change(contents[n][1]) for n in numbers]
-            if "".join(a + b for a, b in zip(texts, [*values, ""], strict=True)) == truth:
-                if missing := {i for i, _ in contents} - {contents[n][0] for n in numbers}:
-                    raise self._lost(f"message {min(missing)} is not in the rendered text", where)
-                return values
-        raise self._lost("the chat template rewrites the contents in a way that cannot be followed", where)
+            raise self._lost("the chat template writes more contents than there are", conversation)
+        written = Counter(numbers)
+        for number, content in enumerate(contents):
+            # A call that is written again with its result would make one trained turn of all between.
+            if written[number] > 1 and content.part == "tool calls":
+                raise self._lost(
+                    "the chat template writes the tool calls of a message more than once",
+                    replace(conversation, where=f"{conversation.where}, message {content.owner}"),
+                )
+            if not written[number]:
+                raise self._lost(
+                    f"the chat template leaves out the {content.part} of a message",
+                    replace(conversation, where=f"{conversation.where}, message {content.owner}"),
+                    'another, or sft.earlier_reasoning to "strip" or "split"'
+                    if content.part == "reasoning"
+                    else '"m1" or another that writes it, or take it out of the message',
+                )
 
     def _turn_begin(self, text: str, start: int, where: Conversation) -> int:
         at = text.rfind(self._form.prompt, start)
@@ -315,7 +340,7 @@ def _find_template(
 
 def default_template() -> str:
     """Return the Jinja source of the template used when the tokenizer has none."""
-    return resources.files("m1_data.chat").joinpath("chat_template.jinja").read_text(encoding="utf-8")
+    return SHIPPED_TEMPLATE.read_text(encoding="utf-8")
 
 
 def _token(value: Any) -> str:

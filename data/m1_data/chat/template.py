@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import IO, Any, BinaryIO, NamedTuple, cast
 from weakref import finalize
 
@@ -76,12 +77,14 @@ class ChatTemplate:
         """Yield what ``render_all`` yields, and in place of a job that it would refuse the error."""
         asked: list[Job] = []
         try:
-            for batch in _batches(jobs):
-                answers = self._answers(asked)
-                asked = self._ask(batch)
-                yield from answers
-            answers, asked = self._answers(asked), []
-            yield from answers
+            for batch in chain(_batches(jobs), [([], b"")]):
+                while True:
+                    answers = self._answers(asked)
+                    rest = asked[len(answers) :]
+                    asked = self._ask(next(_batches(rest)) if rest else batch)
+                    yield from answers
+                    if not rest:
+                        break
         finally:
             if asked:  # nobody reads those answers any more
                 self.close()
@@ -104,14 +107,17 @@ class ChatTemplate:
 
     def _ask(self, batch: tuple[list[Job], bytes]) -> list[Job]:
         jobs, request = batch
-        _send(self._worker(), request)
+        if jobs:
+            _send(self._worker(), request)
         return jobs
 
     def _answers(self, jobs: Sequence[Job]) -> list[list[str] | DataError]:
+        """Read the answers to jobs, up to one that ended the process: those behind it have to be asked again."""
         answers: list[list[str] | DataError] = []
         for job in jobs:
-            ended = answers and self._process is None
-            answers.append(self._failed("a job before it ended the process", job) if ended else self._answer(job))
+            answers.append(self._answer(job))
+            if self._process is None:
+                break
         return answers
 
     def _answer(self, job: Job) -> list[str] | DataError:

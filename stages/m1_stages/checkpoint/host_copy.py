@@ -7,6 +7,7 @@ into ordinary memory, whose pages are made once.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,7 +44,18 @@ class HostCopy:
     def __init__(self, slot_bytes: int = SLOT_BYTES) -> None:
         self._slot_bytes = slot_bytes
         self._memory: mmap.mmap | None = None
+        self._preparation: threading.Thread | None = None
         self._slots: list[_Slot] = []
+
+    def prepare(self, num_bytes: int) -> None:
+        """Make the pages of so much memory in a thread: the first copy then takes no longer than later ones.
+
+        It is a guess: a larger copy gets other memory.
+        """
+        self._memory = _memory(num_bytes)
+        pages = np.frombuffer(self._memory, dtype=np.uint8)
+        self._preparation = threading.Thread(target=_touch, args=(pages,), name="memory of checkpoints", daemon=True)
+        self._preparation.start()
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return complete copies of ``tensors`` on the CPU, each a storage of its own bytes alone, as ``torch.save`` needs it."""
@@ -80,10 +92,11 @@ class HostCopy:
         import torch
 
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
         if self._memory is None or len(self._memory) < sum(sizes):
-            self._memory = mmap.mmap(-1, max(1, sum(sizes)))
-            with suppress(AttributeError, OSError):  # without large pages it works, too
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = _memory(sum(sizes))
         views, start = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
             if tensor.nbytes:
@@ -104,6 +117,18 @@ class HostCopy:
             )
             for _ in range(2)
         ]
+
+
+def _memory(num_bytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, max(1, num_bytes))
+    with suppress(AttributeError, OSError):  # without large pages it works, too
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _touch(pages: Any) -> None:
+    for start in range(0, len(pages), SLOT_BYTES):
+        pages[start : start + SLOT_BYTES : mmap.PAGESIZE] = 0
 
 
 def _record(slot: _Slot) -> None:

@@ -52,10 +52,13 @@ class Snapshot:
     ) -> None:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
         from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
         filesystem_async._results_queue = queue.Queue()
-        strategy = TorchDistSaveShardedStrategy(thread_count=files or _files_for(sharded_state_dict))
+        strategy: Any = TorchDistSaveShardedStrategy(thread_count=files or _files_for(sharded_state_dict))
+        if world() > 1:  # what several ranks hold, each of them writes a part of
+            strategy = FullyParallelSaveStrategyWrapper(strategy)
         with without_collectives(world()):
             request = dist_checkpointing.save(
                 sharded_state_dict,

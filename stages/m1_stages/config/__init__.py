@@ -1,5 +1,6 @@
 """Defines the configuration of a run (``schema``), loads it (``load``) and checks it (``check``). It needs no torch."""
 
+from m1_stages.config.change_rule import WhenChanged
 from m1_stages.config.export_section import ExportConfig
 from m1_stages.config.schema import (
     PRESETS,
@@ -14,10 +15,9 @@ from m1_stages.config.schema import (
     ParallelConfig,
     Resolved,
     RunSection,
-    SftConfig,
     StageConfig,
-    WhenChanged,
 )
+from m1_stages.config.sft_section import SftConfig
 
 __all__ = [
     "PRESETS",

@@ -9,32 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from m1_data.errors import ConfigError
 from m1_data.spec import PrepareSpec, StageMix, TokenizerSpec
+from m1_stages.config.change_rule import WhenChanged
 from m1_stages.config.export_section import ExportConfig
+from m1_stages.config.sft_section import SftConfig
 
 PRESETS = ("tiny", "700m", "7b-a1b", "m1-456b")
 STAGE_NAMES = ("32k", "128k", "256k", "512k", "1m")
 VOCAB_MULTIPLE = 128
 """Vocabulary rows are padded to this multiple whatever the tensor-parallel size, so that checkpoints reshard."""
-
-
-class WhenChanged(Enum):
-    """The answer to a key that is not what the checkpoint that a run continues was made with."""
-
-    FIXED_FOR_RUN = "fixed for the run"
-    """Refused: the weights, or the form of what is saved, depend on it."""
-    FIXED_IN_STAGE = "fixed within a stage"
-    """Refused while the stage is in progress or finished; said and logged when a stage begins with it."""
-    APPLIED = "applied from now on"
-    """Said and logged."""
-    BY_PREPARED_DATA = "fixed by m1 prepare-data"
-    """Compared with what the prepared data records (``m1_data.storage``)."""
-    NO_EFFECT = "does not change what is trained"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,29 +203,6 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SftConfig:
-    """Supervised fine-tuning on chain-of-thought conversations."""
-
-    data: Annotated[tuple[str, ...], "OpenAI-messages JSON Lines files (plain, .gz, .zst, .bz2)"] = ()
-    base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
-    context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
-    epochs: Annotated[float, "passes over the conversations"] = 2.0
-    global_batch_tokens: Annotated[int, "tokens per optimizer step"] = 1_048_576
-    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank", WhenChanged.NO_EFFECT] = 1
-    lr_peak: Annotated[float, "learning rate after warm-up", WhenChanged.APPLIED] = 1e-5
-    lr_final: Annotated[float, "learning rate at the end (cosine)", WhenChanged.APPLIED] = 1e-6
-    lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up", WhenChanged.APPLIED] = 0.03
-    chat_template: Annotated[str, "Jinja file; empty: the tokenizer's own, else the one shipped here"] = ""
-    date: Annotated[
-        str, "day that a template's strftime_now writes, such as 2026-01-31; empty refuses such templates"
-    ] = ""
-    over_length: Annotated[Literal["error", "drop", "truncate"], "conversations longer than a row"] = "error"
-    max_dropped_share: Annotated[
-        float, "stop when more than this share of the conversations would be dropped", WhenChanged.NO_EFFECT
-    ] = 0.1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """The measurements after each stage: recall of needles by length and depth, loss by position in held-out documents."""
 
@@ -293,10 +257,6 @@ class RunSection:
         bool, "in stages that recompute, the layers' inputs wait in host memory between forward and backward"
     ] = False
     tensorboard: Annotated[bool, "also write TensorBoard events (needs the 'tensorboard' extra)"] = False
-
-    def saves_in_background(self, device: str) -> bool:
-        """Return whether checkpoints are written in the background on ``device``, "cpu" or "cuda"."""
-        return device == "cuda" if self.async_save == "auto" else self.async_save == "on"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from m1_stages.config.schema import Config, Resolved, WhenChanged
+from m1_stages.config.change_rule import WhenChanged
+from m1_stages.config.schema import Config, Resolved
 
 _FILES = ("curriculum.custom_table",)
 """Keys that name a file whose content counts, and is in nothing else that is compared."""

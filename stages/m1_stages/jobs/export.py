@@ -21,7 +21,7 @@ from m1_stages.hf.read_back import read_json
 from m1_stages.hf.targets import Target, gguf_name
 from m1_stages.hf.tokenizer_files import TokenizerFiles
 from m1_stages.jobs.export_facts import changes_since, contexts_of, lineage_of
-from m1_stages.jobs.prepared import open_tokenizer
+from m1_stages.jobs.prepared import chat_template, open_tokenizer
 from m1_stages.run_dir import CHECKPOINTS
 
 
@@ -147,7 +147,6 @@ class Export:
         refuse_other_tokenizer(committed, tokenizer.tokenizer_sha256, resolved.path(config.data.out))
         self._resolved, self.committed = resolved, committed
         self.source = CheckpointSource(committed)
-        template = config.sft.chat_template
         contexts, self.notes = contexts_of(committed, resolved)
         self.contents = Contents(
             model=ModelConfig(**meta.extra["model"]),
@@ -158,7 +157,7 @@ class Export:
             lineage=lineage_of(committed, contexts, config.export.license),
             tokenizer=TokenizerFiles.of(
                 resolved.path(config.data.out) / "tokenizer",
-                resolved.path(template) if template else None,
+                chat_template(resolved),
             ),
             target=target or config.export.target,
             architecture=architecture or config.export.architecture,

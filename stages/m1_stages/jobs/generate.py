@@ -15,7 +15,7 @@ from m1_stages.generation import Completion, EngineOptions, Request, Update
 from m1_stages.generation.prompts import Prompt, PromptEncoder
 from m1_stages.jobs.export import choose_checkpoint
 from m1_stages.jobs.generate_options import GenerateOptions
-from m1_stages.jobs.prepared import open_tokenizer
+from m1_stages.jobs.prepared import chat_template, open_tokenizer
 from m1_stages.runtime.collectives import agree_max, gather, world
 from m1_stages.runtime.signals import StopRequest
 
@@ -63,8 +63,9 @@ def plan(
     manifest = open_tokenizer(resolved)
     data_dir = resolved.path(config.data.out)
     refuse_other_tokenizer(committed, manifest.tokenizer_sha256, data_dir)
-    template = resolved.path(config.sft.chat_template) if config.sft.chat_template else None
-    encoder = encoder or PromptEncoder(data_dir / "tokenizer", manifest.eod_token, template, date=config.sft.date)
+    encoder = encoder or PromptEncoder(
+        data_dir / "tokenizer", manifest.eod_token, chat_template(resolved), date=config.sft.date
+    )
     chat = committed.meta.stage == SFT if options.chat is None else options.chat
     context = longest_context(resolved, committed) if options.context is None else options.context
     requests = tuple(_request(prompt, options, encoder, chat=chat, context=context) for prompt in prompts)

@@ -1,10 +1,12 @@
-"""Opens the prepared data for a job: verified, and made with what the configuration says."""
+"""Opens the prepared data for a job: verified, and made with what the configuration says; and its chat template."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
+from m1_data.chat.encoder import SHIPPED_TEMPLATE
 from m1_data.prepare.inputs import describe_inputs, refuse_changed_inputs
 from m1_data.storage.manifest import Manifest, load_manifest
 from m1_data.storage.store import PreparedData, open_prepared, verify_tokenizer
@@ -45,6 +47,14 @@ def open_tokenizer(resolved: Resolved) -> Manifest:
     manifest = load_manifest(data_dir)
     verify_tokenizer(data_dir, manifest)
     return manifest
+
+
+def chat_template(resolved: Resolved) -> Path | None:
+    """Return the configured chat template, ``m1`` for the shipped one; None for the tokenizer's own, if it has one."""
+    name = resolved.config.sft.chat_template
+    if name == "m1":
+        return SHIPPED_TEMPLATE
+    return resolved.path(name) if name else None
 
 
 def described(data: PreparedData, notes: Sequence[str] = ()) -> list[str]:

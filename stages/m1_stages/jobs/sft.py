@@ -11,7 +11,7 @@ from m1_stages.config import Resolved
 from m1_stages.curriculum import plan_sft
 from m1_stages.errors import ConfigError
 from m1_stages.events import Sink
-from m1_stages.jobs.prepared import open_tokenizer
+from m1_stages.jobs.prepared import chat_template, open_tokenizer
 from m1_stages.training.loop import train_stage
 from m1_stages.training.micro_batches import refuse_uneven_pipeline
 from m1_stages.training.objective import NextTokenCrossEntropy
@@ -60,17 +60,20 @@ def conversations(resolved: Resolved, *, held_out: Collection[bytes]) -> SFTData
         raise ConfigError(
             "there are no conversations to fine-tune on",
             where="key sft.data",
-            fix='list OpenAI-messages JSON Lines files: [sft] data = ["chats.jsonl"]',
+            fix='list files of conversations: [sft] data = ["chats.jsonl"]',
         )
-    template = resolved.path(config.sft.chat_template) if config.sft.chat_template else None
     return SFTDataset(
         [Path(resolved.path(name)) for name in config.sft.data],
         tokenizer_dir=resolved.path(config.data.out) / "tokenizer",
         seq_len=config.sft_seq_len,
         seed=config.run.seed,
         over_length=config.sft.over_length,
-        chat_template=template,
+        chat_template=chat_template(resolved),
         max_dropped_share=config.sft.max_dropped_share,
         date=config.sft.date,
         held_out=held_out,
+        dialect=config.sft.dialect,
+        ignored_keys=config.sft.ignored_keys,
+        bad_rows=config.sft.bad_rows,
+        earlier_reasoning=config.sft.earlier_reasoning,
     )

@@ -181,7 +181,7 @@ class Checkpointer:
             CheckpointError: there are candidates, but none can be used.
         """
         self.finish_save()
-        heartbeat("build")
+        heartbeat("load" if candidates else "build")
         for committed in candidates:
             self._refuse_other_shape(committed)
             refuse_other_tokenizer(
@@ -195,6 +195,7 @@ class Checkpointer:
             self._model.load_state_dict(loaded["model"])
             if "optimizer" in loaded:
                 self._optimizer.load_state_dict(loaded["optimizer"])
+        heartbeat("build")
         if "optimizer" not in loaded:
             self._optimizer.start_afresh(unrounded(self._model, loaded["model"]))
         self.imported = committed.meta.extra.get("import", {})

@@ -17,7 +17,7 @@ from m1_stages.generation import EngineOptions
 from m1_stages.generation.prompts import PromptEncoder
 from m1_stages.jobs.export import choose_checkpoint
 from m1_stages.jobs.generate import longest_context
-from m1_stages.jobs.prepared import open_tokenizer
+from m1_stages.jobs.prepared import chat_template, open_tokenizer
 from m1_stages.packages import require_packages
 from m1_stages.run_dir import CHECKPOINTS
 from m1_stages.runtime.signals import StopRequest
@@ -106,10 +106,10 @@ def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str,
     manifest = open_tokenizer(resolved)
     data_dir = resolved.path(resolved.config.data.out)
     refuse_other_tokenizer(committed, manifest.tokenizer_sha256, data_dir)
-    template = resolved.path(resolved.config.sft.chat_template) if resolved.config.sft.chat_template else None
     context = longest_context(resolved, committed) if options.context is None else options.context
     sizes = EngineOptions(slots=options.slots, capacity=context, prefill_tokens=options.prefill_tokens)
-    encoder = PromptEncoder(data_dir / "tokenizer", manifest.eod_token, template, date=resolved.config.sft.date)
+    template, date = chat_template(resolved), resolved.config.sft.date
+    encoder = PromptEncoder(data_dir / "tokenizer", manifest.eod_token, template, date=date)
     try:
         with open_engine(resolved, committed, sizes, decode=encoder.decode) as engine, StopRequest() as stop:
             version = version_of(committed)

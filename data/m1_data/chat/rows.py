@@ -1,0 +1,186 @@
+"""Reads the rows of files of conversations: JSON Lines, JSON arrays, Parquet, Arrow, and folders that ``datasets`` saved."""
+
+from __future__ import annotations
+
+import codecs
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from m1_data.chat.conversations import BadRow, Conversation, decoded
+from m1_data.chat.dialects import conversation_in, dialect_of
+from m1_data.errors import DataError, shown
+from m1_data.storage.streams import open_lines
+
+BadRows = Literal["error", "skip"]
+
+
+@dataclass(slots=True)
+class FileTally:
+    """What was read of one file."""
+
+    file: str
+    dialect: str = ""
+    """Empty until a row told it."""
+    rows: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    """Rows that are no conversation, by reason."""
+
+
+def read_conversations(
+    path: Path, tally: FileTally, *, ignored_keys: Collection[str] = (), bad_rows: BadRows = "error"
+) -> Iterator[Conversation]:
+    """Yield the conversations of a file; blank lines are skipped.
+
+    Args:
+        path: a file, or a folder that ``datasets`` saved.
+        tally: is counted up; its dialect, when empty, becomes that of the first row that has one.
+        ignored_keys: keys of the rows that are taken out.
+        bad_rows: ``skip`` counts rows that are no conversation and goes on.
+
+    Raises:
+        DataError: a missing or damaged file, a row that is not a conversation (``BadRow``), or none that is.
+    """
+    first: BadRow | None = None
+    for where, record in read_rows(path):
+        tally.rows += 1
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            tally.dialect = tally.dialect or dialect_of(record, where, ignored_keys)
+            conversation = conversation_in(tally.dialect, record, where, ignored_keys)
+        except BadRow as bad:
+            if bad_rows == "error":
+                bad.fix = f'{bad.fix or "mend it"}; or set sft.bad_rows = "skip" to leave such rows out and count them'
+                raise
+            first = first or bad
+            tally.bad[bad.reason] += 1
+        else:
+            yield conversation
+    if first and tally.rows == tally.bad.total():
+        raise first
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each row of a file is, and its value; a ``BadRow`` in place of a line that is not JSON.
+
+    Raises:
+        DataError: a missing or damaged file, or a folder that ``datasets`` did not save.
+    """
+    if path.is_dir():
+        yield from _saved_folder(path)
+        return
+    if not path.is_file():
+        raise DataError("there is no such file of conversations", where=shown(path), fix="check the paths in sft.data")
+    with path.open("rb") as file:
+        head = file.read(6)
+    if head[:4] == b"PAR1":
+        yield from _table(path, _parquet_batches)
+    elif head == b"ARROW1" or path.suffix == ".arrow":
+        yield from _table(path, _arrow_file if head == b"ARROW1" else _arrow_stream)
+    else:
+        yield from _json(path)
+
+
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    lines = open_lines(path)
+    first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
+    if first.lstrip().startswith(b"["):
+        rest = list(lines)
+        rows = _array(path, first, rest)
+        if rows is not None:
+            yield from ((f"{shown(path)}, item {number}", row) for number, row in enumerate(rows, 1))
+            return
+        lines = iter(rest)
+    for number, line in enumerate(chain([first], lines), 1):
+        if line.strip():
+            where = f"{shown(path)}:{number}"
+            try:
+                yield where, decoded(line, where)
+            except BadRow as bad:
+                yield where, bad
+
+
+def _array(path: Path, first: bytes, rest: list[bytes]) -> list[Any] | None:
+    """The rows of a file that is one JSON array; None for JSON Lines whose first line is a list."""
+    try:
+        return list(orjson.loads(b"\n".join([first, *rest])))
+    except orjson.JSONDecodeError as error:
+        with suppress(orjson.JSONDecodeError):
+            orjson.loads(first)
+            return None
+        raise DataError(
+            f"the file begins as a JSON array and is not JSON: {error}", where=shown(path), fix="mend it"
+        ) from error
+
+
+def _saved_folder(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a folder that ``datasets.save_to_disk`` wrote: Arrow files that its ``state.json`` names in order."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(entry.name for entry in path.iterdir() if (entry / "state.json").is_file())
+        raise DataError(
+            f"the folder holds the splits {', '.join(splits)}",
+            where=shown(path),
+            fix=f'name one of them: sft.data = ["{shown(path / (splits or ["train"])[0])}"]',
+        )
+    try:
+        names = [str(file["filename"]) for file in orjson.loads((path / "state.json").read_bytes())["_data_files"]]
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(
+            "a folder of conversations has to be one that datasets saved to disk, with a state.json",
+            where=shown(path),
+            fix="name the files in sft.data",
+        ) from error
+    for name in names:
+        yield from read_rows(path / Path(name).name)
+
+
+def _table(path: Path, batches: Any) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in batches(path):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{shown(path)}, row {number}", _without_nulls(row)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"not a readable table: {error}; {number} complete rows came before",
+            where=shown(path),
+            fix="copy or download it again",
+        ) from error
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as parquet:
+        yield from parquet.iter_batches(batch_size=64)
+
+
+def _arrow_stream(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as batches:
+        yield from batches
+
+
+def _arrow_file(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as batches:
+        yield from map(batches.get_batch, range(batches.num_record_batches))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Tables give every object of a column the keys of all of them, with nulls."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,50 @@
+"""The section ``sft`` of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from m1_stages.config.change_rule import WhenChanged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftConfig:
+    """Supervised fine-tuning on chain-of-thought conversations."""
+
+    data: Annotated[
+        tuple[str, ...],
+        "files of conversations: JSON Lines or a JSON array (plain, .gz, .zst, .bz2), Parquet, Arrow, or a folder that "
+        "datasets saved",
+    ] = ()
+    dialect: Annotated[
+        Literal["auto", "openai", "sharegpt", "alpaca", "prompt-completion"],
+        "form of the rows; auto takes that of each file's first row",
+    ] = "auto"
+    ignored_keys: Annotated[tuple[str, ...], "keys of the rows that are taken out before anything looks at them"] = ()
+    bad_rows: Annotated[
+        Literal["error", "skip"], "rows that are no conversation: stop, or leave them out and count them by reason"
+    ] = "error"
+    earlier_reasoning: Annotated[
+        Literal["keep", "strip", "split"],
+        "reasoning before the last user's message: keep it, take it out, or make a sample of each round, without the "
+        "reasoning of the rounds before",
+    ] = "keep"
+    base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
+    context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
+    epochs: Annotated[float, "passes over the conversations"] = 2.0
+    global_batch_tokens: Annotated[int, "tokens per optimizer step"] = 1_048_576
+    micro_batch_rows: Annotated[int, "rows per forward pass on each data-parallel rank", WhenChanged.NO_EFFECT] = 1
+    lr_peak: Annotated[float, "learning rate after warm-up", WhenChanged.APPLIED] = 1e-5
+    lr_final: Annotated[float, "learning rate at the end (cosine)", WhenChanged.APPLIED] = 1e-6
+    lr_warmup_share: Annotated[float, "share of the steps spent on linear warm-up", WhenChanged.APPLIED] = 0.03
+    chat_template: Annotated[
+        str, "Jinja file, or m1 for the one shipped here; empty: the tokenizer's own, else the shipped one"
+    ] = ""
+    date: Annotated[
+        str, "day that a template's strftime_now writes, such as 2026-01-31; empty refuses such templates"
+    ] = ""
+    over_length: Annotated[Literal["error", "drop", "truncate"], "conversations longer than a row"] = "error"
+    max_dropped_share: Annotated[
+        float, "stop when more than this share of the conversations would be dropped", WhenChanged.NO_EFFECT
+    ] = 0.1
