@@ -20,16 +20,21 @@ from m1_kernels.overlap import SECTOR, overlap, prefetch, start_next, wait_for_p
 
 
 class Tiles(NamedTuple):
-    """Rows of a matrix that a program has, columns that it reads at a time, its warps and stages of loads."""
+    """Rows of a matrix that a program has, columns of 2 bytes that it reads at a time, its warps and stages of loads."""
 
     rows: int
     columns: int
     warps: int
     stages: int
 
-    def options(self) -> dict[str, int]:
-        """As a launch takes them."""
-        return {"N": self.rows, "BLOCK": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+    def options(self, x: Tensor) -> dict[str, int]:
+        """As a launch takes them, for matrices of x's dtype: wider numbers need as much shared memory."""
+        return {
+            "N": self.rows,
+            "BLOCK": self.columns * 2 // x.itemsize,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 UP, DOWN = Tiles(32, 128, 4, 2), Tiles(64, 128, 4, 4)
@@ -206,10 +211,10 @@ def expert_rows_triton(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, inde
     }  # fmt: skip
     sizes["AHEAD"] = AHEAD if sizes["OVERLAP"] else 0
     _up[_grid(triton.cdiv(hidden, UP.rows), groups)](
-        x, w13, weights, index, inner, first, slots, experts, x.stride(0), hidden, width, K=k, **sizes, **UP.options()
+        x, w13, weights, index, inner, first, slots, experts, x.stride(0), hidden, width, K=k, **sizes, **UP.options(x)
     )
     _down[_grid(triton.cdiv(width, DOWN.rows), groups)](
-        inner, w2, index, rows, first, slots, experts, hidden, width, **sizes, **DOWN.options()
+        inner, w2, index, rows, first, slots, experts, hidden, width, **sizes, **DOWN.options(x)
     )
     return rows
 
