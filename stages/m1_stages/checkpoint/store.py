@@ -31,7 +31,7 @@ from m1_stages.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
-from m1_stages.checkpoint.snapshot import Files, ReadPart, Snapshot
+from m1_stages.checkpoint.snapshot import Files, Gather, ReadPart, Snapshot
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together
@@ -155,11 +155,13 @@ class CheckpointStore:
         *,
         read: ReadPart | None = None,
         files: int | None = None,
+        gathered: Gather | None = None,
         repeatable: bool = False,
     ) -> None:
         """Copy the state and start to write it; training may go on, and ``poll`` commits it.
 
         Args: those of ``save``, and
+            gathered: gives the values of tensors that several ranks hold parts of (``Snapshot``).
             repeatable: keep the copy if it cannot be written, for ``write_again``.
 
         Raises:
@@ -179,10 +181,13 @@ class CheckpointStore:
             self.sweep()
             run_together(lambda: self._make(temporary) if rank() == 0 else None)
             planned: list[Snapshot] = []
-            plan = partial(Snapshot, sharded_state_dict, temporary, read=read, files=files, host=self._host)
+            plan = partial(
+                Snapshot, sharded_state_dict, temporary, read=read, files=files, host=self._host, gather=gathered
+            )
             run_together(lambda: planned.append(plan()))
             (snapshot,) = planned
             run_together(snapshot.copy)
+            snapshot.gather()
             self._saving = _Save(snapshot, self._write(snapshot), meta, temporary, final, repeatable)
 
     def write_again(self) -> None:
