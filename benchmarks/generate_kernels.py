@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[tuple[str, str], Any]] = {
     "1024 bytes of a row read ahead": {(_MOE, "AHEAD"): 1024},
     "projections not read ahead": {(_OVERLAP, "AHEAD_BYTES"): 0},
     "nothing read ahead": {(_MOE, "AHEAD"): 0, (_OVERLAP, "AHEAD_BYTES"): 0},
-    "groups of slots first in the grid": {(_MOE, "GROUP_AXIS"): 0},
+    "groups of slots last in the grid": {(_MOE, "GROUP_AXIS"): 1},
     "attention, 32 keys at once": {(_ATTENTION, "KEYS_AT_ONCE"): 32},
     **{f"up {tiles}": {(_MOE, "UP"): tiles} for tiles in UP_TILES},
     **{f"down {tiles}": {(_MOE, "DOWN"): tiles} for tiles in DOWN_TILES},

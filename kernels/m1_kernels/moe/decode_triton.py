@@ -41,8 +41,8 @@ UP, DOWN = Tiles(32, 128, 4, 2), Tiles(64, 128, 4, 4)
 """Of those tried on an H200 the fastest: with them all programs of 16 experts run at the same time."""
 AHEAD = 512
 """Bytes of each row that are read into the L2 cache before a program knows its expert; a power of 2, or 0."""
-GROUP_AXIS = 1
-"""Axis of the grid along which groups of slots lie: the last, so that programs without a group start after all others."""
+GROUP_AXIS = 0
+"""Axis of the grid along which groups of slots lie. First was faster on an H200 than last (4 % of a step, docs/LOG.md)."""
 FEW, MANY = 16, 64
 """Slots that a program multiplies together: ``MANY`` where experts can have more than ``FEW`` on average."""
 
