@@ -101,7 +101,7 @@ def test_what_is_not_known_is_not_predicted(tmp_path: Path) -> None:
     endless = replace(stage.workload, steps=None)
     assert predict_wall_time(m, endless, plan.machine, x, save_every_steps=100) is None
     assert predict_wall_time(m, stage.workload, plan.machine, replace(x, saves=None), save_every_steps=100) is None
-    waits = replace(x, saves=SaveMode(background=False, why=""))
+    waits = replace(x, saves=SaveMode(background=False, copy_gib=1.0, why=""))
     assert predict_wall_time(m, stage.workload, plan.machine, waits, save_every_steps=100) is not None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,10 +39,11 @@ class HostCopy:
 
     Args:
         slot_bytes: of each of the two buffers between.
+        cpu_too: tensors on the CPU pass through the buffers, too, as tests without a GPU want it.
     """
 
-    def __init__(self, slot_bytes: int = SLOT_BYTES) -> None:
-        self._slot_bytes = slot_bytes
+    def __init__(self, slot_bytes: int = SLOT_BYTES, *, cpu_too: bool = False) -> None:
+        self._slot_bytes, self._cpu_too = slot_bytes, cpu_too
         self._memory: mmap.mmap | None = None
         self._preparation: threading.Thread | None = None
         self._slots: list[_Slot] = []
@@ -58,15 +59,25 @@ class HostCopy:
         self._preparation.start()
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return complete copies of ``tensors`` on the CPU, each a storage of its own bytes alone, as ``torch.save`` needs it."""
+        """Return complete copies of ``tensors`` on the CPU, each a storage of its own bytes alone, as ``torch.save`` needs it.
+
+        For a tensor on the meta device it is memory without values, for ``transfer``.
+        """
         copies = self._views(tensors)
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
-        self._slots = self._slots or self._new_slots(on_gpu)
-        filling, full = self._slots
-        for source, target in zip(tensors, copies, strict=True):
-            if on_gpu and not source.is_cuda:  # an optimizer that waits in host memory
+        pairs = zip(tensors, copies, strict=True)
+        self.transfer((source, target) for source, target in pairs if not source.is_meta)
+        return copies
+
+    def transfer(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy each first tensor to the second, which is in host memory."""
+        filling: _Slot | None = None
+        for source, target in pairs:
+            if not source.is_cuda and not self._cpu_too:  # an optimizer that waits in host memory
                 target.copy_(source)
                 continue
+            if filling is None:
+                self._slots = self._slots or self._new_slots(source.is_cuda)
+                filling, full = self._slots
             for piece, place in self._pieces(source, target):
                 if filling.used + piece.numel() > self._slot_bytes:
                     _record(filling)
@@ -75,10 +86,10 @@ class HostCopy:
                 filling.memory[filling.used : filling.used + piece.numel()].copy_(piece, non_blocking=True)
                 filling.targets.append((filling.used, place))
                 filling.used += piece.numel()
-        _record(filling)
-        _empty(full)
-        _empty(filling)
-        return copies
+        if filling is not None:
+            _record(filling)
+            _empty(full)
+            _empty(filling)
 
     def _pieces(self, source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         import torch

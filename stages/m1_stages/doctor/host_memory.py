@@ -22,13 +22,15 @@ def host_memory_finding(resolved: Resolved, gpus: int) -> Finding:
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     need = run_host_memory(config, layout, per_node=here, device=device)
     try:
-        saves = choose_save_mode(need, available_host_gib(), memory_policy_of(config), device=device)
+        available_gib = available_host_gib()
+    except ImportError:  # which has a finding of its own
+        return Finding(name="host memory", ok=True, detail="not known without psutil")
+    try:
+        saves = choose_save_mode(need, available_gib, memory_policy_of(config), device=device)
     except EnvironmentProblem as error:
         return Finding(name="host memory", ok=False, detail=error.what, fix=error.fix)
     if saves.warning:
         fix = "end other programs, start fewer processes on this machine, or take one with more memory"
         return Finding(name="host memory", ok=False, detail=saves.warning, fix=fix)
-    detail = (
-        f"{available_host_gib():,.1f} GiB available, a run needs {need.needed:,.1f}; checkpoints are written {saves}"
-    )
+    detail = f"{available_gib:,.1f} GiB available, a run needs {need.needed:,.1f}; checkpoints are written {saves}"
     return Finding(name="host memory", ok=True, detail=detail)

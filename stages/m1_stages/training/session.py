@@ -16,10 +16,12 @@ import torch
 
 from m1_data.storage.lock import writing
 from m1_stages.checkpoint import CheckpointStore
+from m1_stages.checkpoint.host_copy import HostCopy
 from m1_stages.config import Config, Resolved
 from m1_stages.errors import CheckpointError, ConfigError, EnvironmentProblem, InUse, M1Error, NumericStop
 from m1_stages.events import CheckpointRejected, Event, EventsDelayed, RunStarted, RunStopped, Sink
 from m1_stages.metrics_file import JsonLines
+from m1_stages.plan.hardware import GIB
 from m1_stages.plan.layout import layout_from_sizes
 from m1_stages.plan.memory.host import SaveMode, available_host_gib, choose_save_mode, run_host_memory
 from m1_stages.plan.memory.policy import memory_policy_of
@@ -171,6 +173,9 @@ def _build(
         bf16=config.run.precision == "bf16",
         distributed=config.parallel.distributed_optimizer,
     )
+    host = HostCopy()
+    if device.name == "cuda":
+        host.prepare(round(saves.copy_gib * GIB))
     store = CheckpointStore(
         resolved.run_dir / CHECKPOINTS,
         keep_last=config.run.keep_last,
@@ -181,6 +186,7 @@ def _build(
         on_rejected=lambda path, reason, moved: emit(
             CheckpointRejected(path=str(path), reason=reason, quarantined_as=str(moved))
         ),
+        host=host,
     )
     checkpointer = Checkpointer(
         store,

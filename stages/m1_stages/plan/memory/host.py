@@ -142,6 +142,8 @@ class SaveMode:
     """How checkpoints are written, and why."""
 
     background: bool
+    copy_gib: float
+    """Of the process that copies most."""
     why: str
     warning: str = ""
     """What a person should know, when it is close."""
@@ -167,7 +169,9 @@ def choose_save_mode(
     have = f"{_size(need.needed)} of host memory on a node, which has {_size(available_gib)}"
     if CLEARLY * need.needed <= available_gib:
         warning = "" if need.needed <= available_gib else f"with {copy} the run needs about {have}"
-        return SaveMode(background=policy.saves_in_background(device), why=copy, warning=warning)
+        return SaveMode(
+            background=policy.saves_in_background(device), copy_gib=need.largest_snapshot, why=copy, warning=warning
+        )
     offers = ["--set run.offload_activations=false"] * (need.activations > 0)
     offers += ["--set optim.offload=false"] * (need.optimizer > 0)
     offers += ["--set parallel.distributed_optimizer=false, which gathers nothing for a save"] * (need.gathered > 0)
