@@ -35,7 +35,7 @@ def import_megatron() -> None:
     import torch
 
     compiler = torch.compile
-    torch.compile = _uncompiled  # type: ignore[assignment]
+    torch.compile = _uncompiled
     try:
         with importing():
             from megatron.core.models import gpt  # noqa: F401
