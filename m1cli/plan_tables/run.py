@@ -16,7 +16,7 @@ def show_host_memory(plan: Plan) -> None:
     table = table_of(title, "", [s.workload.stage for s in stages])
     names = {
         "copy of a checkpoint": "snapshot",
-        "gathered for a save": "gathered",
+        "read by a load": "loaded",
         "offloaded optimizer": "optimizer",
         "offloaded activations": "activations",
         "processes": "training",
@@ -29,7 +29,7 @@ def show_host_memory(plan: Plan) -> None:
     console.print(table)
     console.print(
         "[dim]A save copies the state to host memory, whether training waits for it or not; a process keeps that memory for its "
-        "next save. Replicas share the writing. A distributed optimizer is gathered by every process when a save begins.[/]"
+        "next save. Replicas share the writing. A distributed optimizer is read whole by every process that loads it.[/]"
     )
     said: dict[str, list[str]] = {str(saves): [] for _, saves in hosts if saves}
     for stage, (_, saves) in zip(stages, hosts, strict=True):

@@ -87,11 +87,11 @@ def test_what_each_part_is(tmp_path: Path) -> None:
     assert need.optimizer == pytest.approx(pinned * 2 * 12 * parameters / GIB)
     assert need.activations == pytest.approx(pinned * 2 * 16.0), "eight inputs of 2 GiB a process"
     assert need.training == 2 * CALIBRATION.process_gib
-    assert need.gathered == 0
+    assert need.loaded == 0
     assert need.needed == need.snapshot + need.optimizer + need.activations + need.training
     sharded = run_host_memory(config, Layout(data=2, distributed_optimizer=True), per_node=8, device="cuda")
-    assert sharded.gathered == pytest.approx(2 * 12 * parameters / GIB), "every process gathers the whole state"
-    assert sharded.needed - sharded.gathered == pytest.approx(
+    assert sharded.loaded == pytest.approx(2 * 12 * parameters / GIB), "every process reads the whole state"
+    assert sharded.needed - sharded.loaded == pytest.approx(
         sharded.snapshot + sharded.optimizer + sharded.activations + sharded.training
     )
     plain = resolved(tmp_path, "700m").config
@@ -101,7 +101,7 @@ def test_what_each_part_is(tmp_path: Path) -> None:
 
 
 PLAIN = HostMemory(
-    snapshot=14.0, largest_snapshot=14.0, gathered=0.0, optimizer=0.0, activations=0.0, training=4.0
+    snapshot=14.0, largest_snapshot=14.0, loaded=0.0, optimizer=0.0, activations=0.0, training=4.0
 )  # 18 GiB
 OFFLOADED = replace(PLAIN, optimizer=12.0)  # 30 GiB
 
@@ -131,14 +131,16 @@ def test_what_is_close_is_a_warning() -> None:
     [
         (PLAIN, 14.3, "start fewer processes on a node, or take one with more memory"),
         (OFFLOADED, 23.9, "--set optim.offload=false, or start fewer processes"),
-        (replace(PLAIN, gathered=20.0), 30.0, "--set parallel.distributed_optimizer=false"),
+        (replace(PLAIN, loaded=20.0), 30.0, "--set parallel.distributed_optimizer=false"),
         (replace(PLAIN, activations=20.0), 30.0, "--set run.offload_activations=false"),
     ],
 )
 def test_what_clearly_does_not_fit_is_refused(need: HostMemory, available: float, fix: str) -> None:
     with pytest.raises(EnvironmentProblem) as refused:
         choose_save_mode(need, available, policy("auto"))
-    assert refused.value.what.startswith("a checkpoint could not be saved: with a copy of 14.0 GiB in a process")
+    assert refused.value.what.startswith(
+        "a checkpoint could not be saved and loaded again: with a copy of 14.0 GiB in a process"
+    )
     assert refused.value.what.endswith(f"which has {available} GiB")
     assert refused.value.fix.startswith(fix)
 
@@ -171,7 +173,7 @@ def test_the_plan_leaves_out_what_hosts_do_not_hold(tmp_path: Path, monkeypatch:
     base = resolved(tmp_path, "7b-a1b", "parallel.distributed_optimizer=true")
     wide = make_plan(base, gpu_named("h100"), 8)
     host = wide.stages[0].layouts[0].host
-    assert host.gathered > 600, "eight processes gather 7B parameters each"
+    assert host.loaded > 600, "eight processes read 7B parameters each"
     assert wide.change is None
     monkeypatch.setitem(GPUS, "h100", replace(GPUS["h100"], host_memory_gib=500.0))
     narrow = make_plan(base, gpu_named("h100"), 8)

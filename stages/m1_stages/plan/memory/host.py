@@ -63,8 +63,8 @@ class HostMemory:
     """Copies of what its processes write to a checkpoint."""
     largest_snapshot: float
     """The copy of the process that writes most; no part of the sum."""
-    gathered: float
-    """What Megatron's distributed optimizer gathers in every process when a save begins: fp32 weights and both moments."""
+    loaded: float
+    """What Megatron's distributed optimizer reads in every process that loads a checkpoint: fp32 weights and both moments."""
     optimizer: float
     """Offloaded optimizer state, pinned."""
     activations: float
@@ -75,7 +75,7 @@ class HostMemory:
     @property
     def needed(self) -> float:
         """GiB that the node must have."""
-        return self.training + self.activations + self.optimizer + self.snapshot + self.gathered
+        return self.training + self.activations + self.optimizer + self.snapshot + self.loaded
 
     def as_dict(self) -> dict[str, float]:
         """Return the parts and the sum ``needed``."""
@@ -103,12 +103,12 @@ def estimate_host_memory(
     processes = min(per_node, layout.gpus)
     on_gpu = device == "cuda"
     held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
-    gathered = 12 * max(x.dense + x.experts for x in held) if layout.distributed_optimizer else 0
+    loaded = 12 * max(x.dense + x.experts for x in held) if layout.distributed_optimizer else 0
     trained = c.process_gib if on_gpu else memory.weights + memory.gradients + memory.optimizer
     return HostMemory(
         snapshot=node / GIB,
         largest_snapshot=process / GIB,
-        gathered=processes * gathered / GIB,
+        loaded=processes * loaded / GIB,
         # torch rounds pinned blocks up to powers of two.
         optimizer=c.pinned_rounding * processes * memory.host_optimizer,
         activations=c.pinned_rounding * processes * memory.host_activations * on_gpu,
@@ -174,9 +174,9 @@ def choose_save_mode(
         )
     offers = ["--set run.offload_activations=false"] * (need.activations > 0)
     offers += ["--set optim.offload=false"] * (need.optimizer > 0)
-    offers += ["--set parallel.distributed_optimizer=false, which gathers nothing for a save"] * (need.gathered > 0)
+    offers += ["--set parallel.distributed_optimizer=false, which reads no more than it keeps"] * (need.loaded > 0)
     raise EnvironmentProblem(
-        f"a checkpoint could not be saved: with {copy} the run needs {have}",
+        f"a checkpoint could not be saved and loaded again: with {copy} the run needs {have}",
         where="host memory",
         fix=", or ".join([*offers, "start fewer processes on a node, or take one with more memory"]),
     )
