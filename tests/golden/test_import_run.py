@@ -21,13 +21,15 @@ from support.tiny_checkpoint import contents_of, tensors_of
 from support.tiny_run import make_run
 
 from m1_data.sampling.loader import PackedBatch
+from m1_data.sft.dataset import SFTDataset
 from m1_data.storage.store import open_prepared
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import plan_stage
 from m1_stages.decay import released_slopes
+from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.jobs.pretrain import stage_rows
-from m1_stages.jobs.sft import conversations
+from m1_stages.jobs.sft_data import open_samples, selection
 
 SETTINGS = ["model.vocab_size=400", "model.rotary_dim=8", "sft.global_batch_tokens=1024", 'run.device="cpu"',
             "sft.lr_warmup_share=0", 'sft.data=["chats.jsonl"]']  # fmt: skip
@@ -208,7 +210,8 @@ def test_fine_tuning_starts_from_it(ran: Ran) -> None:
     assert (tuned.extra["rope_base"], tuned.decay["slopes"]) == (1e7, released_slopes(8, 2))
     resolved = load_config(ran.config, SETTINGS)
     step = ran.events("tuned", "StepDone")[0]
-    batch = conversations(resolved, held_out=()).batch(step["sample_ids"])
+    rows = SFTDataset(open_samples(resolved, open_tokenizer(resolved)), selection(resolved))
+    batch = rows.batch(step["sample_ids"])
     assert 0 < batch.loss_mask.mean() < 0.9
     assert step["loss"] == pytest.approx(reference_loss(ran.source, batch), abs=2e-5)
 
