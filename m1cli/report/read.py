@@ -64,6 +64,8 @@ class History:
     """The last ``StageDrawn`` of each stage."""
     evaluated: dict[str, Record] = field(default_factory=dict)
     """The last ``StageEvaluated`` of each stage."""
+    held_out: dict[str, Record] = field(default_factory=dict)
+    """The last ``HeldOutMeasured`` of each stage."""
     clock_s: dict[str, float] = field(default_factory=dict)
     """Seconds by the clock of each stage, from its start to its last step or save: steps, those repeated too, saves, waiting."""
     wall_s: dict[str, float] = field(default_factory=dict)
@@ -118,6 +120,8 @@ def read_history(run_dir: Path) -> History:
             history.drawn[record["stage"]] = _drawable(record, path)
         elif kind == "StageEvaluated":
             history.evaluated[record["stage"]] = _rectangular(record, path)
+        elif kind == "HeldOutMeasured":
+            history.held_out[record["stage"]] = record
         elif kind == "RunStarted":
             history.starts.append(record)
         elif kind == "GuardNoticed" and record["action"] == "apply" and record["ramp"] != "reverse":
