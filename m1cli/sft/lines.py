@@ -17,8 +17,9 @@ def sft_data_lines(mix: dict[str, Any]) -> tuple[list[str], list[str]]:
     data = [_file(file) for file in mix["files"]]
     if samples != read - sum(mix["bad_rows"].values()):
         data.append(f"{samples:,} samples of {read:,} conversations (sft.earlier_reasoning is split)")
+    drawn = " samples in a pass" if mix["conversations"] > samples else ""
     data += [
-        f"{mix['conversations']:,} of {samples:,} conversations in {rows:,} rows: {mix['tokens']:,} tokens, "
+        f"{mix['conversations']:,}{drawn} of {samples:,} conversations in {rows:,} rows: {mix['tokens']:,} tokens, "
         f"{mix['trained_tokens']:,} of them trained, {mix['padding_share']:.1%} of the rows is padding"
     ]
     if math.isfinite(mix["core_share"] if mix["core_share"] is not None else math.nan):
@@ -90,7 +91,7 @@ def reflection_rows(stats: dict[str, Any]) -> list[tuple[str, ...]]:
     conversations = [
         text for side in sides for text in (f"{side['reflective']:,} of {side['conversations']:,}", _share(side))
     ]
-    return [*table, ("conversations with any", *conversations)]
+    return [*table, ("conversations", *conversations)]
 
 
 def _file(file: dict[str, Any]) -> str:

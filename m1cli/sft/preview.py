@@ -33,7 +33,7 @@ def sft_preview_command(config: Path, overrides: list[str], *, samples: int) -> 
     console.print(_histogram(found.lengths))
     _table(("domain", "conversations", "share", "trained tokens", "share"), domain_rows(stats))
     _table(
-        ("reflection", "before selection", "in 1,000 trained tokens", "after selection", "in 1,000 trained tokens"),
+        ("reflection", "before", "per 1k tokens", "after selection", "per 1k tokens"),
         reflection_rows(stats),
     )
     data, lost = sft_data_lines(stats)

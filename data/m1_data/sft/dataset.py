@@ -55,9 +55,14 @@ class SFTDataset:
 
     def row(self, index: int) -> list[Segment]:
         """Return the samples of row ``index``, 0 or more; from ``rows_per_epoch`` on the next epoch begins."""
+        return [self.segment(number) for number in self.numbers(index)]
+
+    def numbers(self, index: int) -> list[int]:
+        """Return the numbers, in the store, of the samples of row ``index``."""
         epoch, at = divmod(index, self.rows_per_epoch)
         order, bounds = self._epoch(epoch)
-        return [self.segment(number) for number in self._drawn[order[bounds[at] : bounds[at + 1]]].tolist()]
+        found: list[int] = self._drawn[order[bounds[at] : bounds[at + 1]]].tolist()
+        return found
 
     def batch(self, row_ids: list[int]) -> PackedBatch:
         """Concatenate rows into one micro-batch and return it."""
@@ -65,7 +70,8 @@ class SFTDataset:
 
     def segment(self, number: int) -> Segment:
         """Return a sample of the store, cut to a row: what follows its last token is not trained."""
-        ids, trained = (part[: self.seq_len] for part in self.store.tokens(number))
+        encoded = self.store.tokens(number)
+        ids, trained = encoded.ids[: self.seq_len], encoded.trained[: self.seq_len]
         end = np.array([self.pad_id], dtype=np.int64)
         return Segment(ids, np.concatenate([ids[1:], end]), np.concatenate([trained[1:], [False]]))
 
