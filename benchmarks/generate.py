@@ -18,8 +18,10 @@ The bandwidth bound of a step that gives B rows a token, with weights of w bytes
 The bandwidth is the maker's figure for the GPU (printed); beside it stands the copy rate that a copy of 4 GiB reaches here.
 
 Prefill is one prompt of ``--prefill`` tokens, read at once and in pieces of a quarter, against the forward pass of training over
-the same tokens (loss of every token, no gradients). Checked, else the exit code is 1: the probabilities of drawn tokens of four
-prompts against the forward pass of training (correlation at least 0.999), and in fp32 the greedy tokens of transformers.
+the same tokens (loss of every token, no gradients). ``kernels`` is the part in ``generate_kernels.py``. Checked, else the exit
+code is 1: with ``--config``, or in fp32, the probabilities of drawn tokens of four prompts against the forward pass of training
+(correlation at least 0.999; random weights in bf16 give nearly equal probabilities to all tokens, between which rounding
+differs by more, so there it is printed only), in fp32 the greedy tokens of transformers, and every kernel of a step.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ from m1_stages.runtime import parallel
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "H800": 3.35e12, "A100": 2.04e12, "B200": 8e12}
 ROPE_BASE = 1e6
 LEAST_CORRELATION = 0.999
-PARTS = ("decode", "correlation", "transformers", "prefill", "states")
+PARTS = ("decode", "kernels", "correlation", "transformers", "prefill", "states")
 
 
 class Bench:
@@ -170,6 +172,11 @@ class Bench:
         )
         self.results["bytes"] = parts
 
+    def _kernels(self) -> None:
+        from generate_kernels import measure
+
+        measure(self)
+
     def _bound(self) -> tuple[float, dict[str, float]]:
         c, a = self.shape, self.args
         experts = sum(p.nbytes for n, p in self.model.named_parameters() if ".experts." in n)
@@ -202,9 +209,10 @@ class Bench:
         correlation = statistics.correlation(ours, theirs)
         worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         self.results["correlation"] = {"correlation": correlation, "largest_difference": worst}
-        self.broken |= not correlation >= LEAST_CORRELATION
+        checked = bool(self.args.config) or self.precision == "fp32"
+        self.broken |= checked and not correlation >= LEAST_CORRELATION
         print(f"probabilities of {len(ours)} drawn tokens against the training forward: correlation {correlation:.6f}, "
-              f"largest difference {worst:.2g}", flush=True)  # fmt: skip
+              f"largest difference {worst:.2g}{'' if checked else ' (not checked: random weights)'}", flush=True)  # fmt: skip
 
     def _transformers(self) -> None:
         from m1_stages.generation import Request, Sampling
@@ -277,12 +285,8 @@ class Bench:
                 try:
                     with torch.inference_mode():
                         model.generate(
-                            probe,
-                            attention_mask=torch.ones_like(probe),
-                            max_new_tokens=3,
-                            do_sample=False,
-                            pad_token_id=0,
-                        )
+                            probe, attention_mask=torch.ones_like(probe), max_new_tokens=3, do_sample=False, pad_token_id=0
+                        )  # fmt: skip
                     return model, dtype
                 except RuntimeError as error:
                     print(f"transformers in {dtype}: {str(error).splitlines()[0]}")

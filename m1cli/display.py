@@ -217,6 +217,8 @@ def _run_started(event: RunStarted) -> None:
         console.print(f"[{'yellow' if number else 'dim'}]{escape(line)}[/]", soft_wrap=True)
     for operator, choice in event.backends.items():
         console.print(f"  [dim]{escape(operator)}: {escape(choice)}[/]", soft_wrap=True)
+    if event.saves:
+        console.print(f"  [dim]checkpoints are written {escape(event.saves)}[/]", soft_wrap=True)
     if event.resumed_from:
         console.print(f"[dim]newest checkpoint {escape(event.resumed_from)}[/]", soft_wrap=True)
 

@@ -25,6 +25,10 @@ LENGTH_CLASSES: dict[str, tuple[str, ...]] = {
 """The published recipe's length classes: short < 32K, medium 32K-128K, long > 128K tokens a document."""
 
 
+SHORTEST_NEEDLE_TOKENS = 64
+"""Tokens of the shortest needle document: eight pairs of key and value."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSpec:
     """One source of documents."""

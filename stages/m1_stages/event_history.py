@@ -13,7 +13,7 @@ _RENAMED_FIELDS = {
 }
 """Old to new names, by the new name of the event."""
 _ADDED_FIELDS: dict[str, dict[str, Any]] = {
-    "RunStarted": {"backends": {}, "data": []},
+    "RunStarted": {"backends": {}, "data": [], "saves": ""},
     "RunStopped": {"wall_s": {}},
     "CheckpointSaved": {"write_s": 0.0},
     "StageFinished": {"since_step": 0},

@@ -39,6 +39,8 @@ class RunStarted:
     resumed_from: str
     data: list[str]
     """What was verified of the prepared data, in words, and what else a person should know of it."""
+    saves: str
+    """How checkpoints are written, and the host memory that takes, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

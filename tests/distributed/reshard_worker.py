@@ -118,3 +118,40 @@ def _next_float(values: torch.Tensor) -> None:
     """Raise the largest element to the next fp32 number."""
     flat = values.view(-1)
     flat[flat.argmax()] = torch.nextafter(flat.max(), torch.tensor(torch.inf))
+
+
+def gathered(job: dict[str, Any]) -> dict[str, Any]:
+    """What of the optimizer's state differs from Megatron's own way into a checkpoint; pieces are small and end anywhere."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    from m1_stages.runtime.optimizer import gather
+
+    def tensors(state: dict[str, Any]) -> dict[Any, torch.Tensor]:
+        found = [value for value in nested_values(state["optimizer"]) if isinstance(value, ShardedTensor)]
+        return {(value.key, value.global_offset): value.data for value in found}
+
+    torch.set_num_threads(1)
+    device.use("cpu")
+    gather.PIECE_BYTES = 4 * 1000
+    folder = Path(job["folder"])
+    with open_session(load_config(folder / "m1.toml", job["set"]), [], rope_base=1e4, fresh=True) as run:
+        state = begun(run)
+        expected = tensors(run.checkpointer._sharded_state(state, is_loading=False))
+        planned, gather_now = run.checkpointer._state_to_save(state)
+        assert gather_now is not None
+        meta = tensors(planned)
+        memory = {key: torch.full(tensor.shape, float("nan")) for key, tensor in meta.items()}
+        pieces = 0
+        for values, place in gather_now([(meta[key], memory[key]) for key in meta]):
+            place.copy_(values)
+            pieces += 1
+        again = tensors(run.checkpointer._sharded_state(state, is_loading=False))
+        return {
+            "meta": all(tensor.is_meta for tensor in meta.values()),
+            "same keys": memory.keys() == expected.keys() == again.keys(),
+            "different": [key for key in expected if not torch.equal(memory[key], expected[key])],
+            "numbers": sum(tensor.numel() for tensor in memory.values()),
+            "pieces": pieces,
+            "Megatron's way is back": not any(tensor.is_meta for tensor in again.values()),
+        }

@@ -253,3 +253,27 @@ def test_the_second_loss_shows_wrong_optimizer_state(folder: Path, mutation: str
     right, wrong = record(folder, MUTATIONS[mutation]), record(folder, mutation)
     assert abs(wrong["losses"][0] - right["losses"][0]) < 1e-6, "the first loss shows the weights only"
     assert abs(wrong["losses"][1] - right["losses"][1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "more"),
+    [
+        (2, ONE, []),
+        (4, TP2_EP2, ['run.precision="bf16"', "parallel.overlap_grad_reduce=true"]),
+    ],
+    ids=["DP2", "TP2 EP2 DP2 in buckets"],
+)
+def test_the_distributed_optimizers_state_is_gathered_as_megatron_does(
+    tmp_path: Path, world: int, sizes: dict[str, int], more: list[str]
+) -> None:
+    (tmp_path / "m1.toml").write_text(CONFIG)
+    settings = [f"parallel.{axis}={size}" for axis, size in sizes.items()] + more
+    settings += ["parallel.distributed_optimizer=true", f"run.dir={tmp_path / 'run'}"]
+    job = {"folder": str(tmp_path), "set": settings}
+    for seen in run_on_ranks(world, "distributed.reshard_worker:gathered", job):
+        assert seen["different"] == []
+        assert seen["meta"]
+        assert seen["same keys"]
+        assert seen["Megatron's way is back"]
+        assert seen["numbers"] == 3 * {str(k): v for k, v in WEIGHTS}[str(sizes)]
+        assert seen["pieces"] > 300

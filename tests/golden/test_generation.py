@@ -9,6 +9,11 @@ import pytest
 import torch
 from support.generating import GREEDY, MODEL, answers, engine_on, prompt, tiny_model, whole_pass
 
+from m1_kernels.decode import bookkeeping, post_norm
+from m1_kernels.moe import local_experts
+from m1_kernels.norm import rms_norm
+from m1_kernels.sampling import choose
+from m1_kernels.softmax_attention import cached
 from m1_stages.errors import ConfigError
 from m1_stages.generation import Request, Sampling
 from m1_stages.generation.states import state_bytes
@@ -19,7 +24,11 @@ DRAWN = Sampling(temperature=1.3, top_k=60, top_p=0.95, seed=11)
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
+    """Its norms have weights of their own: ones would hide that one was taken for another."""
     with tiny_model() as (built, _):
+        norms = [p for name, p in built.named_parameters() if p.dim() == 1]
+        for number, weight in enumerate(norms):
+            weight.data += 0.5 * torch.randn(len(weight), generator=torch.Generator().manual_seed(number))
         yield built
 
 
@@ -130,6 +139,36 @@ def test_new_weights_take_effect_in_place(model: Any) -> None:
     finally:
         weight.data.copy_(old)
         rates.log_decay = slopes
+
+
+def test_a_new_rope_base_is_read_from_where_the_old_one_was(model: Any) -> None:
+    engine, asked = engine_on(model, slots=1), Request(prompt=prompt(30), max_tokens=12, sampling=GREEDY)
+    (before,) = answers(engine, [asked])
+    softmax = next(n for n, layer in enumerate(model.decoder.layers) if hasattr(layer.self_attention, "rope_base"))
+    place = engine.model._rates[softmax].data_ptr()  # a captured graph reads there
+    try:
+        model.set_rope_base(30.0)
+        engine.weights_changed("longer")
+        (after,) = answers(engine, [asked])
+        assert engine.model._rates[softmax].data_ptr() == place
+        assert after.logprobs == pytest.approx(
+            whole_pass(model, asked.prompt, after.tokens).max(-1).values.tolist(), abs=1e-4
+        )
+        assert after.logprobs != pytest.approx(before.logprobs, abs=1e-2)
+    finally:
+        model.set_rope_base(1e4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs on a CPU")
+def test_the_kernels_of_a_gpu_write_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    requests = [Request(prompt=prompt(n), max_tokens=6, sampling=s) for n, s in ((4, GREEDY), (33, DRAWN), (1, GREEDY))]
+    expected = answers(engine_on(model, slots=2), requests)
+    for module in (post_norm, bookkeeping, local_experts, choose, cached, rms_norm):
+        monkeypatch.setattr(module, "takes_triton", lambda _: True)
+    for got, want in zip(answers(engine_on(model, slots=2), requests), expected, strict=True):
+        assert got.tokens == want.tokens
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5)
 
 
 def test_the_state_of_lightning_layers_does_not_grow_with_the_context(model: Any) -> None:

@@ -18,7 +18,7 @@ def run_started() -> RunStarted:
     return RunStarted(
         command="m1", run_dir="run", config_sha256="c", preset="tiny", device="cpu", precision="fp32", world_size=1,
         topology={"world": 1}, parameters=2_000_000, active_parameters=500_000, versions={"torch": "2.13.0"},
-        backends={}, resumed_from="", data=[],
+        backends={}, resumed_from="", data=[], saves="",
     )  # fmt: skip
 
 

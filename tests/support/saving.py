@@ -24,6 +24,9 @@ class StepsOnly(Checkpointer):
     def _sharded_state(self, position: TrainState, *, is_loading: bool) -> dict[str, Any]:
         return state(float(position.global_step))
 
+    def _state_to_save(self, position: TrainState) -> tuple[dict[str, Any], None]:
+        return self._sharded_state(position, is_loading=False), None
+
     def _meta(self, position: TrainState, stage_final: bool) -> CheckpointMeta:
         return meta(position.global_step, final=stage_final)
 

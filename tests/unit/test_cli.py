@@ -167,10 +167,12 @@ def test_two_processes_are_started_and_train(prepared: Path, tmp_path: Path) -> 
     assert "starting 2 processes" in done.stdout
     started = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert (started["world_size"], started["topology"]["ep"]) == (2, 2)
+    assert started["saves"].startswith("while training waits: a copy of ")
+    assert f"checkpoints are written {started['saves']}" in done.stdout
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     stopped, steps_s = json.loads(lines[-1]), sum(json.loads(x)["step_s"] for x in lines if '"StepDone"' in x)
     assert stopped["event"] == "RunStopped"
-    assert stopped["wall_s"].keys() >= {"start", "join", "build", "train", "save"}
+    assert stopped["wall_s"].keys() == {"start", "join", "build", "data", "train", "save"}, "nothing was loaded"
     assert stopped["wall_s"]["train"] == pytest.approx(steps_s, rel=0.25, abs=0.3)
     assert f"wall time {wall_time(stopped['wall_s'])}" in " ".join(done.stdout.split())
     bad = m1("pretrain", "--stage", "32k", "--set", "parallel.processes=2", "--set", "parallel.expert=4", cwd=prepared)
@@ -200,6 +202,7 @@ def test_fine_tuning_starts_from_a_stage_and_says_so(prepared: Path, tmp_path: P
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["event"] == "StepDone" and r["stage"] == "sft"]
     assert steps
+    assert records[-1]["wall_s"]["load"] > 0, "the base's checkpoint"
     assert all(0 < r["trained_tokens"] < 1024 for r in steps), "only the assistant's tokens carry loss"
     checkpoints = tmp_path / "run" / "checkpoints"
     base = {path.name for path in checkpoints.iterdir() if (path / "MANIFEST.json").is_file() and _stage(path) == "32k"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from m1_stages.errors import ConfigError, NumericStop
 from m1_stages.generation import EngineOptions, Repetition, Request, Sampling, Thinking
-from m1_stages.generation.decoder import IDLE, Decoder, SlotRule, rules_on
+from m1_stages.generation.decoder import IDLE, SlotRule, rules_on
 from m1_stages.generation.sampling import sequence_seed, uniforms
 from m1_stages.generation.sequence import Sequence
 from m1_stages.generation.text import TextStream
@@ -94,21 +93,6 @@ def test_forced_and_banned_tokens() -> None:
     assert logprobs == pytest.approx([math.log(0.05), math.log(0.25)], abs=1e-6), "of the model, whatever is chosen"
     with pytest.raises(ConfigError, match="8 stop ids, not 9"):
         rules_on(CPU, [SlotRule(sampling=Sampling(), stop_ids=range(9), from_length=9)])
-
-
-def test_a_step_is_recorded_anew_for_another_rope_base() -> None:
-    decoder = object.__new__(Decoder)
-    values: Any = {
-        "token": SimpleNamespace(is_cuda=True),
-        "model": SimpleNamespace(rope_bases=()),
-        "_captured_bases": None,
-    }
-    recorded: list[Any] = []
-    vars(decoder).update(values, _captured=lambda: recorded.append(decoder.model.rope_bases))
-    for bases in ((), (), (1e4, 1e4), (1e4, 1e4), (1e4, 1e7)):
-        vars(decoder)["model"].rope_bases = bases
-        decoder.weights_changed()
-    assert recorded == [(), (1e4, 1e4), (1e4, 1e7)]
 
 
 def test_uniform_numbers_are_a_function_of_seed_and_position() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +35,7 @@ def state(device: str, seed: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("slot_bytes", [96, 1000, 1 << 20])
 def test_copies_have_the_values_and_stay_while_the_state_changes(device: str, slot_bytes: int) -> None:
-    host, tensors = HostCopy(slot_bytes), state(device, 1)
+    host, tensors = HostCopy(slot_bytes, cpu_too=True), state(device, 1)
     expected = [tensor.cpu().clone() for tensor in tensors]
     copies = host.of(tensors)
     for tensor in tensors:
@@ -46,7 +47,7 @@ def test_copies_have_the_values_and_stay_while_the_state_changes(device: str, sl
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_memory_is_used_again(device: str) -> None:
-    host = HostCopy(1000)
+    host = HostCopy(1000, cpu_too=True)
     first = [copy.data_ptr() for copy in host.of(state(device, 1)) if copy.numel()]
     tensors = state(device, 2)
     copies = host.of(tensors)
@@ -71,3 +72,13 @@ def test_an_optimizer_in_host_memory_is_copied_with_a_model_on_the_gpu() -> None
     copies = HostCopy().of(tensors)
     tensors[1].zero_()
     assert [copy.tolist() for copy in copies] == [list(range(9)), list(range(7))]
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 20, 100], ids=["enough", "too little"])
+def test_memory_that_was_prepared_is_used_if_it_is_enough(num_bytes: int) -> None:
+    host, tensors = HostCopy(1000, cpu_too=True), state("cpu", 1)
+    host.prepare(num_bytes)
+    prepared = np.frombuffer(host._memory, dtype=np.uint8).ctypes.data  # type: ignore[arg-type]
+    copies = host.of(tensors)
+    assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
+    assert (copies[0].data_ptr() == prepared) is (num_bytes > 1000)

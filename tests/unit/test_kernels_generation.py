@@ -131,7 +131,7 @@ def local_share(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tens
     return mix_local_experts(x, w13, w2, weights, index, first=first, num_experts=4)
 
 
-ORDER = ("temperature", "top_k", "top_p", "uniform", "banned", "bans", "forced")
+ORDER = ("temperature", "top_k", "top_p", "uniform", "banned", "lengths", "from_length", "forced")
 
 
 def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,8 @@ def test_tokens_are_chosen_as_by_the_reference(monkeypatch: pytest.MonkeyPatch) 
         "top_k": torch.tensor([0, 0, 0, 20, 0, 0, 1, 5, 3, 0, vocab, 2]),
         "top_p": torch.tensor([1, 1e-9, 1, 1, 0.8, 1, 1, 0.5, 0.5, 1e-9, 0.99, 1], dtype=torch.float64),
         "banned": torch.stack([number * 0 + 7, number * 0 + 39, number], dim=1),
-        "bans": number % 3 == 0,
+        "lengths": number + 5,
+        "from_length": torch.where(number % 3 == 0, number + 6, number + 5),
         "forced": torch.where(number == 9, 9, -1),
     }
     logprobs = logits.log_softmax(1)

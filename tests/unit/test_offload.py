@@ -18,7 +18,7 @@ from m1_stages.model import build_model
 from m1_stages.runtime import device, parallel
 from m1_stages.runtime.ddp import TrainableModel
 from m1_stages.runtime.optimizer import Optimizer
-from m1_stages.runtime.optimizer_offload import HostState
+from m1_stages.runtime.optimizer.offload import HostState
 from m1_stages.training.objective import NextTokenCrossEntropy
 from m1_stages.training.step import train_step
 

@@ -17,7 +17,7 @@ from m1_stages.plan.flops import forward_flops, generation_flops, training_flops
 from m1_stages.plan.hardware import GPUS
 from m1_stages.plan.layout import Layout, accepts, configured_layout
 from m1_stages.plan.memory import Activations, Memory, estimate_memory
-from m1_stages.plan.memory_policy import MemoryPolicy, choose_activations, memory_policy_of
+from m1_stages.plan.memory.policy import MemoryPolicy, choose_activations, memory_policy_of
 from m1_stages.plan.shapes import count_parameters, layers_of_pipeline_rank, rank_parameters
 from m1_stages.plan.stage_workload import StageWorkload, model_with_vocab, stage_workloads
 from m1_stages.plan.timing import CommGroup, StepTime, StepTimeModel

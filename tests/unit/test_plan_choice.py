@@ -117,7 +117,8 @@ def test_json_has_everything_and_only_numbers(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert set(plan) == {
-        "preset", "gpu", "gpus", "gpu_memory_gib", "precision", "recompute", "offload_activations", "offload_optimizer",
+        "preset", "gpu", "gpus", "gpu_memory_gib", "node_memory_gib",
+        "precision", "recompute", "offload_activations", "offload_optimizer",
         "fits", "change", "parameters", "generation", "stages", "not_compared",
     }  # fmt: skip
     assert (plan["gpu"], plan["gpus"], plan["fits"], plan["change"]) == ("h100", 8, True, None)
@@ -125,12 +126,13 @@ def test_json_has_everything_and_only_numbers(tmp_path: Path) -> None:
     for stage in plan["stages"]:
         assert set(stage) == {
             "stage", "seq_len", "rows_per_step", "tokens_per_step", "steps", "flops_per_token", "flops_per_token_mix",
-            "flops_per_step", "layouts", "configured", "measured",
+            "flops_per_step", "layouts", "wall_time", "configured", "measured",
         }  # fmt: skip
         for layout in stage["layouts"]:
             assert set(layout) == {
-                "parallel", "data", "arguments", "micro_rows", "micro_batches", "fits", "activations", "memory_gib", "step_s",
-                "step_s_mix", "tokens_per_s_per_gpu", "mfu", "gpu_hours", "gpu_hours_mix",
+                "parallel", "data", "arguments", "micro_rows", "micro_batches", "fits", "activations", "memory_gib",
+                "host_memory_gib",
+                "saves", "step_s", "step_s_mix", "tokens_per_s_per_gpu", "mfu", "gpu_hours", "gpu_hours_mix",
             }  # fmt: skip
             assert 0 < layout["mfu"] < 1
             hours = stage["steps"] * layout["step_s"]["total"] * 8 / 3600

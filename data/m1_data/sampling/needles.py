@@ -17,11 +17,13 @@ import numpy.typing as npt
 from m1_data.arrays import Ints
 from m1_data.errors import DataError
 from m1_data.seeded_random import derive_seed, permutation, random_uint64
+from m1_data.spec import SHORTEST_NEEDLE_TOKENS
 from m1_data.storage.store import Reader
 
 KEY_TOKENS, VALUE_TOKENS = 4, 4
 PAIR_TOKENS = KEY_TOKENS + VALUE_TOKENS
-SHORTEST_TOKENS = 8 * PAIR_TOKENS
+SHORTEST_TOKENS = SHORTEST_NEEDLE_TOKENS
+assert SHORTEST_TOKENS == 8 * PAIR_TOKENS
 """Shorter documents would be little but needles."""
 _DENSEST, _SPARSEST, _MOST_NEEDLES = 3 * PAIR_TOKENS, 128 * PAIR_TOKENS, 256
 """Tokens for each needle of a training document, and needles at most."""

@@ -16,6 +16,13 @@ FEW_SLOTS = 1024
 """Up to as many slots (tokens times experts of each) every expert looks for its rows itself, without sorting them."""
 
 
+def fp32_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T`` [T, E] in fp32, of x [T, h] and weight [E, h] in any floating dtypes."""
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+        return torch.mm(x, weight.T, out_dtype=torch.float32)  # products of bf16 numbers are exact in fp32
+    return x.float() @ weight.float().T
+
+
 def route(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Choose the ``k`` likeliest experts of each token.
 

@@ -19,7 +19,8 @@ def choose_tokens(
     top_p: Tensor,
     uniform: Tensor,
     banned: Tensor,
-    bans: Tensor,
+    lengths: Tensor,
+    from_length: Tensor,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Choose the next token of every row. On a CUDA device nothing waits for the host.
@@ -33,7 +34,7 @@ def choose_tokens(
         top_k: [rows] int64: only so many likeliest tokens are kept, with all that tie with the last of them; 0: all.
         top_p: [rows] fp64: of those, only the fewest likeliest that together have this probability, with ties; 1: all.
         uniform: [rows] fp64 in [0, 1).
-        banned: [rows, B] int64 tokens that a row must not take where ``bans`` [rows] is true.
+        banned: [rows, B] int64 tokens that a row must not take where ``lengths`` is less than ``from_length``, [rows] int64 each.
         forced: [rows] int64: the token that a row must take, or -1.
 
     Returns:
@@ -43,9 +44,9 @@ def choose_tokens(
     if takes_triton(logits):
         from m1_kernels.sampling.choose_triton import choose_tokens_triton
 
-        return choose_tokens_triton(logits, temperature, top_k, top_p, uniform, banned, bans, forced)
+        return choose_tokens_triton(logits, temperature, top_k, top_p, uniform, banned, lengths, from_length, forced)
     there = logits.gather(1, banned)
-    allowed = logits.scatter(1, banned, torch.where(bans[:, None], -math.inf, there))
+    allowed = logits.scatter(1, banned, torch.where((lengths < from_length)[:, None], -math.inf, there))
     token = allowed.argmax(-1)
     if draws := torch.nonzero(temperature > 0)[:, 0].tolist():
         probs = torch.softmax(allowed[draws] / temperature[draws, None], dim=-1).double()

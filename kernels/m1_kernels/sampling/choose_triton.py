@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1_kernels.overlap import overlap, wait_for_previous
+
 BLOCK = 4096
+"""At most so many logits are held at a time."""
 
 
 @triton.jit
@@ -24,15 +27,15 @@ def _keys(x):
 @triton.jit
 def _above(row, key, highest, scale, vocab, BLOCK: tl.constexpr):
     """The number of logits whose keys are at least ``key``, and the sum of their exp((x - highest) * scale) in fp64."""
-    count = tl.zeros([], tl.int64)
-    total = tl.zeros([], tl.float64)
-    for start in range(0, vocab, BLOCK):
+    count = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):  # loads beside each other; added up once, at the end
         at = start + tl.arange(0, BLOCK)
         x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
         kept = (_keys(x) >= key) & (at < vocab)
-        count += tl.sum(kept.to(tl.int32), 0)
-        total += tl.sum(tl.where(kept, tl.exp((x - highest) * scale), 0.0).to(tl.float64), 0)
-    return count, total
+        count += kept.to(tl.int32)
+        total += tl.where(kept, tl.exp((x - highest) * scale), 0.0).to(tl.float64)
+    return tl.sum(count, 0), tl.sum(total, 0)
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def _likeliest(row, vocab, BLOCK: tl.constexpr):
     best = tl.full([BLOCK], -3.4e38, tl.float32)  # finite: the difference of two infinities is not a number
     best_at = tl.zeros([BLOCK], tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, loop_unroll_factor=4):
         at = start + lane
         x = tl.load(row + at, mask=at < vocab, other=float("-inf"))
         higher = tl.maximum(best, x)
@@ -56,17 +59,18 @@ def _likeliest(row, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _choose(
-    logits, temperature, top_k, top_p, uniform, banned, bans, forced, tokens, logprobs, stride, vocab, B,
-    BANS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, temperature, top_k, top_p, uniform, banned, lengths, from_length, forced, tokens, logprobs, stride, vocab, B,
+    BANS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """tokens [rows] int64 and logprobs [rows] fp32; banned logits are overwritten. Grid rows."""
+    wait_for_previous(OVERLAP)
     number = tl.program_id(0).to(tl.int64)
     row = logits + number * stride
     highest, token, mass = _likeliest(row, vocab, BLOCK)
     log_sum = highest + tl.log(mass).to(tl.float32)
     taken = tl.load(forced + number)
     taken_logit = tl.load(row + tl.maximum(taken, 0))
-    if tl.load(bans + number) != 0:
+    if tl.load(lengths + number) < tl.load(from_length + number):
         place = tl.arange(0, BANS)
         ids = tl.load(banned + number * B + place, mask=place < B, other=0)
         tl.store(row + ids, tl.full([BANS], float("-inf"), tl.float32), mask=place < B)
@@ -103,11 +107,14 @@ def _choose(
             kept = (_keys(x) >= least) & (at < vocab)
             weight = tl.where(kept, tl.exp((x - highest) * scale), 0.0).to(tl.float64)
             part = tl.sum(weight, 0)
-            last = tl.max(tl.where(kept & (weight > 0), offset, -1), 0)
-            if (found == 0) & (last >= 0):  # rounding can leave the target above the last sum: then it is the last one
-                inside = tl.minimum(tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0), last)
-                token = (start + inside).to(tl.int64)
-                found = (before + part > target).to(tl.int32)
+            if found == 0:
+                last = tl.max(tl.where(kept & (weight > 0), offset, -1), 0)
+                if last >= 0:  # rounding can leave the target above the last sum: then it is the last one
+                    token = (start + last).to(tl.int64)
+                if before + part > target:
+                    inside = tl.minimum(tl.sum((before + tl.cumsum(weight, 0) <= target).to(tl.int32), 0), last)
+                    token = (start + inside).to(tl.int64)
+                    found += 1
             before += part
     chosen = tl.load(row + token)
     tl.store(tokens + number, tl.where(taken >= 0, taken, token))
@@ -121,7 +128,8 @@ def choose_tokens_triton(
     top_p: Tensor,
     uniform: Tensor,
     banned: Tensor,
-    bans: Tensor,
+    lengths: Tensor,
+    from_length: Tensor,
     forced: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Take what ``choose_tokens`` takes; banned logits are overwritten."""
@@ -131,8 +139,10 @@ def choose_tokens_triton(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     size = banned.shape[1]
+    block = min(BLOCK, triton.next_power_of_2(vocab))
     _choose[(rows,)](
-        logits, temperature, top_k, top_p, uniform, banned, bans.to(torch.int32), forced, tokens, logprobs,
-        logits.stride(0), vocab, size, BANS=triton.next_power_of_2(size), BLOCK=BLOCK, num_warps=16,
+        logits, temperature, top_k, top_p, uniform, banned, lengths, from_length, forced, tokens, logprobs,
+        logits.stride(0), vocab, size, BANS=triton.next_power_of_2(size), BLOCK=block, num_warps=max(1, block // 256),
+        **overlap(logits.device),
     )  # fmt: skip
     return tokens, logprobs

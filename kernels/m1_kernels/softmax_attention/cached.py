@@ -12,7 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m1_kernels.softmax_attention.attention import choose_softmax_backend, document_attention, varlen_attention
+from m1_kernels.softmax_attention.rotary import rotate
 from m1_kernels.triton_support import takes_triton
+
+
+def rotate_into_cache(
+    grouped: Tensor, positions: Tensor, rows: Tensor, frequencies: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Rotate the queries and the key of one token of every slot, and write key and value into the cache, in place.
+
+    Args:
+        grouped: [slots, KV, G + 2, D]: of every key head its G queries, the key and the value, not rotated.
+        positions: [slots] int64 position of each token.
+        rows: [slots] int64: the row of its slot that takes the key and the value.
+        frequencies: as ``rotary_frequencies`` returns them.
+        keys, values: [slots, capacity, KV, D].
+
+    Returns:
+        The rotated queries [slots, KV * G, D].
+    """
+    if takes_triton(grouped):
+        from m1_kernels.softmax_attention.rotary_triton import rotate_into_cache_triton
+
+        return rotate_into_cache_triton(grouped, positions, rows, frequencies, keys, values)
+    turned = rotate(grouped[:, :, :-1].flatten(1, 2), positions, frequencies).unflatten(1, (grouped.shape[1], -1))
+    slot = torch.arange(len(rows), device=rows.device)
+    keys[slot, rows], values[slot, rows] = turned[:, :, -1], grouped[:, :, -1]
+    return turned[:, :, :-1].flatten(1, 2)
 
 
 def chunk_attention(

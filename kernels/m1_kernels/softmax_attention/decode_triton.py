@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1_kernels.overlap import overlap, wait_for_previous
+
 KEYS_AT_ONCE = 64
 PROGRAMS = 1024
 """About as many programs are started: a few for each processor."""
@@ -21,8 +23,10 @@ _LOG2_E = 1.4426950408889634
 def _partial(
     q, k, v, lengths, part, top, total, scale, q_slot, q_head, k_slot, k_token, k_head, KV, splits,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """part [slots, KV, splits, G, D] fp32, top and total [slots, KV, splits, G] of each program's keys. k, v share strides."""
+    wait_for_previous(OVERLAP)
     program = tl.program_id(0)
     split = program % splits
     head = program // splits % KV
@@ -64,8 +68,10 @@ def _partial(
 @triton.jit
 def _joined(
     part, top, total, out, splits, H, G: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out [slots, H, D] from the shares. Grid slots * H."""
+    wait_for_previous(OVERLAP)
     program = tl.program_id(0)
     head = program % H
     slot = (program // H).to(tl.int64)
@@ -98,9 +104,10 @@ def decode_attention_triton(q: Tensor, keys: Tensor, values: Tensor, lengths: Te
     _partial[(slots * kv * splits,)](
         q, keys, values, lengths, part, top, total, _LOG2_E * dim**-0.5, *q.stride()[:2], *keys.stride()[:3], kv, splits,
         G=group, GROUP=max(16, triton.next_power_of_2(group)), D=dim, DIM=max(16, padded), N=KEYS_AT_ONCE, num_warps=4,
+        **overlap(q.device),
     )  # fmt: skip
     _joined[(slots * heads,)](
         part, top, total, out, splits, heads, G=group, D=dim, DIM=padded, SPLITS=triton.next_power_of_2(splits),
-        num_warps=4,
+        num_warps=4, **overlap(q.device),
     )  # fmt: skip
     return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 from pathlib import Path
 
 from m1_stages.checkpoint.manifest import CheckpointMeta, Committed
@@ -50,7 +51,22 @@ def free_name(path: Path, word: str) -> Path:
     return moved
 
 
-def is_complete(committed: Committed) -> bool:
+def replaced(committed: Sequence[Committed], verified: Collection[Path], keep_last: int) -> list[Committed]:
+    """Return the checkpoints that are not needed any more: no final ones, and none before two are known to be good.
+
+    Args:
+        committed: newest first.
+        verified: whose files this process has found to be what was written.
+        keep_last: unfinished-stage checkpoints kept.
+    """
+    good = list(islice((c for c in committed if c.path in verified and _is_complete(c)), 2))
+    if len(good) < 2:
+        return []
+    passing = [c for c in committed if not c.meta.stage_final]
+    return [old for old in passing[keep_last:] if old.meta.global_step < good[1].meta.global_step]
+
+
+def _is_complete(committed: Committed) -> bool:
     """Whether every file is there in its size."""
     try:
         return all((committed.path / name).stat().st_size == size for name, (size, _) in committed.files.items())

@@ -7,7 +7,8 @@ into ordinary memory, whose pages are made once.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,23 +39,45 @@ class HostCopy:
 
     Args:
         slot_bytes: of each of the two buffers between.
+        cpu_too: tensors on the CPU pass through the buffers, too, as tests without a GPU want it.
     """
 
-    def __init__(self, slot_bytes: int = SLOT_BYTES) -> None:
-        self._slot_bytes = slot_bytes
+    def __init__(self, slot_bytes: int = SLOT_BYTES, *, cpu_too: bool = False) -> None:
+        self._slot_bytes, self._cpu_too = slot_bytes, cpu_too
         self._memory: mmap.mmap | None = None
+        self._preparation: threading.Thread | None = None
         self._slots: list[_Slot] = []
 
+    def prepare(self, num_bytes: int) -> None:
+        """Make the pages of so much memory in a thread: the first copy then takes no longer than later ones.
+
+        It is a guess: a larger copy gets other memory.
+        """
+        self._memory = _memory(num_bytes)
+        pages = np.frombuffer(self._memory, dtype=np.uint8)
+        self._preparation = threading.Thread(target=_touch, args=(pages,), name="memory of checkpoints", daemon=True)
+        self._preparation.start()
+
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return complete copies of ``tensors`` on the CPU, each a storage of its own bytes alone, as ``torch.save`` needs it."""
+        """Return complete copies of ``tensors`` on the CPU, each a storage of its own bytes alone, as ``torch.save`` needs it.
+
+        For a tensor on the meta device it is memory without values, for ``transfer``.
+        """
         copies = self._views(tensors)
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
-        self._slots = self._slots or self._new_slots(on_gpu)
-        filling, full = self._slots
-        for source, target in zip(tensors, copies, strict=True):
-            if on_gpu and not source.is_cuda:  # an optimizer that waits in host memory
+        pairs = zip(tensors, copies, strict=True)
+        self.transfer((source, target) for source, target in pairs if not source.is_meta)
+        return copies
+
+    def transfer(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy each first tensor to the second, which is in host memory."""
+        filling: _Slot | None = None
+        for source, target in pairs:
+            if not source.is_cuda and not self._cpu_too:  # an optimizer that waits in host memory
                 target.copy_(source)
                 continue
+            if filling is None:
+                self._slots = self._slots or self._new_slots(source.is_cuda)
+                filling, full = self._slots
             for piece, place in self._pieces(source, target):
                 if filling.used + piece.numel() > self._slot_bytes:
                     _record(filling)
@@ -63,10 +86,10 @@ class HostCopy:
                 filling.memory[filling.used : filling.used + piece.numel()].copy_(piece, non_blocking=True)
                 filling.targets.append((filling.used, place))
                 filling.used += piece.numel()
-        _record(filling)
-        _empty(full)
-        _empty(filling)
-        return copies
+        if filling is not None:
+            _record(filling)
+            _empty(full)
+            _empty(filling)
 
     def _pieces(self, source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         import torch
@@ -80,10 +103,11 @@ class HostCopy:
         import torch
 
         sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
+        if self._preparation is not None:
+            self._preparation.join()
+            self._preparation = None
         if self._memory is None or len(self._memory) < sum(sizes):
-            self._memory = mmap.mmap(-1, max(1, sum(sizes)))
-            with suppress(AttributeError, OSError):  # without large pages it works, too
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = _memory(sum(sizes))
         views, start = [], 0
         for tensor, size in zip(tensors, sizes, strict=True):
             if tensor.nbytes:
@@ -104,6 +128,18 @@ class HostCopy:
             )
             for _ in range(2)
         ]
+
+
+def _memory(num_bytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, max(1, num_bytes))
+    with suppress(AttributeError, OSError):  # without large pages it works, too
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _touch(pages: Any) -> None:
+    for start in range(0, len(pages), SLOT_BYTES):
+        pages[start : start + SLOT_BYTES : mmap.PAGESIZE] = 0
 
 
 def _record(slot: _Slot) -> None:

@@ -8,7 +8,7 @@ copy in host memory, and the parts that need the other ranks stay on the main th
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ ReadPart = Callable[[str, tuple[int, ...]], Any]
 """Gives the values of a part of a tensor, on the CPU: by the tensor's global key and the part's offset in it."""
 
 
+Gather = Callable[[list[tuple[Any, Any]]], Iterable[tuple[Any, Any]]]
+"""Takes meta tensors and memory of their shape on the CPU; gives values and where in that memory they belong. Collective."""
+
 FILE_BYTES = 256 << 20
 """A rank writes as many files as it has bytes of these, side by side, and at most as many as it has threads."""
 
@@ -39,6 +42,7 @@ class Snapshot:
         read: gives the values of tensors that are on the meta device, when they are written: one of them is in memory at a time.
         files: to write, of about the same size; default: by ``FILE_BYTES``.
         host: where a GPU's tensors are copied to; default: memory of its own.
+        gather: gives the values of tensors that are on the meta device, when the state is copied.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class Snapshot:
         read: ReadPart | None = None,
         files: int | None = None,
         host: HostCopy | None = None,
+        gather: Gather | None = None,
     ) -> None:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -67,7 +72,8 @@ class Snapshot:
                 async_sharded_save=True,
                 async_strategy="mcore",
             )
-        self._host = host or HostCopy()
+        self._host, self._gather = host or HostCopy(), gather
+        self._wanted: list[tuple[Any, Any]] = []
         self._read, self._finish = read, request.finalize_fns
         self._transforms: Any = None
         self._files: list[Any] = []
@@ -77,14 +83,29 @@ class Snapshot:
             _, self._files, self._results = request.async_fn_args
 
     def copy(self) -> None:
-        """Copy the tensors to host memory: training may change them from now on."""
-        tensors = [tensor for _, _, (_, values) in self._files for _, tensor in values if not tensor.is_meta]
-        on_gpu = any(tensor.is_cuda for tensor in tensors)
-        copies = iter(self._host.of(tensors) if on_gpu else [tensor.clone() for tensor in tensors])
+        """Copy this rank's tensors to host memory; with ``gather`` on all ranks, training may change them."""
+        import torch
+
+        def is_copied(tensor: Any) -> bool:
+            return self._gather is not None or not tensor.is_meta
+
+        tensors = [tensor for _, _, (_, values) in self._files for _, tensor in values if is_copied(tensor)]
+        if torch.cuda.is_initialized():
+            copied = self._host.of(tensors)
+        else:
+            copied = [torch.empty_like(x, device="cpu") if x.is_meta else x.clone() for x in tensors]
+        self._wanted = [(tensor, copy) for tensor, copy in zip(tensors, copied, strict=True) if tensor.is_meta]
+        copies = iter(copied)
         self._files = [
-            (path, key, (data, [(item, tensor if tensor.is_meta else next(copies)) for item, tensor in values]))
+            (path, key, (data, [(item, next(copies) if is_copied(tensor) else tensor) for item, tensor in values]))
             for path, key, (data, values) in self._files
         ]
+
+    def gather(self) -> None:
+        """After ``copy`` on all ranks: copy what the ranks hold parts of; collective."""
+        if self._gather is not None:
+            self._host.transfer(self._gather(self._wanted))
+        self._wanted = []
 
     def write(self, report_progress: Callable[[], None]) -> Files:
         """Write this rank's files to the disk; no collectives, so any thread may do it, and again after a failure.
@@ -153,6 +174,7 @@ def save_in_process(sharded_state_dict: dict[str, Any], directory: Path) -> None
     """``dist_checkpointing.save`` in torch_dist format, flushed to disk; collective."""
     snapshot = Snapshot(sharded_state_dict, directory)
     snapshot.copy()
+    snapshot.gather()
     snapshot.write(lambda: None)
     barrier()
     snapshot.finish()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from m1_data.storage.durable import flush, write_atomically
 from m1_stages.checkpoint.directories import (
     directory_for,
     free_name,
-    is_complete,
     left_behind,
+    replaced,
     step_directories,
     temporary_name,
 )
@@ -32,7 +31,7 @@ from m1_stages.checkpoint.manifest import (
     manifest_text,
     read_manifest,
 )
-from m1_stages.checkpoint.snapshot import Files, ReadPart, Snapshot
+from m1_stages.checkpoint.snapshot import Files, Gather, ReadPart, Snapshot
 from m1_stages.checkpoint.writer_thread import Progress, Writer
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.runtime.collectives import agree_max, barrier, gather, rank, run_together
@@ -67,6 +66,7 @@ class CheckpointStore:
         on_rejected: called with every checkpoint that fails verification.
         on_waiting: called again and again while the store waits for a save.
         on_stuck: called on every rank with the reason when a writer makes no progress, before the save is abandoned.
+        host: where a GPU's tensors are copied to.
 
     Raises:
         EnvironmentProblem: psutil is missing (Megatron's checkpointing needs it and does not say so).
@@ -82,6 +82,7 @@ class CheckpointStore:
         on_rejected: OnRejected = lambda path, reason, moved: None,
         on_waiting: Callable[[], None] = lambda: None,
         on_stuck: Callable[[str], object] = lambda reason: None,
+        host: HostCopy | None = None,
     ) -> None:
         try:
             import psutil  # noqa: F401
@@ -95,7 +96,7 @@ class CheckpointStore:
         """The save that failed last, if ``write_again`` may be asked for: it holds its copy of the state."""
         self.write_s = 0.0
         """Seconds in which the slowest rank wrote its files of the last committed checkpoint, read back and compared."""
-        self._host = HostCopy()
+        self._host = host or HostCopy()
         self._abandoned: list[Writer] = []
         self._verified: set[Path] = set()
         """Checkpoints whose files this process has read and found to be what the manifest says."""
@@ -154,11 +155,13 @@ class CheckpointStore:
         *,
         read: ReadPart | None = None,
         files: int | None = None,
+        gathered: Gather | None = None,
         repeatable: bool = False,
     ) -> None:
         """Copy the state and start to write it; training may go on, and ``poll`` commits it.
 
         Args: those of ``save``, and
+            gathered: gives the values of tensors that several ranks hold parts of (``Snapshot``).
             repeatable: keep the copy if it cannot be written, for ``write_again``.
 
         Raises:
@@ -178,10 +181,13 @@ class CheckpointStore:
             self.sweep()
             run_together(lambda: self._make(temporary) if rank() == 0 else None)
             planned: list[Snapshot] = []
-            plan = partial(Snapshot, sharded_state_dict, temporary, read=read, files=files, host=self._host)
+            plan = partial(
+                Snapshot, sharded_state_dict, temporary, read=read, files=files, host=self._host, gather=gathered
+            )
             run_together(lambda: planned.append(plan()))
             (snapshot,) = planned
             run_together(snapshot.copy)
+            snapshot.gather()
             self._saving = _Save(snapshot, self._write(snapshot), meta, temporary, final, repeatable)
 
     def write_again(self) -> None:
@@ -343,16 +349,10 @@ class CheckpointStore:
 
     def _retain(self) -> None:
         """Remove old checkpoints, as long as two newer ones are known to be good."""
-        committed = self.committed()
-        good = list(islice((c for c in committed if c.path in self._verified and is_complete(c)), 2))
-        if len(good) < 2:
-            return
-        passing = [c for c in committed if not c.meta.stage_final]
-        for old in passing[self._keep_last :]:
-            if old.meta.global_step < good[1].meta.global_step:
-                removed = old.path.with_name(f"{old.path.name}.tmp-removed")  # at once, then file by file
-                old.path.rename(removed)
-                shutil.rmtree(removed, ignore_errors=True)
+        for old in replaced(self.committed(), self._verified, self._keep_last):
+            removed = old.path.with_name(f"{old.path.name}.tmp-removed")  # at once, then file by file
+            old.path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
     def sweep(self) -> None:
         """Remove what interrupted saves and removals left behind; only the command that holds the run's lock may call it."""

@@ -258,10 +258,6 @@ class RunSection:
     ] = False
     tensorboard: Annotated[bool, "also write TensorBoard events (needs the 'tensorboard' extra)"] = False
 
-    def saves_in_background(self, device: str) -> bool:
-        """Return whether checkpoints are written in the background on ``device``, "cpu" or "cuda"."""
-        return device == "cuda" if self.async_save == "auto" else self.async_save == "on"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:

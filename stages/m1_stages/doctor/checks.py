@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.doctor.host_memory import host_memory_finding
 from m1_stages.doctor.probes import Finding, Probe, collective_finding, gpu_findings, has_nvidia
 from m1_stages.plan.shapes import count_parameters
 from m1_stages.plan.stage_workload import model_with_vocab
@@ -48,9 +49,13 @@ def examine(folder: Path, resolved: Resolved | None) -> Iterator[Finding]:
     yield collective_finding("gloo", gloo, "export GLOO_SOCKET_IFNAME=lo   (between machines: their network interface)")
     if gpus is None:
         yield Finding(name="GPUs", ok=True, detail="none: runs go to the CPU")
+        if resolved:
+            yield host_memory_finding(resolved, 0)
         return
     found, error = gpus.result()
     yield from gpu_findings(found, error)
+    if resolved and not error:
+        yield host_memory_finding(resolved, len(found["gpus"]))
     if found.get("gpus"):
         yield collective_finding("NCCL", Probe("nccl", len(found["gpus"])), "NCCL_DEBUG=WARN m1 doctor   (says why)")
 

@@ -1,4 +1,4 @@
-"""Results of evaluations on the disk, and the lengths that are measured. No torch."""
+"""Results of evaluations on the disk. No torch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ from typing import Any
 import orjson
 
 from m1_data.plain_values import from_plain, shown_value
-from m1_data.sampling.needles import SHORTEST_TOKENS
 from m1_data.storage.durable import write_when_there_is_room
-from m1_stages.config import Config
 from m1_stages.errors import DataError
 from m1_stages.events import HeldOutMeasured, StageEvaluated
 from m1_stages.run_dir import EVALUATION
 
 Result = dict[str, Any]
 """A ``StageEvaluated`` as plain values."""
-
-
-def needle_lengths(config: Config, stage: str) -> list[int]:
-    """Lengths of the needle documents of ``stage`` in tokens, shortest first.
-
-    Rounded to what the context- and tensor-parallel ranks can share; those too short to hide a needle are excluded.
-    """
-    p = config.parallel
-    parts = (2 * p.context if p.context > 1 else 1) * p.tensor
-    lengths = {round(share * config.seq_len(stage)) // parts * parts for share in config.evaluate.lengths}
-    return sorted(length for length in lengths if length >= SHORTEST_TOKENS)
 
 
 def result_path(run_dir: Path, stage: str) -> Path:

@@ -15,9 +15,9 @@ from m1_data.storage.store import PreparedData, Store
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan
 from m1_stages.evaluation.long_context import Subject, loss_by_position, needle_map
-from m1_stages.evaluation.results import needle_lengths
 from m1_stages.event_values import NeedleMap, PositionLoss
 from m1_stages.events import StageEvaluated
+from m1_stages.plan.stage_workload import needle_lengths
 
 
 def measure_stage(

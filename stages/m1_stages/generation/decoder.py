@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from m1_kernels import begin_step, end_step
 from m1_stages.errors import ConfigError
 from m1_stages.generation.forward import IncrementalModel
 from m1_stages.generation.replica import Replica, device_copy
@@ -74,10 +75,9 @@ class Decoder:
         self._tokens = torch.zeros(steps, slots, dtype=torch.int64, device=device)
         self._logprobs = torch.zeros(steps, slots, dtype=torch.float32, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured_bases: tuple[float, ...] | None = None
         if device.type == "cuda":
             self._warm_up()
-        self.weights_changed()
+            self._graph = self._captured()
 
     def start(self, slots: Sequence[int], tokens: Tensor, lengths: Sequence[int], rules: Sequence[SlotRule]) -> None:
         """Let ``slots`` go on from their first tokens [n] (on the device); ``lengths``: tokens that are in their states."""
@@ -89,12 +89,6 @@ class Decoder:
     def stop(self, slots: Sequence[int]) -> None:
         """Let the tokens of ``slots`` be meaningless from now on."""
         self._set_rules(device_copy(slots, torch.int64, self.token.device), [IDLE] * len(slots), active=0)
-
-    def weights_changed(self) -> None:
-        """Record the step anew if the RoPE base is another one: the graph holds its value, and reads all else from tensors."""
-        if self.token.is_cuda and self.model.rope_bases != self._captured_bases:
-            self._graph, self._captured_bases = None, self.model.rope_bases  # the old one's memory first
-            self._graph = self._captured()
 
     def run(self, uniform: Tensor, forced: Tensor) -> Block:
         """Compute as many steps as ``uniform`` [steps, slots] fp64 and ``forced`` [steps, slots] int64 (host) have rows."""
@@ -111,20 +105,14 @@ class Decoder:
 
     @torch.no_grad()
     def _step(self) -> None:
-        hidden = self.model.decode(self.token, self.length, self._active > 0, self.states)
-        chosen = self._rules.choose(
-            self.model.logits(hidden),
-            self.length + 2,
-            self._uniform.index_select(0, self._at)[0],
-            self._forced.index_select(0, self._at)[0],
-        )
-        token, logprob = self._replica.agree(*chosen)
-        self.token.copy_(token)
-        self._tokens.index_copy_(0, self._at, token[None])
-        self._logprobs.index_copy_(0, self._at, logprob[None])
-        # An answer that has ended runs on until the host sees it: it must stay inside of its slot.
-        self.length.add_(self._active).clamp_(max=self.states.capacity - 1)
-        self._at.add_(1)
+        capacity = self.states.capacity
+        step = begin_step(self.length, self._active, self._at, self._uniform, self._forced, capacity=capacity)
+        hidden = self.model.decode(self.token, self.length, step, self.states)
+        chosen = self._rules.choose(self.model.logits(hidden), step.lengths, step.uniform, step.forced)
+        end_step(
+            *self._replica.agree(*chosen), token=self.token, tokens=self._tokens, logprobs=self._logprobs,
+            positions=self.length, active=self._active, at=self._at, capacity=capacity,
+        )  # fmt: skip
 
     def _set_rules(self, at: Tensor, rules: Sequence[SlotRule], *, active: int) -> None:
         self._active[at] = active

@@ -147,7 +147,6 @@ class Engine:
         Answers that are being written keep the states that the old weights made; ``Completion.weights`` names both.
         """
         self.model.refresh()
-        self._decoder.weights_changed()
         self.weights = weights
 
     def _read_prompts(self) -> None:

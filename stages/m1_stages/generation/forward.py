@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,21 +19,23 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from m1_kernels import (
-    apply_rotary,
+    StepInputs,
     causal_attention,
     chunk_attention,
     decode_attention,
+    fp32_logits,
     lightning_decode_layer,
     lightning_prefill_layer,
-    mix_local_experts,
-    route,
+    mix_and_norm,
+    norm_and_route,
+    rotary_frequencies,
+    rotate,
+    rotate_into_cache,
 )
 from m1_stages.errors import ConfigError
 from m1_stages.generation.states import SlotStates
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
 from m1_stages.model.hybrid import HybridModel
-from m1_stages.model.moe import MixtureOfExperts, fp32_product
-from m1_stages.model.post_norm import post_norm_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,105 +77,104 @@ class IncrementalModel:
         self.device, self.dtype = weight.device, weight.dtype
         self._kinds = [isinstance(layer.self_attention, SoftmaxAttention) for layer in model.decoder.layers]
         self._index = [sum(kind is before for before in self._kinds[:i]) for i, kind in enumerate(self._kinds)]
-        self._log_decay: list[Tensor | None] = [None] * len(self._kinds)
-        self.refresh()
-
-    @property
-    def rope_bases(self) -> tuple[float, ...]:
-        """The RoPE base of each softmax layer, a plain number: a captured graph holds its value."""
-        layers = (layer.self_attention for layer in self.model.decoder.layers)
-        return tuple(module.rope_base for module in layers if isinstance(module, SoftmaxAttention))
+        self._rates = [self._rates_of(layer.self_attention) for layer in model.decoder.layers]
+        """What each layer's kernels read beside weights: decay rates [heads here], or RoPE frequencies [rotary_dim / 2]; fp32."""
 
     def refresh(self) -> None:
-        """Take over the decay rates of the model; call it after they, or all weights, were replaced in place."""
-        for number, layer in enumerate(self.model.decoder.layers):
-            if isinstance(layer.self_attention, LightningAttention):
-                rates, mine = layer.self_attention.log_decay, self._log_decay[number]
-                assert rates is not None, "set_slopes was not called"
-                if mine is None:
-                    self._log_decay[number] = rates.clone()
-                else:
-                    mine.copy_(rates)  # a captured graph reads this tensor
+        """Take over decay rates and RoPE base of the model; call it after they, or all weights, were replaced in place."""
+        for mine, layer in zip(self._rates, self.model.decoder.layers, strict=True):
+            mine.copy_(self._rates_of(layer.self_attention))  # a captured graph reads this tensor
+
+    def _rates_of(self, module: LightningAttention | SoftmaxAttention) -> Tensor:
+        if isinstance(module, SoftmaxAttention):
+            return rotary_frequencies(module.rope_base, module.rotary_dim, self.device)
+        assert module.log_decay is not None, "set_slopes was not called"
+        return module.log_decay.clone()
 
     @torch.no_grad()
     def prefill(self, chunk: PrefillChunk, states: SlotStates) -> Tensor:
         """Read the chunk's tokens; returns their final hidden states [T, hidden]. The cache is filled, ``carried`` advanced."""
         whole = not any(chunk.starts)
 
-        def lightning(module: LightningAttention, index: int, number: int, x: Tensor) -> tuple[Tensor, None]:
+        def lightning(module: LightningAttention, index: int, number: int, x: Tensor) -> Tensor:
             parts = F.linear(x, module.linear_in.weight).view(-1, module.num_heads, 4, module.head_dim)
             out, chunk.carried[index] = lightning_prefill_layer(
-                parts, module.norm.weight, self._rates(number), chunk.carried[index],
+                parts, module.norm.weight, self._rates[number], chunk.carried[index],
                 doc_lengths=tuple(chunk.lengths), eps=module.norm.eps, tp_group=self.tp_group,
             )  # fmt: skip
-            return self._row_parallel(out, module), None
+            return self._row_parallel(out, module)
 
-        def softmax(module: SoftmaxAttention, index: int, number: int, x: Tensor) -> tuple[Tensor, None]:
-            q, k, v = self._heads(module, x, chunk.positions)
+        def softmax(module: SoftmaxAttention, index: int, number: int, x: Tensor) -> Tensor:
+            grouped = self._heads(module, x)
+            turned = rotate(grouped[:, :, :-1].flatten(1, 2), chunk.positions, self._rates[number])
+            turned = turned.view(-1, module.num_groups, module.group + 1, module.head_dim)
+            q, k, v = turned[:, :, :-1].flatten(1, 2), turned[:, :, -1], grouped[:, :, -1]
             keys, values = states.keys[index], states.values[index]
             keys.flatten(0, 1)[chunk.rows], values.flatten(0, 1)[chunk.rows] = k, v
             if whole:
                 out = causal_attention(q[None], k[None], v[None], doc_lengths=tuple(chunk.lengths))[0]
             else:
                 out = chunk_attention(q, keys, values, slots=chunk.slots, starts=chunk.starts, lengths=chunk.lengths)
-            return self._row_parallel(out.flatten(1), module), None
+            return self._row_parallel(out.flatten(1), module)
 
         return self._layers(chunk.tokens, lightning, softmax)
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, positions: Tensor, active: Tensor, states: SlotStates) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor, step: StepInputs, states: SlotStates) -> Tensor:
         """Read one token of every slot; returns final hidden states [slots, hidden]. The states advance by the token.
 
-        On a CUDA device nothing waits for the host.
+        On a CUDA device nothing waits for the host. The results of slots that are not active mean nothing. Their recurrent
+        states change, their caches do not, except for the last row, which no answer reads: prompts are being read into them.
 
         Args:
             tokens, positions: [slots] int64.
-            active: [slots] bool. The results of other slots mean nothing. Their recurrent states change, their caches do not,
-                except for the last row, which no answer reads: prompts are being read into them.
+            step: of ``begin_step``.
         """
-        slot = torch.arange(states.slots, device=self.device)
-        rows = torch.where(active, positions, states.capacity - 1)
-        lengths = torch.where(active, positions + 1, 1)
 
-        def lightning(module: LightningAttention, index: int, number: int, x: Tensor) -> tuple[Tensor, None]:
+        def lightning(module: LightningAttention, index: int, number: int, x: Tensor) -> Tensor:
             parts = F.linear(x, module.linear_in.weight).view(-1, module.num_heads, 4, module.head_dim)
             out = lightning_decode_layer(
-                parts, module.norm.weight, self._rates(number), states.recurrent[index],
-                eps=module.norm.eps, tp_group=self.tp_group,
+                parts, module.norm.weight, self._rates[number], states.recurrent[index],
+                eps=module.norm.eps, tp_group=self.tp_group, ahead=module.linear_out.weight,
             )  # fmt: skip
-            return self._row_parallel(out, module), None
+            return self._row_parallel(out, module)
 
-        def softmax(module: SoftmaxAttention, index: int, number: int, x: Tensor) -> tuple[Tensor, None]:
-            q, k, v = self._heads(module, x, positions)
+        def softmax(module: SoftmaxAttention, index: int, number: int, x: Tensor) -> Tensor:
             keys, values = states.keys[index], states.values[index]
-            keys[slot, rows], values[slot, rows] = k, v
-            return self._row_parallel(decode_attention(q, keys, values, lengths).flatten(1), module), None
+            q = rotate_into_cache(self._heads(module, x), positions, step.rows, self._rates[number], keys, values)
+            return self._row_parallel(decode_attention(q, keys, values, step.seen).flatten(1), module)
 
         return self._layers(tokens, lightning, softmax)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Map final hidden states [P, hidden] to logits [P, vocab] fp32, on every tensor-parallel rank."""
-        scores = fp32_product(hidden, self.model.output_layer.weight)
+        scores = fp32_logits(hidden, self.model.output_layer.weight)
         if self.tp_group.size() > 1:
             scores = gather_from_tensor_model_parallel_region(scores, group=self.tp_group)
         return scores[:, : self.config.vocab_size]
 
-    def _layers(self, tokens: Tensor, lightning: Callable[..., Any], softmax: Callable[..., Any]) -> Tensor:
-        hidden = self._embed(tokens)
-        for number, layer in enumerate(self.model.decoder.layers):
+    def _layers(self, tokens: Tensor, lightning: Callable[..., Tensor], softmax: Callable[..., Tensor]) -> Tensor:
+        """Compute ``post_norm_layer`` of all layers. The sum at the end of one goes into the norm that comes next, unrounded."""
+        layers = list(self.model.decoder.layers)
+        x: Tensor = layers[0].attn_norm(self._embed(tokens))
+        following = [layer.attn_norm for layer in layers[1:]] + [self.model.decoder.final_layernorm]
+        ahead = [_input_weight(layer.self_attention) for layer in layers[1:]] + [self.model.output_layer.weight]
+        add_up = partial(self._summed, group=self.expert_group) if self.expert_group.size() > 1 else None
+        for number, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             attend = softmax if self._kinds[number] else lightning
-            hidden = post_norm_layer(
-                hidden,
-                attn_norm=layer.attn_norm,
-                attention=partial(attend, layer.self_attention, self._index[number], number),
-                mlp_norm=layer.mlp_norm,
-                experts=partial(self._experts, layer.mlp),
-                alpha=layer.alpha,
-                beta=layer.beta,
+            attended = attend(layer.self_attention, self._index[number], number, x)
+            scales = {"alpha": layer.alpha, "beta": layer.beta}
+            norm, router, experts = layer.mlp_norm, layer.mlp.router, layer.mlp.experts
+            y, weights, index = norm_and_route(
+                x, attended, norm.weight, router.weight, router.top_k, eps=norm.eps, **scales
             )
-        out: Tensor = self.model.decoder.final_layernorm(hidden)
-        return out
+            x = mix_and_norm(
+                y, experts.w13, experts.w2, weights, index, next_norm.weight,
+                first=layer.mlp.ep_group.rank() * experts.num_local_experts, num_experts=self.config.num_experts,
+                eps=next_norm.eps, add_up=add_up, ahead=ahead[number], **scales,
+            )  # fmt: skip
+        return x
 
     def _embed(self, tokens: Tensor) -> Tensor:
         table = self.model.embedding.word_embeddings
@@ -184,25 +184,9 @@ class IncrementalModel:
         rows = F.embedding(torch.where(here, tokens - table.vocab_start_index, 0), table.weight)
         return self._summed(torch.where(here[:, None], rows, 0), self.tp_group)
 
-    def _heads(self, module: SoftmaxAttention, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, hidden] to rotated q [T, H, D], rotated k and v [T, KV, D]."""
-        grouped = F.linear(x, module.linear_qkv.weight).view(-1, module.num_groups, module.group + 2, module.head_dim)
-        turned = apply_rotary(
-            grouped[:, :, : module.group + 1].flatten(1, 2),
-            positions,
-            base=module.rope_base,
-            rotary_dim=module.rotary_dim,
-        ).view(-1, module.num_groups, module.group + 1, module.head_dim)
-        return turned[:, :, : module.group].flatten(1, 2), turned[:, :, module.group], grouped[:, :, module.group + 1]
-
-    def _experts(self, module: MixtureOfExperts, x: Tensor) -> tuple[Tensor, None]:
-        experts, router = module.experts, module.router
-        weights, index = route(fp32_product(x, router.weight), router.top_k)
-        first = module.ep_group.rank() * experts.num_local_experts
-        out = mix_local_experts(
-            x, experts.w13, experts.w2, weights, index, first=first, num_experts=self.config.num_experts
-        )
-        return self._summed(out, self.expert_group), None
+    def _heads(self, module: SoftmaxAttention, x: Tensor) -> Tensor:
+        """[T, hidden] to [T, KV, G + 2, D]: of every key head its G queries, the key and the value."""
+        return F.linear(x, module.linear_qkv.weight).view(-1, module.num_groups, module.group + 2, module.head_dim)
 
     def _row_parallel(self, x: Tensor, module: LightningAttention | SoftmaxAttention) -> Tensor:
         return self._summed(F.linear(x, module.linear_out.weight), self.tp_group)
@@ -212,7 +196,7 @@ class IncrementalModel:
             dist.all_reduce(x, group=group)
         return x
 
-    def _rates(self, number: int) -> Tensor:
-        rates = self._log_decay[number]
-        assert rates is not None
-        return rates
+
+def _input_weight(module: LightningAttention | SoftmaxAttention) -> Tensor:
+    weight: Tensor = (module.linear_qkv if isinstance(module, SoftmaxAttention) else module.linear_in).weight
+    return weight

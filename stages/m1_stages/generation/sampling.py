@@ -49,7 +49,8 @@ class RowRules(NamedTuple):
             top_p=self.top_p,
             uniform=uniform,
             banned=self.banned,
-            bans=lengths < self.from_length,
+            lengths=lengths,
+            from_length=self.from_length,
             forced=forced,
         )
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from m1_kernels import grouped_experts, mix_experts, recomputing
+from m1_kernels import fp32_logits, grouped_experts, mix_experts, recomputing
 
 
 class Router(MegatronRouter):
@@ -136,9 +136,7 @@ class _Fp32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        if x.is_cuda and x.dtype == w.dtype == torch.bfloat16:
-            return torch.mm(x, w.T, out_dtype=torch.float32)  # products of bf16 numbers are exact in fp32
-        return x.float() @ w.float().T
+        return fp32_logits(x, w)
 
     @staticmethod
     @once_differentiable

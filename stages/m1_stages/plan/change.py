@@ -34,6 +34,13 @@ def smallest_change(m: ModelConfig, workloads: list[StageWorkload], machine: Mac
             f"the trainer accepts no layout of {name} on {on} for stage {refused[0]}: its sizes do not divide by that"
         )
         return Change(stages=stages, what=what, fix=_other_gpu_counts(m, workloads, machine))
+    if all(next(fitting_layouts(m, workload, machine, hosts=False), None) for workload in workloads):
+        needed, stage = max((_smallest_host_need(m, workload, machine), workload.stage) for workload in workloads)
+        what = (
+            f"{name} fits on {on}, but its checkpoints do not into their hosts: the leanest layout of stage {stage} needs "
+            f"{needed:,.0f} GiB of host memory on a node to save one, which has {machine.gpu.host_memory_gib:,.0f}"
+        )
+        return Change(stages=stages, what=what, fix=_fitting_change(m, workloads, machine))
     needed, stage = max(((x, stage) for x, stage in smallest if x is not None), key=lambda pair: pair[0])
     what = (
         f"{name} does not fit on {on}: the leanest layout of stage {stage} needs {needed:,.0f} GiB of each GPU, "
@@ -59,6 +66,14 @@ def _smallest_need(m: ModelConfig, workload: StageWorkload, machine: Machine) ->
     """GiB that the leanest accepted layout needs of each GPU; None when the trainer accepts no layout."""
     return min(
         (layout_memory(m, workload, x, machine).needed for x in accepted_layouts(m, workload, machine)), default=None
+    )
+
+
+def _smallest_host_need(m: ModelConfig, workload: StageWorkload, machine: Machine) -> float:
+    """GiB of host memory that the leanest layout needs on a node, of those that fit the GPUs."""
+    return min(
+        machine.host_memory(m, layout, choice.memory).needed
+        for layout, choice in fitting_layouts(m, workload, machine, hosts=False)
     )
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import lcm
 from typing import Any
 
 from m1_stages.config import ModelConfig, ParallelConfig, Resolved
 from m1_stages.plan.change import Change, smallest_change
 from m1_stages.plan.flops import PUBLISHED_RATIO, Flops, Generation, generation_flops, training_flops
+from m1_stages.plan.goodput import WallTime, predict_wall_time
 from m1_stages.plan.hardware import Gpu
-from m1_stages.plan.layout import accepts, configured_layout
-from m1_stages.plan.memory_policy import memory_policy_of
+from m1_stages.plan.layout import accepts, configured_layout, fewest_gpus
+from m1_stages.plan.memory.policy import memory_policy_of
 from m1_stages.plan.run_measurements import Measured, read_measured
 from m1_stages.plan.search import LayoutEstimate, Machine, estimate_layout, fastest_layouts
 from m1_stages.plan.shapes import Parameters, count_parameters
@@ -63,6 +63,8 @@ class StageEstimate:
     configured: LayoutEstimate | None
     """The configuration's own layout; None when the trainer refuses it on these GPUs."""
     compared: Compared | None
+    wall_time: WallTime | None = None
+    """Of the fastest layout; None without one, or when the number of steps is not known yet."""
 
     def hours(self, candidate: LayoutEstimate, *, mix: bool = False) -> float | None:
         """Return the GPU-hours of the stage; None when its number of steps is not known yet."""
@@ -94,6 +96,7 @@ class Plan:
             "gpu": self.machine.gpu.name,
             "gpus": self.machine.gpus,
             "gpu_memory_gib": self.machine.gpu.memory_gib,
+            "node_memory_gib": self.machine.gpu.host_memory_gib,
             "precision": "bf16" if self.machine.memory_policy.bf16 else "fp32",
             "recompute": self.machine.memory_policy.recompute,
             "offload_activations": self.machine.memory_policy.offload_activations,
@@ -118,6 +121,7 @@ class Plan:
             "flops_per_token_mix": stage.mix_flops.as_dict(),
             "flops_per_step": stage.flops.scaled(workload.tokens_per_step).as_dict(),
             "layouts": [self._layout(stage, x) for x in stage.layouts],
+            "wall_time": None if stage.wall_time is None else stage.wall_time.as_dict(),
             "configured": self._layout(stage, stage.configured) if stage.configured else None,
             "measured": None
             if compared is None
@@ -144,6 +148,8 @@ class Plan:
             "fits": x.fits,
             "activations": asdict(x.activations),
             "memory_gib": x.memory.as_dict(),
+            "host_memory_gib": x.host.as_dict(),
+            "saves": None if x.saves is None else asdict(x.saves),
             "step_s": x.time.as_dict(),
             "step_s_mix": x.mix_time.as_dict(),
             "tokens_per_s_per_gpu": x.tokens_per_s_per_gpu,
@@ -151,13 +157,6 @@ class Plan:
             "gpu_hours": stage.hours(x),
             "gpu_hours_mix": stage.hours(x, mix=True),
         }
-
-
-def fewest_gpus(parallel: ParallelConfig) -> int:
-    """Return the smallest number of GPUs that the configured layout and the configured processes divide."""
-    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
-    return lcm(model_ranks, expert_ranks, parallel.processes or 1)
 
 
 def _compared(m: ModelConfig, workload: StageWorkload, ran: Measured, machine: Machine) -> Compared:
@@ -189,14 +188,19 @@ def make_plan(resolved: Resolved, gpu: Gpu, gpus: int | None = None) -> Plan:
         if ran and (ran.seq_len, ran.rows) != (workload.seq_len, workload.rows):
             not_compared[workload.stage] = f"it ran with {ran.rows:,} rows of {ran.seq_len:,} tokens a step"
             ran = None
+        fastest = fastest_layouts(m, workload, machine)
+        every = config.run.save_every_steps
         stages.append(
             StageEstimate(
                 workload=workload,
                 flops=training_flops(m, workload.row_pairs),
                 mix_flops=training_flops(m, workload.mix_pairs),
-                layouts=fastest_layouts(m, workload, machine),
+                layouts=fastest,
                 configured=estimate_layout(m, workload, own, machine) if own and accepts(m, own, workload) else None,
                 compared=_compared(m, workload, ran, machine) if ran else None,
+                wall_time=predict_wall_time(m, workload, machine, fastest[0], save_every_steps=every)
+                if fastest
+                else None,
             )
         )
     stuck = [stage.workload for stage in stages if not stage.layouts]

@@ -40,11 +40,14 @@ class Gpu:
     host_link: float
     """Bandwidth to the host's memory, bytes/s in each direction: PCIe x16."""
     gpus_per_node: int = 8
+    host_memory_gib: float = 2048.0
+    """Memory of a machine with ``gpus_per_node`` of them."""
 
 
 # Vendors' data sheets: A100/A800 80GB SXM, H100/H800/H200/H20 SXM, HGX B200, GeForce RTX 4090 (fp16 with fp32 sums, no
 # NVLink: PCIe 4.0 x16). Memory as nvidia-smi shows it. Networks are the usual ones: 200 Gbit/s a GPU beside an A100, 400
 # beside newer ones, 100 Gbit/s for a whole machine of 4090s. Hosts are on PCIe 5.0 (63 GB/s), beside an A100 or 4090 on 4.0.
+# Host memory: DGX A100 80GB, H100, H200 and B200 have 2 TiB; 512 GiB is usual beside eight 4090s.
 # Flash shares: measured on one H200 (300-350 TFLOP/s), where the kernel does not use the newer tensor-core instructions;
 # elsewhere estimates: 190 TFLOP/s on an A100, H20 and 4090 at the same share, a B200 as fast as an H200.
 _GPUS = (
@@ -63,7 +66,8 @@ _GPUS = (
     Gpu(name="b200", bf16_flops=2250e12, fp32_flops=75e12, memory_gib=178.3, memory_bandwidth=7.7e12,
         link_bandwidth=900e9, network_bandwidth=50e9, flash_attention=0.15, cudnn=True, host_link=63e9),
     Gpu(name="rtx4090", bf16_flops=165e12, fp32_flops=83e12, memory_gib=24.0, memory_bandwidth=1.01e12,
-        link_bandwidth=25e9, network_bandwidth=1.6e9, flash_attention=0.6, cudnn=False, host_link=31.5e9),
+        link_bandwidth=25e9, network_bandwidth=1.6e9, flash_attention=0.6, cudnn=False, host_link=31.5e9,
+        host_memory_gib=512.0),
 )  # fmt: skip
 GPUS = {gpu.name: gpu for gpu in _GPUS}
 
@@ -157,6 +161,25 @@ class Calibration:
     """``keep_margin`` with expert parallelism: how many tokens the busiest rank gets is not known in advance. [guess]"""
     host_bandwidth: float = 0.8
     """Share of the link to the host that a copy to pinned memory reaches. [guess]"""
+    pinned_rounding: float = 1.4
+    """Pinned memory that torch takes over what is asked for, because its blocks are powers of two. Counted over the fp32 tensors
+    of a rank: 1.29 for 700m, 1.42 for 7b-a1b (1.39 with EP 8), 1.24 for the released model with EP 8."""
+    process_gib: float = 5.0
+    """Host memory of a process without checkpoints: Python, torch, CUDA, NCCL, the batches. [guess]"""
+    start_s: float = 20.0
+    """From the start of a process until it loads a checkpoint or trains: imports, ranks, data, model, kernels from a warm
+    cache. [guess]"""
+    save_plan_s: float = 0.5
+    """Planning a checkpoint and meeting the other ranks. [guess]"""
+    host_copy_bytes_per_s: float = 8e9
+    """A process copies its state from the GPU through two pinned buffers to ordinary memory. [guess]"""
+    gather_bytes_per_s: float = 4e9
+    """A process gathers the state of a distributed optimizer in host memory. [guess]"""
+    write_bytes_per_s: float = 1e9
+    """A process writes, hashes, flushes and reads back a checkpoint with two threads, to a file system as fast as memory.
+    [log] 1.06e9. A slower file system decides."""
+    load_bytes_per_s: float = 2e9
+    """A process verifies and loads its part of a checkpoint. [guess] verifying alone: [log] 3.2e9 with two threads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import lcm
 from shlex import quote
 from typing import Any, Literal
 
@@ -94,6 +95,13 @@ def layout_from_sizes(parallel: ParallelConfig, sizes: Mapping[str, int]) -> Lay
         distributed_optimizer=parallel.distributed_optimizer,
         dispatcher=parallel.dispatcher,
     )
+
+
+def fewest_gpus(parallel: ParallelConfig) -> int:
+    """Return the smallest number of GPUs that the configured layout and the configured processes divide."""
+    model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    expert_ranks = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    return lcm(model_ranks, expert_ranks, parallel.processes or 1)
 
 
 def configured_layout(parallel: ParallelConfig, gpus: int) -> Layout | None:

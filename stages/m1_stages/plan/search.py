@@ -6,11 +6,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from m1_stages.config import Config, ModelConfig
+from m1_stages.errors import EnvironmentProblem
 from m1_stages.plan.flops import training_flops
 from m1_stages.plan.hardware import CALIBRATION, GIB, Gpu
 from m1_stages.plan.layout import Layout, accepts, enumerate_layouts
 from m1_stages.plan.memory import Activations, Memory
-from m1_stages.plan.memory_policy import MemoryPolicy, choose_activations, memory_policy_of
+from m1_stages.plan.memory.host import HostMemory, SaveMode, choose_save_mode, estimate_host_memory
+from m1_stages.plan.memory.policy import ActivationChoice, MemoryPolicy, choose_activations, memory_policy_of
 from m1_stages.plan.shapes import count_parameters
 from m1_stages.plan.stage_workload import StageWorkload, model_with_vocab, stage_workloads
 from m1_stages.plan.timing import StepTime, StepTimeModel
@@ -29,6 +31,17 @@ class Machine:
         """Return whether ``need`` fits a GPU with ``Calibration.headroom`` left free."""
         return need.needed <= (1 - CALIBRATION.headroom) * self.gpu.memory_gib
 
+    def host_memory(self, m: ModelConfig, layout: Layout, need: Memory) -> HostMemory:
+        """Estimate the memory of the fullest host, with GPUs that need ``need``."""
+        return estimate_host_memory(m, layout, need, bf16=self.memory_policy.bf16, per_node=self.gpu.gpus_per_node)
+
+    def saves(self, host: HostMemory) -> SaveMode | None:
+        """Return how checkpoints are written; None when no host has the memory to copy one."""
+        try:
+            return choose_save_mode(host, self.gpu.host_memory_gib, self.memory_policy)
+        except EnvironmentProblem:
+            return None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutEstimate:
@@ -39,6 +52,9 @@ class LayoutEstimate:
     micro_batches: int
     activations: Activations
     memory: Memory
+    host: HostMemory
+    saves: SaveMode | None
+    """How checkpoints are written; None when a host has too little memory to copy one."""
     time: StepTime
     """Time of a step when every row is one document."""
     mix_time: StepTime
@@ -47,6 +63,7 @@ class LayoutEstimate:
     mfu: float
     """Causal-halved FLOPs of forward and backward, nothing counted twice, over the vendor's peak."""
     fits: bool
+    """Into the GPUs and their hosts."""
 
 
 def estimate_layout(m: ModelConfig, workload: StageWorkload, layout: Layout, machine: Machine) -> LayoutEstimate:
@@ -58,6 +75,8 @@ def estimate_layout(m: ModelConfig, workload: StageWorkload, layout: Layout, mac
         _time(m, workload, layout, machine, choice.activations, pairs)
         for pairs in (workload.row_pairs, workload.mix_pairs)
     )
+    host = machine.host_memory(m, layout, choice.memory)
+    saves = machine.saves(host)
     tokens_per_s = workload.tokens_per_step / row.total / layout.gpus
     peak = machine.gpu.bf16_flops if machine.memory_policy.bf16 else machine.gpu.fp32_flops
     return LayoutEstimate(
@@ -66,11 +85,13 @@ def estimate_layout(m: ModelConfig, workload: StageWorkload, layout: Layout, mac
         micro_batches=micro_batches,
         activations=choice.activations,
         memory=choice.memory,
+        host=host,
+        saves=saves,
         time=row,
         mix_time=mix,
         tokens_per_s_per_gpu=tokens_per_s,
         mfu=tokens_per_s * training_flops(m, workload.row_pairs).total / peak,
-        fits=machine.holds(choice.memory),
+        fits=machine.holds(choice.memory) and saves is not None,
     )
 
 
@@ -102,8 +123,8 @@ def fastest_layouts(
 ) -> list[LayoutEstimate]:
     """Return the fastest layouts that fit, at most ``most``."""
     timed: list[tuple[float, int, int, Layout]] = []
-    for layout, activations in fitting_layouts(m, workload, machine):
-        seconds = _time(m, workload, layout, machine, activations, workload.row_pairs).total
+    for layout, choice in fitting_layouts(m, workload, machine):
+        seconds = _time(m, workload, layout, machine, choice.activations, workload.row_pairs).total
         # Of layouts that are equally fast, the one that cuts less.
         cuts = layout.tensor * layout.pipeline * layout.context * layout.expert * layout.expert_tensor
         timed.append((seconds, cuts, len(timed), layout))
@@ -134,15 +155,21 @@ def _time(
 
 def accepted_layouts(m: ModelConfig, workload: StageWorkload, machine: Machine) -> Iterator[Layout]:
     """Yield the layouts that the trainer accepts, whether they fit or not."""
-    # The configured choice comes first; a sharded optimizer is tried in addition, because it only saves memory.
+    # The configured choice comes first; a sharded optimizer is tried in addition, because it saves memory of the GPU.
     for sharded in sorted({machine.distributed_optimizer, True}):
         yield from enumerate_layouts(
             m, workload, gpus=machine.gpus, gpus_per_node=machine.gpu.gpus_per_node, distributed_optimizer=sharded
         )
 
 
-def fitting_layouts(m: ModelConfig, workload: StageWorkload, machine: Machine) -> Iterator[tuple[Layout, Activations]]:
-    """Yield the layouts that fit with their treatment of activations; the optimizer is sharded only where it must be."""
+def fitting_layouts(
+    m: ModelConfig, workload: StageWorkload, machine: Machine, *, hosts: bool = True
+) -> Iterator[tuple[Layout, ActivationChoice]]:
+    """Yield the layouts that fit with their treatment of activations; the optimizer is sharded only where it must be.
+
+    Args:
+        hosts: their hosts have to hold the copy of a checkpoint, too.
+    """
     if _states_exceed_memory(m, machine):
         return
     unsharded: set[Layout] = set()
@@ -150,10 +177,11 @@ def fitting_layouts(m: ModelConfig, workload: StageWorkload, machine: Machine) -
         if replace(layout, distributed_optimizer=False) in unsharded:
             continue  # it fits without a sharded optimizer
         choice = choose_activations(m, workload, layout, machine.memory_policy, machine.gpu.memory_gib)
-        if machine.holds(choice.memory):
+        saves = not hosts or machine.saves(machine.host_memory(m, layout, choice.memory))
+        if saves and machine.holds(choice.memory):
             if not layout.distributed_optimizer:
                 unsharded.add(layout)
-            yield layout, choice.activations
+            yield layout, choice
 
 
 def _states_exceed_memory(m: ModelConfig, machine: Machine) -> bool:

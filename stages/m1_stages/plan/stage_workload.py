@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from m1_data.spec import BUCKET_EDGES_TOKENS
+from m1_data.spec import BUCKET_EDGES_TOKENS, SHORTEST_NEEDLE_TOKENS
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig
 from m1_stages.curriculum import SFT, config_section, micro_batch_rows
 
@@ -26,6 +26,8 @@ class StageWorkload:
     """Mean number of tokens that a token attends to when documents are as long as the mix says."""
     config_section: str
     """Section of ``m1.toml`` that configures the stage, for advice."""
+    evaluated: tuple[tuple[int, int], ...] = ()
+    """Rows of the evaluation after the stage, as pairs of their number and their length in tokens."""
 
     @property
     def row_pairs(self) -> float:
@@ -48,6 +50,17 @@ def stage_workloads(config: Config) -> list[StageWorkload]:
     return [*found, _sft(config)] if config.sft.data else found
 
 
+def needle_lengths(config: Config, stage: str) -> list[int]:
+    """Lengths of the needle documents of ``stage`` in tokens, shortest first.
+
+    Rounded to what the context- and tensor-parallel ranks can share; those too short to hide a needle are excluded.
+    """
+    p = config.parallel
+    parts = (2 * p.context if p.context > 1 else 1) * p.tensor
+    lengths = {round(share * config.seq_len(stage)) // parts * parts for share in config.evaluate.lengths}
+    return sorted(length for length in lengths if length >= SHORTEST_NEEDLE_TOKENS)
+
+
 def model_with_vocab(config: Config) -> ModelConfig:
     """Return the model section with a vocabulary: without prepared data the tokenizer's configured size stands in."""
     return replace(config.model, vocab_size=config.model.vocab_size or config.tokenizer.vocab_size)
@@ -63,7 +76,17 @@ def _stage(config: Config, name: str) -> StageWorkload:
         steps=config.num_steps(name),
         config_section=config_section(name),
         mix_pairs=_mix_pairs(seq_len, (stage.short, stage.medium, stage.long), config.curriculum.length_scale),
+        evaluated=_evaluated(config, name, seq_len),
     )
+
+
+def _evaluated(config: Config, stage: str, seq_len: int) -> tuple[tuple[int, int], ...]:
+    """Rows as ``m1_stages.evaluation`` makes them: needles at each depth and a control, documents whole and in pieces."""
+    e = config.evaluate
+    if not e.enabled:
+        return ()
+    needles = tuple((e.samples * (len(e.depths) + 1), length) for length in needle_lengths(config, stage))
+    return (*needles, (2 * e.documents, seq_len)) if e.documents else needles
 
 
 def _sft(config: Config) -> StageWorkload:

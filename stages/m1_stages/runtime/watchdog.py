@@ -29,6 +29,7 @@ SLOW_PHASE_FACTOR = 3.0
 _PHASES = {
     "join": SLOW_PHASE_FACTOR,
     "build": SLOW_PHASE_FACTOR,
+    "load": SLOW_PHASE_FACTOR,
     "data": 1.0,
     "train": 1.0,
     "save": SLOW_PHASE_FACTOR,
@@ -42,8 +43,8 @@ def heartbeat(phase: str, step: int = 0) -> None:
     """Say that this rank makes progress, and where it is; nothing happens without a watchdog.
 
     Args:
-        phase: "join" (the process group), "build" (model, checkpoint), "data", "train" (a micro-batch), "save" or
-            "evaluate" (a micro-batch).
+        phase: "join" (the process group), "build" (the model), "load" (a checkpoint), "data", "train" (a micro-batch),
+            "save" or "evaluate" (a micro-batch).
         step: optimizer steps done in the whole run.
     """
     if _current is not None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from m1_data.storage.durable import FULL_DISK_S
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore, Committed
 from m1_stages.checkpoint.imported import unrounded, weights_to_load
+from m1_stages.checkpoint.snapshot import Gather
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved, WhenChanged
 from m1_stages.config.when_changed import changed_keys, recorded_values
@@ -181,7 +182,7 @@ class Checkpointer:
             CheckpointError: there are candidates, but none can be used.
         """
         self.finish_save()
-        heartbeat("build")
+        heartbeat("load" if candidates else "build")
         for committed in candidates:
             self._refuse_other_shape(committed)
             refuse_other_tokenizer(
@@ -195,6 +196,7 @@ class Checkpointer:
             self._model.load_state_dict(loaded["model"])
             if "optimizer" in loaded:
                 self._optimizer.load_state_dict(loaded["optimizer"])
+        heartbeat("build")
         if "optimizer" not in loaded:
             self._optimizer.start_afresh(unrounded(self._model, loaded["model"]))
         self.imported = committed.meta.extra.get("import", {})
@@ -214,8 +216,8 @@ class Checkpointer:
         while True:
             began = time.perf_counter()
             with self._failures_counted(state.global_step):
-                meta = self._meta(state, stage_final)
-                self.store.begin(self._sharded_state(state, is_loading=False), meta, repeatable=must)
+                sharded, gathered = self._state_to_save(state)
+                self.store.begin(sharded, self._meta(state, stage_final), gathered=gathered, repeatable=must)
                 self._save = _Save(state=copy.copy(state), stage_final=stage_final, must=must, then=then, began=began)
                 self._save.stall_s = time.perf_counter() - began
             if self._save is not None or not must:
@@ -284,6 +286,14 @@ class Checkpointer:
                     where=error.where,
                     fix=error.fix,
                 ) from error
+
+    def _state_to_save(self, state: TrainState) -> tuple[dict[str, Any], Gather | None]:
+        """What ``store.begin`` takes."""
+        gathered = self._optimizer.gathered_state()
+        if gathered is None:
+            return self._sharded_state(state, is_loading=False), None
+        with gathered.planning():
+            return self._sharded_state(state, is_loading=False), gathered.gather
 
     def _sharded_state(self, state: TrainState, *, is_loading: bool) -> dict[str, Any]:
         """Model, optimizer and position as ``dist_checkpointing`` takes them; every rank calls it."""

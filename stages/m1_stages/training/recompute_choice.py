@@ -14,7 +14,7 @@ from m1_stages.errors import EnvironmentProblem
 from m1_stages.plan.hardware import GIB
 from m1_stages.plan.layout import layout_from_sizes
 from m1_stages.plan.memory import Activations
-from m1_stages.plan.memory_policy import choose_activations, memory_policy_of
+from m1_stages.plan.memory.policy import choose_activations, memory_policy_of
 from m1_stages.plan.stage_workload import StageWorkload
 from m1_stages.runtime.collectives import agree_min
 from m1_stages.runtime.device import Device

@@ -16,15 +16,20 @@ import torch
 
 from m1_data.storage.lock import writing
 from m1_stages.checkpoint import CheckpointStore
-from m1_stages.config import Resolved
+from m1_stages.checkpoint.host_copy import HostCopy
+from m1_stages.config import Config, Resolved
 from m1_stages.errors import CheckpointError, ConfigError, EnvironmentProblem, InUse, M1Error, NumericStop
 from m1_stages.events import CheckpointRejected, Event, EventsDelayed, RunStarted, RunStopped, Sink
 from m1_stages.metrics_file import JsonLines
+from m1_stages.plan.hardware import GIB
+from m1_stages.plan.layout import layout_from_sizes
+from m1_stages.plan.memory.host import SaveMode, available_host_gib, choose_save_mode, run_host_memory
+from m1_stages.plan.memory.policy import memory_policy_of
 from m1_stages.plan.shapes import count_parameters
 from m1_stages.run_dir import CHECKPOINTS, LOCK, METRICS, ROLLBACKS, refuse_foreign_run_dir
 from m1_stages.runtime import device as device_module
 from m1_stages.runtime import parallel
-from m1_stages.runtime.collectives import barrier
+from m1_stages.runtime.collectives import agree_min, barrier
 from m1_stages.runtime.ddp import TrainableModel
 from m1_stages.runtime.optimizer import Optimizer
 from m1_stages.runtime.signals import StopRequest
@@ -96,9 +101,10 @@ def _locked_session(
     stop = StopRequest()
     try:
         with stop:
-            run = _build(resolved, device, topology, emit, stop, require_held, rope_base=rope_base)
+            saves = _save_mode(resolved.config, topology, device)
+            run = _build(resolved, device, topology, emit, stop, require_held, saves, rope_base=rope_base)
             run.checkpointer.store.sweep()
-            emit(_run_started(resolved, run, data))
+            emit(_run_started(resolved, run, data, saves))
             try:
                 yield run
                 run.checkpointer.finish_save()
@@ -127,6 +133,17 @@ def _locked_session(
         parallel.stop()
 
 
+def _save_mode(config: Config, topology: parallel.Topology, device: device_module.Device) -> SaveMode:
+    """Decide with the memory that this machine has now whether saves are written beside training; every rank calls it.
+
+    Raises:
+        EnvironmentProblem: there is too little to copy a checkpoint.
+    """
+    layout = layout_from_sizes(config.parallel, topology.sizes())
+    need = run_host_memory(config, layout, per_node=topology.local_world, device=device.name)
+    return choose_save_mode(need, agree_min(available_host_gib()), memory_policy_of(config), device=device.name)
+
+
 def _build(
     resolved: Resolved,
     device: device_module.Device,
@@ -134,6 +151,7 @@ def _build(
     emit: Sink,
     stop: StopRequest,
     require_held: RequireHeld,
+    saves: SaveMode,
     *,
     rope_base: float,
 ) -> Run:
@@ -155,6 +173,9 @@ def _build(
         bf16=config.run.precision == "bf16",
         distributed=config.parallel.distributed_optimizer,
     )
+    host = HostCopy()
+    if device.name == "cuda":
+        host.prepare(round(saves.copy_gib * GIB))
     store = CheckpointStore(
         resolved.run_dir / CHECKPOINTS,
         keep_last=config.run.keep_last,
@@ -165,6 +186,7 @@ def _build(
         on_rejected=lambda path, reason, moved: emit(
             CheckpointRejected(path=str(path), reason=reason, quarantined_as=str(moved))
         ),
+        host=host,
     )
     checkpointer = Checkpointer(
         store,
@@ -174,7 +196,7 @@ def _build(
         topology=topology,
         resolved=resolved,
         emit=emit,
-        background=config.run.saves_in_background(device.name),
+        background=saves.background,
         max_failed=config.run.max_failed_saves,
     )
     return Run(
@@ -221,7 +243,7 @@ def _emitter(
     return emit, lines.close
 
 
-def _run_started(resolved: Resolved, run: Run, data: Sequence[str]) -> RunStarted:
+def _run_started(resolved: Resolved, run: Run, data: Sequence[str], saves: SaveMode) -> RunStarted:
     from m1_stages.model import backend_choices
 
     config = resolved.config
@@ -243,6 +265,7 @@ def _run_started(resolved: Resolved, run: Run, data: Sequence[str]) -> RunStarte
         backends=backends,
         resumed_from=str(latest.path) if latest else "",
         data=list(data),
+        saves=str(saves),
     )
 
 

@@ -6,12 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1_kernels.overlap import overlap, wait_for_previous
+
 
 @triton.jit
 def _step(
     q, k, v, o, state, log_decay, q_row, q_head, k_row, k_head, v_row, v_head, H,
-    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SILU: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, SILU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_previous(OVERLAP)  # before the states are read: that kernel may be this one, a token before
     parts: tl.constexpr = V // BV
     program = tl.program_id(0)
     head = program // parts % H
@@ -19,13 +22,14 @@ def _step(
     rows = tl.arange(0, K)
     cols = program % parts * BV + tl.arange(0, BV)
     at = state + (sequence * H + head) * (K * V) + rows[:, None] * V + cols[None, :]
+    before = tl.load(at)  # first of all, since it is nearly all that is read
     decay = tl.exp(tl.load(log_decay + head))
     query = tl.load(q + sequence * q_row + head * q_head + rows).to(tl.float32)
     key = tl.load(k + sequence * k_row + head * k_head + rows).to(tl.float32)
     value = tl.load(v + sequence * v_row + head * v_head + cols).to(tl.float32)
     if SILU:
         query, key, value = query * tl.sigmoid(query), key * tl.sigmoid(key), value * tl.sigmoid(value)
-    new = tl.load(at) * decay + key[:, None] * value[None, :]
+    new = before * decay + key[:, None] * value[None, :]
     tl.store(at, new)
     out = tl.sum(query[:, None] * new, 0)
     tl.store(o + (sequence * H + head) * V + cols, out.to(o.dtype.element_ty))
@@ -43,6 +47,6 @@ def decode_triton(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Ten
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     _step[(batch * heads * (v_dim // columns),)](
         q, k, v, out, state, log_decay, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads,
-        K=k_dim, V=v_dim, BV=columns, SILU=silu, num_warps=4,
+        K=k_dim, V=v_dim, BV=columns, SILU=silu, num_warps=4, **overlap(q.device),
     )  # fmt: skip
     return out

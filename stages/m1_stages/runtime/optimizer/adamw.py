@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from m1_stages.config import OptimConfig
 from m1_stages.errors import ConfigError
 from m1_stages.runtime.ddp import TrainableModel
-from m1_stages.runtime.optimizer_offload import HostState
+from m1_stages.runtime.optimizer.gather import GatheredState
+from m1_stages.runtime.optimizer.offload import HostState
 
 
 class Optimizer:
@@ -93,6 +94,11 @@ class Optimizer:
         """State as ``dist_checkpointing`` takes it, beside the model's ``sharded_state_dict``."""
         state: dict[str, Any] = self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
         return state
+
+    def gathered_state(self) -> GatheredState | None:
+        """Return how a checkpoint gets the state of the distributed optimizer; None where each rank holds its own whole."""
+        parts = self._distributed_parts()
+        return GatheredState(parts) if parts else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load what ``sharded_state_dict`` of the same layout gave, filled; inside ``loading``.

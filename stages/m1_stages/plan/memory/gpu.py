@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from m1_stages.config import ModelConfig
-from m1_stages.plan.activations import LayerBytes
 from m1_stages.plan.hardware import CALIBRATION, GIB, TRAINER, Calibration, Trainer
 from m1_stages.plan.layout import Layout
+from m1_stages.plan.memory.activations import LayerBytes
 from m1_stages.plan.shapes import chunk_spans, layers_of_pipeline_rank, rank_parameters
 
 
@@ -50,8 +50,10 @@ class Memory:
     workspace: float
     reserve: float
     """Memory outside torch, and memory lost to fragmentation."""
-    host: float
-    """Pinned host memory; it is part of no sum."""
+    host_activations: float
+    """Offloaded inputs of layers, in pinned host memory; part of no sum of the device."""
+    host_optimizer: float
+    """Offloaded master weights and moments, in pinned host memory between the updates; part of no sum of the device."""
 
     @property
     def peak(self) -> float:
@@ -64,9 +66,14 @@ class Memory:
         """GiB that the device must have."""
         return self.peak + self.reserve
 
+    @property
+    def host(self) -> float:
+        """GiB of pinned host memory."""
+        return self.host_activations + self.host_optimizer
+
     def as_dict(self) -> dict[str, float]:
-        """Return the parts and the sums ``peak`` and ``needed``."""
-        return {**asdict(self), "peak": self.peak, "needed": self.needed}
+        """Return the parts and the sums ``peak``, ``needed`` and ``host``."""
+        return {**asdict(self), "peak": self.peak, "needed": self.needed, "host": self.host}
 
 
 def estimate_memory(
@@ -163,7 +170,8 @@ def _pipeline_rank_memory(
         update=(update + offload_optimizer * master) / GIB,
         workspace=WORKSPACE_GIB,
         reserve=0.0,
-        host=(offloaded + offload_optimizer * master) / GIB,
+        host_activations=offloaded / GIB,
+        host_optimizer=offload_optimizer * master / GIB,
     )
     return Memory(**{**asdict(allocated), "reserve": c.reserve_gib + c.fragmentation * allocated.peak})
 

@@ -13,7 +13,7 @@ from typing import Literal
 from m1_stages.config import Config, ModelConfig
 from m1_stages.plan.hardware import CALIBRATION
 from m1_stages.plan.layout import Layout
-from m1_stages.plan.memory import Activations, Memory, estimate_memory
+from m1_stages.plan.memory.gpu import Activations, Memory, estimate_memory
 from m1_stages.plan.stage_workload import StageWorkload
 
 KEPT = Activations()
@@ -21,18 +21,23 @@ KEPT = Activations()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPolicy:
-    """What the configuration says about precision, recomputation and host memory."""
+    """What the configuration says about precision, recomputation, host memory and saves."""
 
     bf16: bool
     recompute: Literal["auto", "always", "never"]
     offload_activations: bool = False
     """Applies in stages that recompute."""
     offload_optimizer: bool = False
+    async_save: Literal["auto", "on", "off"] = "auto"
 
     @property
     def recomputed(self) -> Activations:
         """The treatment of activations in a stage that recomputes."""
         return Activations(recompute=True, offload=self.offload_activations)
+
+    def saves_in_background(self, device: Literal["cpu", "cuda"]) -> bool:
+        """Return whether checkpoints are written beside training on ``device``."""
+        return device == "cuda" if self.async_save == "auto" else self.async_save == "on"
 
 
 def memory_policy_of(config: Config) -> MemoryPolicy:
@@ -42,6 +47,7 @@ def memory_policy_of(config: Config) -> MemoryPolicy:
         recompute=config.run.recompute,
         offload_activations=config.run.offload_activations,
         offload_optimizer=config.optim.offload,
+        async_save=config.run.async_save,
     )
 
 

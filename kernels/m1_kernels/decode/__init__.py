@@ -1,0 +1,1 @@
+"""A decoding step of all slots: what stands between the large products, in few kernels. No gradient flows."""
