@@ -113,7 +113,7 @@ def test_one_alone_ends_in_two_seconds() -> None:
     before = processor_seconds()
     error, _ = attempt(HOSTILE["wordwrap"])
     assert f"more than {MAX_SECONDS} s" in str(error)
-    assert MAX_SECONDS <= processor_seconds() - before < MOST_SECONDS
+    assert 0.9 * MAX_SECONDS < processor_seconds() - before < MOST_SECONDS, "the kernel counts in ticks"
 
 
 def processor_seconds() -> float:

@@ -54,8 +54,8 @@ def test_samples_show_their_mask_and_tables_their_counts(config: Path) -> None:
     assert f"{config.parent / 'chats.jsonl'}:1, 29 tokens, domain math ⟦trained⟧ not trained" in text
     assert text.count("⟧ ") >= 2
     assert "q1" not in text, "two samples: the first and the last"
-    assert "16 to 31 3 " in text
-    assert "128 to 255 1 " in text
+    for bucket in ("16 to 31 1 █", "32 to 63 2 █", "64 to 127 0 128", "128 to 255 1 █"):
+        assert bucket in text
     assert "math 2 50.0%" in text
     assert "math and code: 75.0% of the conversations that name a domain, MiniMax-M1 has 60%" in text
     assert "all 3 13.16 3 13.16" in text, "three matches in 7 + 10 + 10 + 201 trained tokens"
