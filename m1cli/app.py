@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -361,4 +365,23 @@ def demo(
 def main() -> None:
     """Run the ``m1`` command."""
     with leaving_with_its_own_exit_code():
-        app()
+        try:
+            app()
+        except SystemExit as end:
+            _leave(end.code)
+            raise
+
+
+def _leave(code: object) -> None:
+    """End the process without taking Python apart, where torch is loaded: that takes a second.
+
+    Exit functions run and streams are flushed; where a stream cannot be, or a thread has to be waited for, Python ends as always.
+    """
+    waits = any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    if "torch" not in sys.modules or waits or not isinstance(code, int | None):
+        return
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: a process without standard output
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)

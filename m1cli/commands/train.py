@@ -18,6 +18,7 @@ from m1_stages.curriculum import stages_of
 from m1_stages.errors import ConfigError, EnvironmentProblem, RankLost
 from m1_stages.events import Sink
 from m1_stages.run_dir import LOCK, TENSORBOARD, refuse_foreign_run_dir
+from m1_stages.runtime.imports import importing
 from m1_stages.runtime.watchdog import Watchdog
 from m1cli.console import is_rank_0
 from m1cli.display import TrainingDisplay
@@ -36,7 +37,8 @@ def pretrain_command(
     stages = stages_of(stage)
 
     def train(sinks: list[Sink]) -> None:
-        from m1_stages.jobs import pretrain
+        with importing():
+            from m1_stages.jobs import pretrain
 
         pretrain.run(resolved, stages, sinks, fresh=fresh, force=force)
 
@@ -50,7 +52,8 @@ def evaluate_command(config: Path, overrides: list[str], stage: str, *, gpus: in
         raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join(STAGE_NAMES)}")
 
     def measure(sinks: list[Sink]) -> None:
-        from m1_stages.jobs import evaluate
+        with importing():
+            from m1_stages.jobs import evaluate
 
         evaluate.run(resolved, stage, sinks)
 
@@ -62,7 +65,8 @@ def sft_command(config: Path, overrides: list[str], *, gpus: int | None, fresh: 
     resolved = load_config(config, [*overrides, *_processes(gpus)])
 
     def train(sinks: list[Sink]) -> None:
-        from m1_stages.jobs import sft
+        with importing():
+            from m1_stages.jobs import sft
 
         sft.run(resolved, sinks, fresh=fresh)
 

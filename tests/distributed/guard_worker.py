@@ -72,7 +72,7 @@ def _train(job: dict[str, Any], dev: Any, topology: parallel.Topology) -> dict[s
     events: list[Event] = []
     run = Run(
         run_dir=Path(), device=dev, topology=topology, model=model, trainable=chunks, optimizer=optimizer,
-        checkpointer=mock.Mock(save_now=lambda state, stage_final: ""), emit=events.append,
+        checkpointer=mock.Mock(save_now=lambda state: ""), emit=events.append,
         save_every_steps=10**6, stop=StopRequest(),
         guard=dataclasses.replace(GuardConfig(), **job.get("guard", {})), max_grad_norm=1.0,
         **{"check_replicas_every": 0} | job.get("run", {}),

@@ -35,7 +35,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             state = restored(run, folder / job["load"])
             state.stage = "32k"
         loss = train(run, state, 0.0)
-        run.checkpointer.save_now(state, stage_final=True)
+        run.checkpointer.save_final(state, lambda path: None)
         return {
             "loss": loss,
             "twice": [trained_anew(run, folder / job["load"]) for _ in range(2)] if job["load"] else [],

@@ -18,7 +18,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "data": (PackedDataset, "batch", 2),
     "forward": (NextTokenCrossEntropy, "forward", 1),
     "micro-batch": (NextTokenCrossEntropy, "loss", 3),
-    "save": (Checkpointer, "_begin", 1),
+    "save": (Checkpointer, "_start", 1),
     "evaluate": (stage_evaluation, "needle_map", 1),
 }
 """Where: owner, function, and its call that is interrupted."""

@@ -193,6 +193,23 @@ def test_every_problem_has_a_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert f"--force-reinstall --no-deps '{MEGATRON}'" in found.fix
 
 
+def test_the_kernel_cache_is_where_triton_keeps_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    found = doctor._check_kernel_cache()
+    assert (found.ok, found.detail) == (
+        True, f"{tmp_path}/.triton/cache can be written, 0 entries: the first steps compile",
+    )  # fmt: skip
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    found = doctor._check_kernel_cache()
+    assert (found.ok, "TRITON_CACHE_DIR=" in found.fix) == (False, True)
+    assert f"{tmp_path}/file/cache: Not a directory" in found.detail
+    (tmp_path / "cache" / "compiled").mkdir(parents=True)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    assert doctor._check_kernel_cache().detail == f"{tmp_path}/cache can be written, 1 entries"
+
+
 def test_it_does_not_import_torch_itself() -> None:
     code = "import sys, m1cli.commands.doctor; print([m for m in ('torch', 'megatron', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -45,6 +45,8 @@ def examine(folder: Path, resolved: Resolved | None) -> Iterator[Finding]:
     run_dir = resolved.run_dir if resolved else folder
     yield _check_run_dir(run_dir)
     yield _check_disk(run_dir, resolved)
+    if with_gpu:
+        yield _check_kernel_cache()
     yield from _check_limits(with_gpu=with_gpu)
     yield collective_finding("gloo", gloo, "export GLOO_SOCKET_IFNAME=lo   (between machines: their network interface)")
     if gpus is None:
@@ -208,6 +210,24 @@ def _check_disk(run_dir: Path, resolved: Resolved | None) -> Finding:
     detail = f"{free / _GIB:,.0f} GiB free at {existing}{detail}"
     fix = "" if free > needed else f"free {(needed - free) / _GIB:,.0f} GiB, or choose another run.dir"
     return Finding(name="disk", ok=free > needed, detail=detail, fix=fix)
+
+
+def _check_kernel_cache() -> Finding:
+    """Check that Triton can keep what it compiles: otherwise every process compiles every kernel again."""
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton", "cache")).absolute()
+    existing = next(path for path in (cache, *cache.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        detail = f"{cache}: {error.strerror}; every process would compile all kernels again"
+        return Finding(
+            name="kernel cache", ok=False, detail=detail, fix="export TRITON_CACHE_DIR=FOLDER   (on a local disk)"
+        )
+    entries = sum(1 for _ in cache.iterdir()) if cache.exists() else 0
+    detail = f"{cache} can be written, {entries} entries" + ("" if entries else ": the first steps compile")
+    return Finding(name="kernel cache", ok=True, detail=detail)
 
 
 def _check_limits(*, with_gpu: bool) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from m1_stages.errors import EnvironmentProblem
+from m1_stages.runtime.imports import import_megatron
 
 _hits: Counter[str] = Counter()
 _installed = False
@@ -56,7 +57,7 @@ class Device:
 
 
 def use(name: str, *, local_rank: int = 0) -> Device:
-    """Choose the device of this process; on a CPU, redirect Megatron-Core's CUDA calls. Idempotent.
+    """Choose the device of this process and import Megatron-Core; on a CPU, redirect its CUDA calls first. Idempotent.
 
     Raises:
         EnvironmentProblem: CUDA asked for and absent, CPU asked for on a machine with CUDA, or fewer GPUs than processes.
@@ -80,6 +81,7 @@ def use(name: str, *, local_rank: int = 0) -> Device:
                 fix="lower parallel.processes",
             )
         torch.cuda.set_device(local_rank)
+        import_megatron()
         return Device(name="cuda", torch_device=torch.device("cuda", local_rank), backend="nccl", why="torch sees CUDA")
     _install()
     return Device(name="cpu", torch_device=torch.device("cpu"), backend="gloo", why="torch sees no CUDA device")
@@ -102,6 +104,7 @@ def _install() -> None:
     torch.cuda.Stream = _Stream  # type: ignore[misc,assignment]  # stays a class: others write it in annotations
     _RedirectCuda().__enter__()
     threading.Thread.run = _with_redirection(threading.Thread.run)  # type: ignore[method-assign]
+    import_megatron()
     _patch_megatron()
 
 
