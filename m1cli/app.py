@@ -193,10 +193,19 @@ def sft(
     overrides: SetOption = None,
     gpus: GpusOption = None,
     fresh: FreshTuningOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show samples with their loss mask, lengths, packing, domains; train nothing."),
+    ] = False,
+    samples: Annotated[int, typer.Option(min=0, help="Samples that --dry-run shows.")] = 3,
     debug: DebugOption = False,
 ) -> None:
     """Fine-tune a stage's final checkpoint on chain-of-thought conversations."""
-    with reported(debug):
+    with reported(debug, prints_result=dry_run):
+        if dry_run:
+            from m1cli.sft.preview import sft_preview_command
+
+            return sft_preview_command(config, overrides or [], samples=samples)
         from m1cli.commands.train import sft_command
 
         sft_command(config, overrides or [], gpus=gpus, fresh=fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from m1_stages.events import (
     EventsDelayed,
     GateForced,
     GuardNoticed,
+    HeldOutMeasured,
     RolledBack,
     RunStarted,
     RunStopped,
@@ -38,7 +40,7 @@ from m1_stages.events import (
 from m1cli.console import console
 from m1cli.evaluation import evaluation_view
 from m1cli.pace import Left, Pace, wall_time
-from m1cli.sft_data import sft_data_lines
+from m1cli.sft.lines import held_out_lines, sft_data_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
 
@@ -102,6 +104,9 @@ class TrainingDisplay:
             )
         elif isinstance(event, StageEvaluated):
             console.print(evaluation_view(event))
+        elif isinstance(event, HeldOutMeasured):
+            for line in held_out_lines(dataclasses.asdict(event)):
+                console.print(escape(line), soft_wrap=True)
         elif isinstance(event, GateForced):
             known = "is not known" if event.recall is None else f"is {event.recall:.1%}"
             console.print(

@@ -109,3 +109,10 @@ class StageMix:
     )
     max_epochs: Annotated[float, "passes over a cell (source, bucket) in the stage at most"] = 4.0
     long_qa_share: Annotated[float, "share of long question-answer data in the last fifth of the stage"] = 0.10
+
+
+REFLECTION_PATTERNS = (
+    "wait", "hmm", "recheck", "double-check", "let me check", "let me verify", "let me rethink", "let me reconsider",
+    "however", "alternatively", "on second thought", "i made a mistake", "that's not right", "going back",
+)  # fmt: skip
+"""Words with which reasoning checks itself, as ``m1_data.sft.reflection`` counts them."""

@@ -10,7 +10,7 @@ from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.errors import DataError, EnvironmentProblem
 from m1cli.pace import wall_time
 from m1cli.report.read import History, Record, read_history
-from m1cli.sft_data import sft_data_lines
+from m1cli.sft.lines import held_out_lines, sft_data_lines
 
 _STYLE = """
 :root { color-scheme: light dark; --fg: #1d2126; --soft: #69707a; --bg: #ffffff; --card: #f6f7f9; --line: #e2e5ea; }
@@ -78,6 +78,7 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         "<h2>Data</h2>",
         _data(data_manifest),
         *(_sft_data(stage["mix"]) for stage in history.stages.values()),
+        *(_lines(held_out_lines(measured)) for measured in history.held_out.values()),
         sides[1],
         _passes(history),
         "<h2>Experts</h2>",
@@ -206,6 +207,10 @@ def _data(path: Path | None) -> str:
         f"<p>{documents:,} documents, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}; STEM, code, book and "
         f"reasoning are {manifest.core_share:.1%} of all tokens. Excluded: {excluded}.</p>"
     )
+
+
+def _lines(lines: list[str]) -> str:
+    return f"<p>{'; '.join(escape(line.strip()) for line in lines)}.</p>"
 
 
 def _sft_data(mix: Record) -> str:

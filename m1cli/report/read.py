@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from m1_data.chat.dataset import SFTStats
 from m1_data.sampling.mix_report import Share
+from m1_data.sft.stats import SFTStats
 from m1_stages.errors import DataError
 from m1_stages.event_types import checked
 from m1_stages.events import Record, read_events
 from m1_stages.run_dir import METRICS
 
-_BEFORE_DIALECTS: Record = {"files": [], "bad_rows": {}}
-"""What runs did not record when every file had OpenAI messages and every row was one conversation."""
+_NONE_COUNTED: Record = {"conversations": 0, "reflective": 0, "trained_tokens": 0, "matches": {}}
+_BEFORE_SELECTION: Record = {
+    "files": [], "bad_rows": {}, "domains": [], "held_out": 0, "left_out": 0,
+    "before_selection": _NONE_COUNTED, "after_selection": _NONE_COUNTED,
+}  # fmt: skip
+"""What earlier runs did not record: they read OpenAI messages, and trained every conversation once a pass."""
 
 LISTED = (
     "CheckpointRejected",
@@ -60,6 +64,8 @@ class History:
     """The last ``StageDrawn`` of each stage."""
     evaluated: dict[str, Record] = field(default_factory=dict)
     """The last ``StageEvaluated`` of each stage."""
+    held_out: dict[str, Record] = field(default_factory=dict)
+    """The last ``HeldOutMeasured`` of each stage."""
     clock_s: dict[str, float] = field(default_factory=dict)
     """Seconds by the clock of each stage, from its start to its last step or save: steps, those repeated too, saves, waiting."""
     wall_s: dict[str, float] = field(default_factory=dict)
@@ -114,6 +120,8 @@ def read_history(run_dir: Path) -> History:
             history.drawn[record["stage"]] = _drawable(record, path)
         elif kind == "StageEvaluated":
             history.evaluated[record["stage"]] = _rectangular(record, path)
+        elif kind == "HeldOutMeasured":
+            history.held_out[record["stage"]] = record
         elif kind == "RunStarted":
             history.starts.append(record)
         elif kind == "GuardNoticed" and record["action"] == "apply" and record["ramp"] != "reverse":
@@ -149,7 +157,8 @@ def _drawable(stage: Record, path: Path) -> Record:
         if "length_classes" in mix:
             mix = checked(_Mix, mix)
         elif "read" in mix:
-            mix = checked(SFTStats, _BEFORE_DIALECTS | {"samples": mix["read"]} | mix)
+            files = [{"weight": 1.0, "drawn": 0} | file for file in mix.get("files", [])]
+            mix = checked(SFTStats, _BEFORE_SELECTION | {"samples": mix["read"]} | mix | {"files": files})
         if any(not rate > 0 for row in stage.get("slopes_new", []) for rate in row):
             raise ValueError("slopes_new has a decay rate that is not above 0")
     except ValueError as error:

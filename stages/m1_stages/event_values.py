@@ -50,3 +50,14 @@ class PositionLoss:
     documents: list[int]
     """Documents that reach into the bucket."""
     near_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainLoss:
+    """Loss of the held-out conversations of a domain; the domain is empty for those that name none."""
+
+    domain: str
+    conversations: int
+    trained_tokens: int
+    loss: float
+    """Mean over the trained tokens, nats."""

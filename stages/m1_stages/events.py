@@ -16,7 +16,7 @@ import orjson
 from m1_stages.errors import DataError
 from m1_stages.event_history import as_of_today
 from m1_stages.event_types import checked
-from m1_stages.event_values import LaterStages, NeedleMap, PositionLoss
+from m1_stages.event_values import DomainLoss, LaterStages, NeedleMap, PositionLoss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -286,6 +286,21 @@ class StageEvaluated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutMeasured:
+    """What the final checkpoint of fine-tuning makes of the conversations held out; also ``RUN_DIR/evaluation/sft.json``."""
+
+    stage: str
+    checkpoint: str
+    checkpoint_sha256: str
+    """Hash of the checkpoint's manifest."""
+    global_step: int
+    loss: float
+    """Mean over the trained tokens of all domains, nats."""
+    domains: list[DomainLoss]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GateForced:
     """A stage starts although the one before recalls too little."""
 
@@ -323,6 +338,7 @@ Event = (
     | StageFinished
     | StageDrawn
     | StageEvaluated
+    | HeldOutMeasured
     | GateForced
     | RunStopped
 )

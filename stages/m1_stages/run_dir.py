@@ -22,6 +22,8 @@ ROLLBACKS = "rollbacks.json"
 """Roll backs and the steps they excluded (``m1_stages.training.rollback``)."""
 EVALUATION = "evaluation"
 """``STAGE.json`` of each evaluated stage (``m1_stages.evaluation.results``)."""
+SFT_DATA = "sft-data"
+"""The conversations of ``m1 sft``, tokenized (``m1_data.sft.store``)."""
 RANKS = "ranks"
 """Heartbeats of the running ranks (``m1_stages.runtime.watchdog``)."""
 STACKS = "stacks"
@@ -52,7 +54,7 @@ def refuse_foreign_run_dir(run_dir: Path) -> None:
             raise ConfigError(f"run.dir cannot be used: {error}", where=f"{path}, key run.dir", fix=fix) from error
         if foreign:
             raise ConfigError(f"run.dir has a {name!r} that m1 did not write", where=f"{path}, key run.dir", fix=fix)
-    for name in (IMPORTED, EVALUATION, RANKS, STACKS, TENSORBOARD):
+    for name in (IMPORTED, EVALUATION, SFT_DATA, RANKS, STACKS, TENSORBOARD):
         if os.path.lexists(run_dir / name) and not (run_dir / name).is_dir():
             raise ConfigError(f"run.dir has a file {name!r}", where=f"{run_dir / name}, key run.dir", fix=fix)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -109,9 +110,16 @@ def test_hostile_templates_are_refused_and_named(outcomes: dict[str, Outcome]) -
 
 def test_one_alone_ends_in_two_seconds() -> None:
     assert MAX_SECONDS <= 0.75 * MOST_SECONDS, "the rest is for the start of the process"
-    error, seconds = attempt(HOSTILE["wordwrap"])
+    before = processor_seconds()
+    error, _ = attempt(HOSTILE["wordwrap"])
     assert f"more than {MAX_SECONDS} s" in str(error)
-    assert MAX_SECONDS <= seconds < MAX_SECONDS + START_SECONDS
+    assert 0.9 * MAX_SECONDS < processor_seconds() - before < MOST_SECONDS, "the kernel counts in ticks"
+
+
+def processor_seconds() -> float:
+    """What processes that have ended used: on a busy machine the clock says more of the machine than of them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def limits(pid: int) -> dict[str, str]:

@@ -20,17 +20,31 @@ from support.released_reference import source_logits
 from support.tiny_checkpoint import contents_of, tensors_of
 from support.tiny_run import make_run
 
-from m1_data.sampling.loader import PackedBatch
+from m1_data.sampling.loader import PackedBatch, collate
+from m1_data.sft.dataset import SFTDataset
 from m1_data.storage.store import open_prepared
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.config.load import load_config
 from m1_stages.curriculum import plan_stage
 from m1_stages.decay import released_slopes
+from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.jobs.pretrain import stage_rows
-from m1_stages.jobs.sft import conversations
+from m1_stages.jobs.sft_data import open_samples, selection
 
 SETTINGS = ["model.vocab_size=400", "model.rotary_dim=8", "sft.global_batch_tokens=1024", 'run.device="cpu"',
             "sft.lr_warmup_share=0", 'sft.data=["chats.jsonl"]']  # fmt: skip
+
+HELD_OUT = [
+    "--set",
+    "sft.held_out=0.4",
+    "--set",
+    "sft.lr_peak=1e-12",
+    "--set",
+    "sft.lr_final=1e-12",
+    "--set",
+    "sft.epochs=1",
+]
+"""Fine-tuning that changes nothing, so that the source's own forward pass gives the loss at its end."""
 
 
 @dataclass
@@ -57,7 +71,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("import-run")
     config = make_run(folder)
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": [
-        {"role": "user", "content": f"{n} + {n}"}, {"role": "assistant", "content": f"<think>double</think>{2 * n}"}]}) + "\n"
+        {"role": "user", "content": f"{n} + {n}"}, {"role": "assistant", "content": f"<think>double</think>{2 * n}"}],
+        "domain": ("math", "chat", "")[n % 3]}) + "\n"
         for n in range(40)))  # fmt: skip
     model = load_config(config, SETTINGS).config.model
     source = write_source(
@@ -99,6 +114,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "import for sft": m1("tuned", "import", str(source)),
         "sft": m1("tuned", "sft"),
         "export sft": m1("tuned", "export"),
+        "import for held out": m1("still", "import", str(source)),
+        "held out": m1("still", "sft", *HELD_OUT),
+        "held out again": m1("still", "sft", *HELD_OUT),
         "import with another tokenizer": m1("strange", "import", str(folder / "other-tokenizer")),
         "refused": m1("strange", "pretrain", "--stage", "128k"),
         "fresh": m1("cut", "pretrain", "--stage", "32k", "--fresh"),
@@ -208,9 +226,29 @@ def test_fine_tuning_starts_from_it(ran: Ran) -> None:
     assert (tuned.extra["rope_base"], tuned.decay["slopes"]) == (1e7, released_slopes(8, 2))
     resolved = load_config(ran.config, SETTINGS)
     step = ran.events("tuned", "StepDone")[0]
-    batch = conversations(resolved, held_out=()).batch(step["sample_ids"])
+    rows = SFTDataset(open_samples(resolved, open_tokenizer(resolved)), selection(resolved))
+    batch = rows.batch(step["sample_ids"])
     assert 0 < batch.loss_mask.mean() < 0.9
     assert step["loss"] == pytest.approx(reference_loss(ran.source, batch), abs=2e-5)
+
+
+def test_held_out_conversations_are_not_trained_and_measured_by_domain(ran: Ran) -> None:
+    resolved = load_config(ran.config, [*SETTINGS, "run.dir=still", *HELD_OUT[1::2]])
+    rows = SFTDataset(open_samples(resolved, open_tokenizer(resolved)), selection(resolved))
+    held_out = {number for row in rows.held_out for number in row}
+    drawn = [number for index in range(len(rows)) for number in rows.numbers(index)]
+    assert sorted([*drawn, *held_out]) == list(range(40))
+    (measured,) = ran.events("still", "HeldOutMeasured")
+    names = rows.store.manifest.domains
+    assert [d["domain"] for d in measured["domains"]] == list(names)
+    for number, found in enumerate(measured["domains"]):
+        samples = [[rows.segment(n)] for n in sorted(held_out) if rows.store.samples["domain"][n] == number]
+        batch = collate(samples, range(len(samples)), seq_len=rows.seq_len, pad_id=rows.pad_id)
+        assert (found["conversations"], found["trained_tokens"]) == (len(samples), batch.trained_tokens)
+        assert found["loss"] == pytest.approx(reference_loss(ran.source, batch), abs=2e-5), found["domain"]
+    result = json.loads((ran.config.parent / "still" / "evaluation" / "sft.json").read_text())
+    assert result["loss"] == measured["loss"]
+    assert f"held-out conversations: loss {measured['loss']:.4f}" in ran.outputs["held out"][1]
 
 
 def test_another_tokenizer_is_refused(ran: Ran) -> None:

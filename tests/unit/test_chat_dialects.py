@@ -11,12 +11,13 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import zstandard
 from support.chat_tokenizer import SOURCE, write_tokenizer
+from support.sft_data import sft_dataset
 
-from m1_data.chat.dataset import SFTDataset
 from m1_data.chat.dialects import DIALECTS, conversation_in, dialect_of
 from m1_data.chat.render_worker import MAX_SECONDS
 from m1_data.chat.rows import FileTally, read_conversations, read_rows
 from m1_data.errors import DataError
+from m1_data.sft.dataset import SFTDataset
 
 CALL = {"name": "add", "arguments": {"a": 1, "b": "<end_of_sentence>"}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
@@ -172,11 +173,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, *paths: Path, **more: Any) -> SFTDataset:
-    return SFTDataset(list(paths), tokenizer_dir=folder, seq_len=1024, seed=1, **more)
+    return sft_dataset(list(paths), tokenizer_dir=folder, seq_len=1024, seed=1, **more)
 
 
 def encoded(data: SFTDataset) -> list[tuple[list[int], list[bool]]]:
-    return [(e.ids.tolist(), e.trained.tolist()) for e in data._encoded]
+    return [(e.ids.tolist(), e.trained.tolist()) for e in map(data.store.tokens, range(len(data.store.samples)))]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -186,7 +187,8 @@ def test_each_dialect_is_told_and_gives_the_ids_of_its_openai_form(folder: Path,
     lines(tmp_path / "same.jsonl", same)
     data = load(folder, tmp_path / name)
     assert encoded(data) == encoded(load(folder, tmp_path / "same.jsonl"))
-    assert data.stats_dict()["files"] == [{"file": str(tmp_path / name), "dialect": dialect, "rows": len(rows)}]
+    (read,) = data.stats.files
+    assert (read.file, read.dialect, read.rows) == (str(tmp_path / name), dialect, len(rows))
     assert encoded(load(folder, tmp_path / name, dialect=dialect)) == encoded(data)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from support.chat_tokenizer import CONTROL, SOURCE, write_tokenizer
+from support.sft_data import sft_dataset
 
 from m1_data.chat.conversations import parse_conversation
-from m1_data.chat.dataset import SFTDataset
 from m1_data.chat.encoder import ChatEncoder
 from m1_data.errors import DataError
+from m1_data.sft.dataset import SFTDataset
 
 ASK = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -114,7 +115,7 @@ def test_other_keys_are_counted(tmp_path: Path) -> None:
     assert parse_conversation(line(id=3, domain="math", source="web"), "f:1").unused_keys == ("id", "source")
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b"\n".join([line(id=1), line(id=2, source="web"), line(weight=0)]))
-    data = SFTDataset([path], tokenizer_dir=write_tokenizer(tmp_path), seq_len=64, seed=1)
+    data = sft_dataset([path], tokenizer_dir=write_tokenizer(tmp_path), seq_len=64, seed=1)
     assert data.stats.unused_keys == {"id": 2, "source": 1}
     assert (data.stats.read, data.stats.conversations, data.stats.unwanted) == (3, 2, 1)
 
@@ -215,7 +216,7 @@ def test_losing_many_conversations_is_refused(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, chat_template=SOURCE)
 
     def load(most: float, **more: Any) -> SFTDataset:
-        return SFTDataset(
+        return sft_dataset(
             [path], tokenizer_dir=folder, seq_len=64, seed=1, over_length="drop", max_dropped_share=most, **more
         )
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from support.chat_tokenizer import SOURCE, write_tokenizer
+from support.sft_data import sft_dataset, spans_of
 
 from m1_data.chat.conversations import conversation_of
-from m1_data.chat.dataset import SFTDataset
 from m1_data.chat.reasoning import EarlierReasoning, samples_of
 from m1_data.errors import DataError
+from m1_data.sft.dataset import SFTDataset
 
 
 def ai(content: str, reasoning: str = "", **more: Any) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def load(tmp_path: Path, **more: Any) -> SFTDataset:
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": [m for m in THREE if m not in (THREE[4], RESULT)]}))
     folder = write_tokenizer(tmp_path, chat_template=FORGETS)
-    return SFTDataset([path], tokenizer_dir=folder, seq_len=512, seed=1, **more)
+    return sft_dataset([path], tokenizer_dir=folder, seq_len=512, seed=1, **more)
 
 
 def test_a_template_that_forgets_is_told(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_template_that_forgets_is_told(tmp_path: Path) -> None:
         load(tmp_path)
     assert "chats.jsonl:1, message 2, template " in caught.value.where
     assert 'sft.earlier_reasoning to "strip" or "split"' in caught.value.fix
-    (whole,) = load(tmp_path, earlier_reasoning="strip").preview(9)
+    (whole,) = spans_of(load(tmp_path, earlier_reasoning="strip"), tmp_path)
     assert [t for t, trained in whole if trained] == [
         "a<end_of_sentence>",
         "b<end_of_sentence>",
@@ -105,8 +106,8 @@ def test_a_template_that_forgets_is_told(tmp_path: Path) -> None:
 
 def test_split_trains_every_turn_as_it_is_asked_for(tmp_path: Path) -> None:
     data = load(tmp_path, earlier_reasoning="split")
-    trained = [[t for t, is_trained in sample if is_trained] for sample in data.preview(9)]
+    trained = [[t for t, is_trained in sample if is_trained] for sample in spans_of(data, tmp_path)]
     assert trained == [[f"<think>{r}</think>{a}<end_of_sentence>"] for r, a in ("xa", "zb", "wc")]
     assert (data.stats.read, data.stats.samples, data.stats.conversations) == (1, 3, 3)
-    last = "".join(t for t, _ in list(data.preview(9))[2])
+    last = "".join(t for t, _ in spans_of(data, tmp_path)[2])
     assert "assistant\na<end_of_sentence>" in last

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.sft_data import sft_dataset, spans_of
 
 from m1_data.chat.conversations import parse_conversation
-from m1_data.chat.dataset import SFTDataset
 from m1_data.chat.encoder import ChatEncoder, default_template
 from m1_data.chat.template import ChatTemplate
 from m1_data.storage.text_digest import text_digest
@@ -197,7 +197,7 @@ def test_bad_lines_name_file_and_line(folder: Path, tmp_path: Path, line: bytes,
     path = tmp_path / "chats.jsonl"
     path.write_bytes(talk(*CASES[0]) + b"\n\n" + line + b"\n")
     with pytest.raises(DataError, match=message) as caught:
-        SFTDataset([path], tokenizer_dir=folder, seq_len=512, seed=1)
+        sft_dataset([path], tokenizer_dir=folder, seq_len=512, seed=1)
     assert f"{path}:3" in caught.value.where
 
 
@@ -217,7 +217,7 @@ def chats(tmp_path: Path, count: int = 60) -> Path:
 
 
 def test_epochs_hold_every_conversation_once_with_labels_shifted_once(folder: Path, tmp_path: Path) -> None:
-    data = SFTDataset([chats(tmp_path)], tokenizer_dir=folder, seq_len=512, seed=1)
+    data = sft_dataset([chats(tmp_path)], tokenizer_dir=folder, seq_len=512, seed=1)
     epochs = []
     for epoch in range(2):
         rows = range(epoch * len(data), (epoch + 1) * len(data))
@@ -234,15 +234,15 @@ def test_epochs_hold_every_conversation_once_with_labels_shifted_once(folder: Pa
         assert s.labels[:-1].tolist() == s.tokens[1:].tolist()
         assert not s.trained[-1]
         assert s.labels[s.trained][-1] == CONTROL.index("<end_of_sentence>")
-    again = SFTDataset([chats(tmp_path)], tokenizer_dir=folder, seq_len=512, seed=1)
+    again = sft_dataset([chats(tmp_path)], tokenizer_dir=folder, seq_len=512, seed=1)
     assert again.fingerprint == data.fingerprint
     assert again.batch([len(data) + 1]).tokens.tolist() == data.batch([len(data) + 1]).tokens.tolist()
-    assert SFTDataset([chats(tmp_path)], tokenizer_dir=folder, seq_len=512, seed=2).fingerprint != data.fingerprint
+    assert sft_dataset([chats(tmp_path)], tokenizer_dir=folder, seq_len=512, seed=2).fingerprint != data.fingerprint
     batch = data.batch(list(range(len(data))))
     assert batch.trained_tokens == data.stats.trained_tokens == int(batch.loss_mask.sum())
     assert batch.tokens.shape == (1, 512 * len(data))
     stats = data.stats
-    assert (stats.conversations, stats.core_share, stats.reflections, stats.without_domain) == (60, 0.5, 120, 0)
+    assert (stats.conversations, stats.core_share, stats.without_domain) == (60, 0.5, 0)
     assert 0 <= stats.padding_share < 0.2
 
 
@@ -252,11 +252,11 @@ def test_over_length_policies_count_what_they_do(folder: Path, tmp_path: Path) -
         talk(*CASES[0]) + b"\n" + talk(user("q"), ai("four " * 400)) + b"\n" + talk(user("z" * 900), ai("a"))
     )
     with pytest.raises(DataError, match="a row has 256") as caught:
-        SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1)
+        sft_dataset([path], tokenizer_dir=folder, seq_len=256, seed=1)
     assert caught.value.where == f"{path}:2"
-    dropped = SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1, over_length="drop").stats
+    dropped = sft_dataset([path], tokenizer_dir=folder, seq_len=256, seed=1, over_length="drop").stats
     assert (dropped.conversations, dropped.dropped_over_length, dropped.truncated) == (1, 2, 0)
-    cut = SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1, over_length="truncate").stats
+    cut = sft_dataset([path], tokenizer_dir=folder, seq_len=256, seed=1, over_length="truncate").stats
     assert (cut.conversations, cut.dropped_over_length, cut.truncated, cut.dropped_untrained) == (2, 0, 2, 1)
     assert math.isnan(cut.core_share)
 
@@ -273,16 +273,16 @@ def test_conversations_with_a_held_out_text_are_dropped_and_counted(folder: Path
     path = tmp_path / "chats.jsonl"
     path.write_bytes(b"\n".join(lines))
     held_out = {text_digest(text), text_digest("")}
-    stats = SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1, held_out=held_out).stats
+    stats = sft_dataset([path], tokenizer_dir=folder, seq_len=256, seed=1, held_out_texts=held_out).stats
     assert (stats.dropped_held_out, stats.conversations) == (3, 1)
-    assert SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1).stats.conversations == 4
+    assert sft_dataset([path], tokenizer_dir=folder, seq_len=256, seed=1).stats.conversations == 4
 
 
 def test_preview_shows_the_mask(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.jsonl"
     path.write_bytes(talk(user("q"), ai("a")))
-    data = SFTDataset([path], tokenizer_dir=folder, seq_len=256, seed=1)
-    assert list(data.preview(3)) == [
+    data = sft_dataset([path], tokenizer_dir=folder, seq_len=256, seed=1)
+    assert spans_of(data, folder) == [
         [
             (
                 "<beginning_of_sentence>user name=user\nq<end_of_sentence>\n<beginning_of_sentence>ai name=assistant\n",

@@ -20,11 +20,12 @@ from support.run_events import stage_started as stage
 from support.run_events import step_done as step
 
 from m1_stages.errors import DataError
-from m1_stages.event_values import NeedleMap, PositionLoss
+from m1_stages.event_values import DomainLoss, NeedleMap, PositionLoss
 from m1_stages.events import (
     Event,
     GateForced,
     GuardNoticed,
+    HeldOutMeasured,
     RunStopped,
     StageEvaluated,
     StageFinished,
@@ -126,6 +127,38 @@ def test_the_page_names_dropped_conversations(tmp_path: Path) -> None:
     assert "1,000 samples of 900 conversations (sft.earlier_reasoning is split)" in page
     assert "15 of 1,000 conversations in 12 rows" in page
     assert "<b>3 of 900 rows left out (sft.bad_rows is skip): not JSON</b>" in page
+
+
+def test_the_page_shows_the_selection_and_the_held_out_loss(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    before = {"conversations": 50, "reflective": 29, "trained_tokens": 4000, "matches": {"wait": 38, "however": 32}}
+    after = {"conversations": 20, "reflective": 20, "trained_tokens": 1000, "matches": {"wait": 30, "however": 20}}
+    mix = {
+        "files": [{"file": "a.json", "dialect": "openai", "rows": 50, "weight": 0.5, "drawn": 20}], "read": 50, "samples": 50,
+        "bad_rows": {}, "conversations": 20, "rows": 2, "tokens": 1500, "trained_tokens": 1000, "padding_share": 0.25,
+        "unwanted": 0, "unused_keys": {}, "dropped_over_length": 0, "truncated": 0, "dropped_untrained": 0, "core_share": 0.7,
+        "core_target": 0.6, "without_domain": 2, "domains": [], "before_selection": before, "after_selection": after,
+        "dropped_held_out": 0, "held_out": 3, "left_out": 21,
+    }  # fmt: skip
+    loss = [DomainLoss(domain="math", conversations=2, trained_tokens=40, loss=1.25)]
+    loss.append(DomainLoss(domain="", conversations=1, trained_tokens=9, loss=2.5))
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines(dataclasses.replace(stage("sft"), mix=mix))
+    lines(
+        HeldOutMeasured(
+            stage="sft", checkpoint="c", checkpoint_sha256="s", global_step=1, loss=1.4796, domains=loss, seconds=1.0
+        )
+    )
+    lines.close()
+    page = write_report(tmp_path, None, tmp_path / "report.html").read_text()
+    assert "a.json: openai, 50 rows, 20 samples in a pass (weight 0.5)" in page
+    assert "patterns of reflection: 70 in 58.0% of 50 conversations, 17.50 in 1,000 trained tokens" in page
+    assert "after selection: 50 in 100.0% of 20 conversations, 50.00 in 1,000 trained tokens" in page
+    assert "math and code: 70.0% of the conversations that name a domain, MiniMax-M1 has 60%; 2 name none" in page
+    assert "3 held out, to be measured on at the end" in page
+    assert "21 left out: too few patterns of reflection" in page
+    assert "held-out conversations: loss 1.4796 over 3 conversations; math: loss 1.2500 over 2 conversations" in page
+    assert "no domain named: loss 2.5000 over 1 conversations, 9 trained tokens" in page
 
 
 def evaluated(name: str, lengths: list[int], *, positions: bool = True) -> StageEvaluated:

@@ -75,6 +75,10 @@ class Conversation:
     """Descriptions of tools, as they are given to the template."""
     unused_keys: tuple[str, ...] = ()
     """Keys of the row that nothing reads: an id, a source."""
+    file: int = 0
+    """The number of its file among those that are read."""
+    digest: bytes = b""
+    """128 bits of what the row says; samples of one row have the same."""
 
     @property
     def wanted(self) -> bool:

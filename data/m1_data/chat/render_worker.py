@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from m1_data.chat.sandbox import AsksForTime, SandboxedTemplate
 
 MAX_SECONDS = 1.5
-"""Seconds that a job may take, by the clock."""
+"""Seconds of processor time that a job may take: on a busy machine the clock runs on while the process waits for its turn."""
 
 MAX_MIB = 400
 """MiB of address space that the renderings may take beside the interpreter."""
@@ -63,8 +63,8 @@ def main() -> None:
     """Serve until the input ends."""
     for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the process that asks
         signal.signal(stop, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     _limit_memory()
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     try:
@@ -114,7 +114,7 @@ def _limit_memory() -> None:
 
 def _answer(answers: BinaryIO, work: Callable[[], list[str]]) -> None:
     kind, contents = ERROR, []
-    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
     try:
         contents = [text.encode() for text in work()]
         kind = TEXT
@@ -123,7 +123,7 @@ def _answer(answers: BinaryIO, work: Callable[[], list[str]]) -> None:
     except Exception as error:  # of every kind: whatever code in the template raises, it is told to the parent
         kind = CLOCK if isinstance(error, AsksForTime) else ERROR
         contents = [_reason(error).encode()]
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     for part in contents:
         write_frame(answers, kind, part)
     answers.flush()  # so that the job that ends the process is the first without an answer

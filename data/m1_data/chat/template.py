@@ -199,7 +199,7 @@ def _send(process: subprocess.Popen[bytes], contents: bytes) -> None:
 
 def _why_ended(process: subprocess.Popen[bytes]) -> str:
     code = process.wait()
-    if code == -signal.SIGALRM:
+    if code == -signal.SIGPROF:
         return f"it takes more than {MAX_SECONDS} s"
     return f"it needs more than {MAX_MIB} MiB of memory, or breaks the interpreter (exit code {code})"
 

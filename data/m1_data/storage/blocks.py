@@ -57,13 +57,14 @@ class VerifiedBlocks:
     Args:
         path: the token file.
         hashes: content of its ``.blocks`` file, which has been verified itself.
+        fix: what a person can do about damage.
 
     Raises:
         DataError: the hashes are not those of a file of this size.
     """
 
-    def __init__(self, path: Path, hashes: bytes) -> None:
-        self._path = path
+    def __init__(self, path: Path, hashes: bytes, *, fix: str = RESTORE) -> None:
+        self._path, self._fix = path, fix
         magic, self._block_bytes, self._bytes = _HEADER.unpack_from(hashes.ljust(_HEADER.size, b"\0"))
         count = -(-self._bytes // max(1, self._block_bytes))
         size = os.path.getsize(path) if path.is_file() else -1
@@ -71,7 +72,7 @@ class VerifiedBlocks:
             raise DataError(
                 f"the token file has {size} bytes, its block hashes are those of {self._bytes} bytes",
                 where=shown(path),
-                fix=RESTORE,
+                fix=self._fix,
             )
         self._hashes = hashes
         self._is_verified = np.zeros(count, dtype=np.bool_)
@@ -95,7 +96,7 @@ class VerifiedBlocks:
                     file.seek(block * self._block_bytes)
                     self._verify_block(block, file.read(self._block_bytes))
         except OSError as error:
-            raise DataError(f"cannot read a shard: {error}", where=shown(self._path), fix=RESTORE) from error
+            raise DataError(f"cannot read a shard: {error}", where=shown(self._path), fix=self._fix) from error
 
     def verify_all(self) -> None:
         """Verify the whole file.
@@ -113,7 +114,7 @@ class VerifiedBlocks:
                 f"the token file is damaged: bytes {begin:,} to {min(begin + self._block_bytes, self._bytes):,} "
                 f"(block {block}) are not what was written",
                 where=shown(self._path),
-                fix=RESTORE,
+                fix=self._fix,
             )
         self._is_verified[block] = True
         self._left -= 1

@@ -302,6 +302,7 @@ class _Checker:
         self.share("sft.lr_warmup_share", x.lr_warmup_share)
         self.cut(self.config.sft_seq_len, "sft")
         self.share("sft.max_dropped_share", x.max_dropped_share)
+        self.sft_selection()
         self.require(
             not x.date or _is_date(x.date), "sft.date", f"sft.date {x.date!r} is not a day", "for example 2026-01-31"
         )
@@ -335,6 +336,24 @@ class _Checker:
                 why is None, key, f"{name[:60]!r} cannot be the name of a source: {why}", "for example web-2024"
             )
             self.require(name not in names[:i], key, f"two sources are named {name!r}", "rename one")
+
+    def sft_selection(self) -> None:
+        x = self.config.sft
+        self.require(
+            0 <= x.held_out < 1, "sft.held_out", f"held_out {x.held_out:g} is not in [0, 1)", "for example 0.02"
+        )
+        self.not_negative("sft", "reflection_min_per_1k_tokens", "reflection_weight")
+        for name, weight in x.weights.items():
+            key, known = f"sft.weights.{name}", ", ".join(x.data) or "none"
+            self.require(name in x.data, key, f"{name!r} has a weight and is not in sft.data", f"entries: {known}")
+            self.require(weight >= 0, key, f"the weight of {name!r} is {weight:g}", "0 leaves it out, 1 is once a pass")
+        forms = [" ".join(pattern.lower().split()) for pattern in x.reflection_patterns]
+        self.require(
+            all(forms) and len(set(forms)) == len(forms),
+            "sft.reflection_patterns",
+            "a pattern is empty or there twice",
+            "take it out",
+        )
 
 
 def _is_date(text: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from m1_data.spec import REFLECTION_PATTERNS
 from m1_stages.config.change_rule import WhenChanged
 
 
@@ -30,6 +31,22 @@ class SftConfig:
         "reasoning before the last user's message: keep it, take it out, or make a sample of each round, without the "
         "reasoning of the rounds before",
     ] = "keep"
+    weights: Annotated[
+        dict[str, float],
+        "by an entry of data: how often its conversations are drawn in a pass; 2 is twice, 0.5 every second one, else once",
+    ] = field(default_factory=dict)
+    held_out: Annotated[
+        float, "share of the conversations that is never trained; its loss by domain is measured after training"
+    ] = 0.0
+    reflection_patterns: Annotated[
+        tuple[str, ...], "words and phrases with which reasoning checks itself; they are counted in what is trained"
+    ] = REFLECTION_PATTERNS
+    reflection_min_per_1k_tokens: Annotated[
+        float, "conversations with fewer matches of the patterns in 1,000 trained tokens are left out"
+    ] = 0.0
+    reflection_weight: Annotated[
+        float, "factor on the weight of conversations in which at least one pattern matches"
+    ] = 1.0
     base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
     context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
     epochs: Annotated[float, "passes over the conversations"] = 2.0

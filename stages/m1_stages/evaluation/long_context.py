@@ -94,9 +94,9 @@ def needle_map(
 
         rows = EvaluationRows(number=samples * cells, length=length, row=row, tokens_at_once=tokens_at_once, pad_id=0)
         scores = torch.zeros(rows.number * VALUE_TOKENS, 2, dtype=torch.float64, device=subject.device.torch_device)
-        for marks, values in _forward(subject, rows, check, argmax=True):
+        for marks, values in forward_rows(subject, rows, check, argmax=True):
             scores[marks] = values.double()
-        table.append(_everywhere(scores).view(samples, cells, VALUE_TOKENS, 2).cpu())
+        table.append(summed_everywhere(scores).view(samples, cells, VALUE_TOKENS, 2).cpu())
     grid = torch.stack(table)  # [length, sample, cell, value token, (loss, right)]
     means = grid.mean((1, 3))
     exact = grid[..., 1].prod(3).mean(1)
@@ -150,9 +150,9 @@ def loss_by_position(
         number=2 * len(documents), length=seq_len, row=row, tokens_at_once=tokens_at_once, pad_id=pad_id
     )
     sums = torch.zeros(2 * len(edges), 2, dtype=torch.float64, device=subject.device.torch_device)
-    for marks, values in _forward(subject, rows, check, argmax=False):
+    for marks, values in forward_rows(subject, rows, check, argmax=False):
         sums.index_add_(0, marks, torch.stack([values.double(), torch.ones_like(values).double()], 1))
-    whole, pieces = _everywhere(sums).cpu().view(2, len(edges), 2)
+    whole, pieces = summed_everywhere(sums).cpu().view(2, len(edges), 2)
     return PositionLoss(
         first=edges,
         loss=(whole[:, 0] / whole[:, 1]).tolist(),
@@ -171,7 +171,7 @@ def _segments(ids: Ints, labels: Ints, piece: int) -> list[Segment]:
     ]
 
 
-def _forward(
+def forward_rows(
     subject: Subject, rows: EvaluationRows, check: Callable[[], None], *, argmax: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Run all rows; yields this rank's marks [P] and values: [P, 2] loss and right, or [P] loss, on the last stage.
@@ -237,7 +237,7 @@ def _take(marked: _Marked, out: Tensor, non_loss_data: bool) -> tuple[Tensor, Te
     return marked.marks, out if marked.argmax else out.view(-1)[marked.at]
 
 
-def _everywhere(mine: Tensor) -> Tensor:
+def summed_everywhere(mine: Tensor) -> Tensor:
     """Sum over data- and context-parallel ranks, then from the last pipeline stage to all."""
     from megatron.core import parallel_state
 

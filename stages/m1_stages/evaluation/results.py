@@ -11,7 +11,7 @@ import orjson
 from m1_data.plain_values import from_plain, shown_value
 from m1_data.storage.durable import write_when_there_is_room
 from m1_stages.errors import DataError
-from m1_stages.events import StageEvaluated
+from m1_stages.events import HeldOutMeasured, StageEvaluated
 from m1_stages.run_dir import EVALUATION
 
 Result = dict[str, Any]
@@ -23,7 +23,7 @@ def result_path(run_dir: Path, stage: str) -> Path:
     return run_dir / EVALUATION / f"{stage}.json"
 
 
-def write_result(run_dir: Path, result: StageEvaluated) -> None:
+def write_result(run_dir: Path, result: StageEvaluated | HeldOutMeasured) -> None:
     """Write ``result``, replacing an earlier one."""
     path = result_path(run_dir, result.stage)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +48,15 @@ def read_result(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | N
             fix=f"write it anew: m1 evaluate --stage {stage}",
         ) from error
     return result if result["checkpoint_sha256"] == checkpoint_sha256 else None
+
+
+def is_measured(run_dir: Path, stage: str, checkpoint_sha256: str) -> bool:
+    """Return whether there is a result of exactly that checkpoint; a damaged one is none, and is written anew."""
+    try:
+        result = orjson.loads(result_path(run_dir, stage).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(result, dict) and result.get("checkpoint_sha256") == checkpoint_sha256
 
 
 def _checked(result: Any) -> Result:

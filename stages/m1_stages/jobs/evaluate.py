@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from m1_data.sft.dataset import SFTDataset
 from m1_data.storage.store import PreparedData, open_prepared
 from m1_stages.checkpoint import Committed
 from m1_stages.checkpoint.imported import imported_checkpoint, with_imported_base
 from m1_stages.config import Resolved
 from m1_stages.curriculum import StagePlan, plan_stage
 from m1_stages.errors import CheckpointError, Preempted
+from m1_stages.evaluation.domain_loss import loss_by_domain
 from m1_stages.evaluation.long_context import Subject
-from m1_stages.evaluation.results import read_result, write_result
+from m1_stages.evaluation.results import is_measured, read_result, write_result
 from m1_stages.evaluation.stage_evaluation import measure_stage
-from m1_stages.events import Sink
+from m1_stages.events import HeldOutMeasured, Sink, StageEvaluated
 from m1_stages.jobs.prepared import described
 from m1_stages.runtime.collectives import agree_max, from_rank_0
 from m1_stages.runtime.watchdog import heartbeat
@@ -62,12 +65,51 @@ def evaluate_finished(run: Run, resolved: Resolved, plan: StagePlan, state: Trai
     _evaluate(run, resolved, plan, state, data)
 
 
+def measure_held_out(run: Run, plan: StagePlan, state: TrainState, rows: SFTDataset) -> None:
+    """Measure the loss by domain of the conversations that fine-tuning held out, unless that was done.
+
+    Raises:
+        Preempted: as ``evaluate_finished``.
+    """
+    if not rows.held_out:
+        return
+    if not run.checkpointer.is_writing_final(plan.stage):
+        finals = run.checkpointer.finals(plan.stage)
+        if not finals or from_rank_0(is_measured(run.run_dir, plan.stage, finals[0].sha256)):
+            return
+    began = time.perf_counter()
+    domains = loss_by_domain(
+        _subject(run, plan, state),
+        rows,
+        tokens_at_once=plan.seq_len * plan.micro_batch_rows,
+        check=lambda: _between_passes(run, state),
+    )
+    tokens = sum(d.trained_tokens for d in domains)
+    measured = HeldOutMeasured(
+        stage=plan.stage,
+        checkpoint="",
+        checkpoint_sha256="",
+        global_step=0,
+        loss=sum(d.loss * d.trained_tokens for d in domains) / tokens,
+        domains=domains,
+        seconds=time.perf_counter() - began,
+    )
+    _report_when_final(run, plan, measured)
+
+
 def _evaluate(run: Run, resolved: Resolved, plan: StagePlan, state: TrainState, data: PreparedData) -> None:
+    subject = _subject(run, plan, state)
+    measured = measure_stage(resolved, subject, plan, data, check=lambda: _between_passes(run, state))
+    _report_when_final(run, plan, measured)
+
+
+def _subject(run: Run, plan: StagePlan, state: TrainState) -> Subject:
     run.model.set_rope_base(plan.rope_base)
     run.model.set_slopes(state.slopes)
-    subject = Subject(model=run.trainable, topology=run.topology, device=run.device)
-    measured = measure_stage(resolved, subject, plan, data, check=lambda: _between_passes(run, state))
+    return Subject(model=run.trainable, topology=run.topology, device=run.device)
 
+
+def _report_when_final(run: Run, plan: StagePlan, measured: StageEvaluated | HeldOutMeasured) -> None:
     def report(committed: Committed) -> None:
         result = replace(
             measured,

@@ -80,7 +80,8 @@ def restore_stage(
     state = apply_rollback_exclusions(state, read_rollbacks(run.run_dir, plan.stage, rows.fingerprint, plan.num_steps))
     if not finished:
         refuse_other_order(plan, state, rows.fingerprint)
-    if state.data_fingerprint != rows.fingerprint and (not finished or plan.stage == SFT):
+    same_order = order_version(state.data_fingerprint) == order_version(rows.fingerprint)
+    if state.data_fingerprint != rows.fingerprint and (not finished or (plan.stage == SFT and same_order)):
         source, files = ("conversations", "key sft.data") if plan.stage == SFT else ("prepared data", "key data.out")
         since = "finished" if finished else f"interrupted at step {state.stage_step}"
         raise DataError(
