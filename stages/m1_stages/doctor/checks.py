@@ -68,7 +68,7 @@ def _check_packages(*, with_gpu: bool) -> Iterator[Finding]:
     from packaging.specifiers import SpecifierSet
 
     own = importlib.metadata.metadata("m1cli")
-    python, wanted = ".".join(map(str, sys.version_info[:3])), str(own["Requires-Python"])
+    python, wanted = ".".join(map(str, sys.version_info[:3])), own["Requires-Python"] or ""
     fits = SpecifierSet(wanted).contains(python)
     yield Finding(
         name="python",
