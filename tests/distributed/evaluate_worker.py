@@ -30,12 +30,12 @@ def layout(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     dev, sizes = device.use("cpu"), ParallelConfig(**job["parallel"])
     topology = parallel.start(sizes, device=dev, seed=1)
-    before = measure.zigzag, measure._everywhere
+    before = measure.zigzag, measure.summed_everywhere
     try:
         if job.get("mutation") == "marks of contiguous shards":
             measure.zigzag = lambda t, rank, ranks: t.chunk(ranks, 1)[rank]  # type: ignore[assignment]
         if job.get("mutation") == "not summed over ranks":
-            measure._everywhere = lambda mine: mine  # type: ignore[assignment]
+            measure.summed_everywhere = lambda mine: mine  # type: ignore[assignment]
         model, chunks, optimizer = parity_worker.build(sizes, seed=5)
         for _ in range(3):
             rows = [parity_worker.packed([0, 1]), parity_worker.packed([2, 3])]
@@ -62,7 +62,7 @@ def layout(job: dict[str, Any]) -> dict[str, Any]:
             "checks": len(checks),
         }
     finally:
-        measure.zigzag, measure._everywhere = before
+        measure.zigzag, measure.summed_everywhere = before
         parallel.stop()
 
 

@@ -32,7 +32,7 @@ HOSTILE = {
     "replace": '{% set x = "a"*30000000 %}{{ x|replace("a", "bbbbbbbbbbbbbbbbbbbbbbbb")|length }}',
     "lipsum": "{{ lipsum(n=3000) }}",
     "join": '{{ (["a"]*20000000)|join("b"*50)|length }}',
-    "list and join": '{{ ("ab"*9000000)|list|join(",")|length }}',
+    "list and join": '{{ ("ab"*30000000)|list|join(",")|length }}',
     "wordwrap": '{{ ("a"*2000000)|wordwrap(1)|length }}',
     "urlize": '{{ ("a.de "*4000000)|title|urlize|length }}',
     "namespace doubles": '{% set n=namespace(x="ab") %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}',
