@@ -15,14 +15,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _CAPABILITY = (9, 0)
 SECTOR = tl.constexpr(32)
 """Bytes that a GPU reads from its memory at least."""
-AHEAD_BYTES = 2**24
-"""At most so much of a matrix is brought into the L2 cache for the next kernel: others need the cache too."""
 
 
 @triton.jit
@@ -49,24 +46,9 @@ def prefetch(address):
     )
 
 
-@triton.jit
-def prefetch_share(ahead, ahead_bytes, AHEAD: tl.constexpr):
-    """Bring this program's share of the bytes at ``ahead`` into the L2 cache, AHEAD sectors at once."""
-    if AHEAD > 0:
-        for start in range(tl.program_id(0) * AHEAD * SECTOR, ahead_bytes, tl.num_programs(0) * AHEAD * SECTOR):
-            at = start + tl.arange(0, AHEAD) * SECTOR
-            prefetch(ahead.to(tl.int64) + tl.minimum(at, ahead_bytes - 1))
-
-
 @cache
 def overlap(device: torch.device) -> dict[str, Any]:
     """The options of a launch whose kernel calls ``wait_for_previous``; below compute capability 9 nothing overlaps."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= _CAPABILITY:
         return {"OVERLAP": True, "launch_pdl": True}
     return {"OVERLAP": False}
-
-
-def read_ahead(matrix: Tensor | None, device: torch.device) -> dict[str, Any]:
-    """The arguments of a kernel that calls ``prefetch_share``: with a matrix that comes next, where kernels overlap."""
-    size = 0 if matrix is None or not overlap(device)["OVERLAP"] else min(matrix.nbytes, AHEAD_BYTES)
-    return {"ahead": matrix if size else None, "ahead_bytes": size, "AHEAD": 1024 if size else 0}

@@ -49,7 +49,7 @@ x, norm = new(slots, width), new(width)
 n, weights, index = post_norm_triton.norm_and_route_triton(x, x, norm, new(experts, width), 2, 3.5, 1.0, 1e-5)
 post_norm_triton.norm_and_route_triton(new(1, 6144), new(1, 6144), new(6144), new(32, 6144), 2, 3.5, 1.0, 1e-5)
 rows = decode_triton.expert_rows_triton(n, new(4, 2, inner, width), new(4, width, inner), weights, index, 0)
-post_norm_triton.sum_and_norm_triton(rows, n, norm, 3.5, 1.0, 1e-5, new(4096, width))
+post_norm_triton.sum_and_norm_triton(rows, n, norm, 3.5, 1.0, 1e-5)
 decode_triton.mix_few_triton(n, new(4, 2, inner, width), new(4, width, inner), weights, index, 0)
 for slots in (64, 1):
     bookkeeping_triton.begin_step_triton(ids(slots), ids(slots), ids(1), fp64(8, slots), ids(8, slots), slots)
@@ -64,13 +64,13 @@ q = rotary_triton.rotate_into_cache_triton(new(64, 1, 10, 128), ids(64), ids(64)
 attention.decode_attention_triton(q, cache, cache, ids(64))
 parts = new(64, 8, 4, 128)
 out = decode.decode_triton(*parts[:, :, :3].unbind(2), fp32(8), fp32(64, 8, 128, 128), silu=True)
-fused_layer.gated_norm_triton(out, parts, new(1024), 1e-5, None, new(1024, 1024))
+fused_layer.gated_norm_triton(out, parts, new(1024), 1e-5, None)
 """
 KERNELS = {
     "_norm_and_route", "_up", "_down", "_sum_and_norm", "_sum_slots", "_end", "_choose", "_rotate_into_cache",
     "_partial", "_joined", "_step", "norm_gate",
 }  # fmt: skip
-READ_AHEAD = {"_up", "_down", "_sum_and_norm", "norm_gate"}
+READ_AHEAD = {"_up", "_down"}
 """Those that bring weights into the L2 cache while they wait."""
 
 

@@ -23,7 +23,7 @@ from m1_kernels import (
 )
 from m1_kernels.decode import bookkeeping_triton, post_norm_triton
 from m1_kernels.moe import decode_triton as few
-from m1_kernels.overlap import AHEAD_BYTES, overlap, read_ahead
+from m1_kernels.overlap import overlap
 from m1_kernels.softmax_attention import rotary_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,16 +142,6 @@ def test_kernels_overlap_on_a_device_that_can(monkeypatch: pytest.MonkeyPatch) -
         assert options == ({"OVERLAP": True, "launch_pdl": True} if expected else {"OVERLAP": False})
 
 
-def test_weights_are_read_ahead_where_kernels_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix, device = torch.zeros(3, 40), torch.device("cpu")
-    nothing = {"ahead": None, "ahead_bytes": 0, "AHEAD": 0}
-    assert read_ahead(matrix, device) == nothing
-    monkeypatch.setattr("m1_kernels.overlap.overlap", lambda _: {"OVERLAP": True})
-    assert read_ahead(None, device) == nothing
-    assert read_ahead(matrix, device) == {"ahead": matrix, "ahead_bytes": 480, "AHEAD": 1024}
-    assert read_ahead(torch.empty(AHEAD_BYTES, dtype=torch.float16), device)["ahead_bytes"] == AHEAD_BYTES
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter tells the addresses")
 def test_the_first_bytes_of_the_probable_expert_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     experts, width, inner, k = 3, 40, 24, 2
@@ -166,17 +156,3 @@ def test_the_first_bytes_of_the_probable_expert_are_read_ahead(monkeypatch: pyte
     assert set(addresses) == {
         row.data_ptr() + at for matrix in (w13, w2) for row in matrix.flatten(0, -2) for at in (0, 32)
     }
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter tells the addresses")
-@pytest.mark.parametrize("numel", [3, 20_000])
-def test_the_programs_share_what_is_read_ahead(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    sectors: list[int] = []
-    ahead = random(numel)
-    monkeypatch.setattr("m1_kernels.overlap.prefetch", lambda address: sectors.extend(address.handle.data.tolist()))
-    monkeypatch.setattr("m1_kernels.overlap.overlap", lambda _: {"OVERLAP": True})
-    monkeypatch.setattr(post_norm_triton, "overlap", lambda _: {"OVERLAP": True})
-    monkeypatch.setattr(post_norm_triton, "wait_for_previous", lambda *_: None)
-    post_norm_triton.sum_and_norm_triton(random(2, 2, 8), random(2, 8), random(8), ALPHA, BETA, EPS, ahead)
-    found = {at - ahead.data_ptr() for at in sectors}
-    assert found == {*range(0, ahead.nbytes, 32), ahead.nbytes - 1}

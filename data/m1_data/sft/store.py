@@ -185,7 +185,9 @@ def write_store(settings: SampleSettings, folder: Path, *, key: str) -> None:
     try:
         manifest = _write(settings, temporary, key)
         write_atomically(temporary / MANIFEST, orjson.dumps(manifest))
-        shutil.rmtree(folder, ignore_errors=True)
+        refuse_foreign_store(folder)  # once more: encoding took a while
+        if folder.exists():
+            shutil.rmtree(folder)
         temporary.replace(folder)
         flush(folder.parent)
     finally:

@@ -52,7 +52,6 @@ def mix_and_norm(
     alpha: float,
     beta: float,
     add_up: Callable[[Tensor], Tensor] | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Compute ``rmsnorm(alpha x + beta y) * norm_weight`` with ``y`` the mixture of the tokens' experts.
 
@@ -61,7 +60,6 @@ def mix_and_norm(
         norm_weight: [h], of the norm behind the sublayer.
         eps, alpha, beta: as for ``add_rms_norm``.
         add_up: adds up the shares [T, h] of the ranks that have the experts; None: this rank has all of them.
-        ahead: the weights that are read next; a GPU may bring them into its cache meanwhile.
 
     Returns:
         [T, h] in x's dtype.
@@ -71,7 +69,7 @@ def mix_and_norm(
         from m1_kernels.moe.decode_triton import expert_rows_triton
 
         rows = expert_rows_triton(x, w13, w2, weights, index, first)
-        return sum_and_norm_triton(rows, x, norm_weight, alpha, beta, eps, ahead)
+        return sum_and_norm_triton(rows, x, norm_weight, alpha, beta, eps)
     y = mix_local_experts(x, w13, w2, weights, index, first=first, num_experts=num_experts)
     if add_up is not None:
         y = add_up(y)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m1_kernels.moe.decode_triton import choose_experts
-from m1_kernels.overlap import overlap, prefetch_share, read_ahead, wait_for_previous
+from m1_kernels.overlap import overlap, wait_for_previous
 
 ROUTER_ELEMENTS = 16384
 """Elements of the router's matrix that a program holds at a time."""
@@ -53,11 +53,9 @@ def _norm_and_route(
 
 @triton.jit
 def _sum_and_norm(
-    rows, x, norm, out, ahead, ahead_bytes, alpha, beta, eps, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
+    rows, x, norm, out, alpha, beta, eps, C: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):
     """out [T, C] from x [T, C] and the rows [T, K, C] of each token's experts. Grid T."""
-    prefetch_share(ahead, ahead_bytes, AHEAD)
     wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)
@@ -88,17 +86,12 @@ def norm_and_route_triton(
     return out, weights, index
 
 
-def sum_and_norm_triton(
-    rows: Tensor, x: Tensor, norm: Tensor, alpha: float, beta: float, eps: float, ahead: Tensor | None = None
-) -> Tensor:
-    """rows [T, k, C], x [T, C], norm [C]; returns the norm of ``alpha x + beta sum(rows)``, [T, C].
-
-    ``ahead``: the matrix that the next kernel reads.
-    """
+def sum_and_norm_triton(rows: Tensor, x: Tensor, norm: Tensor, alpha: float, beta: float, eps: float) -> Tensor:
+    """rows [T, k, C], x [T, C], norm [C]; returns the norm of ``alpha x + beta sum(rows)``, [T, C]."""
     x = x.contiguous()
     (tokens, k, width), out = rows.shape, torch.empty_like(x)
     _sum_and_norm[(tokens,)](
         rows, x, norm, out, alpha=alpha, beta=beta, eps=eps, C=width, K=k, BLOCK=triton.next_power_of_2(width), num_warps=8,
-        **read_ahead(ahead, x.device), **overlap(x.device),
+        **overlap(x.device),
     )  # fmt: skip
     return out

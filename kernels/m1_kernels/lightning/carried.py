@@ -71,13 +71,11 @@ def lightning_decode_layer(
     *,
     eps: float,
     tp_group: dist.ProcessGroup | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Compute one token of each sequence and advance ``state`` [B, H, D, D] fp32 by it, in place.
 
     The other arguments are those of ``lightning_prefill_layer``, with T = B tokens, one of each sequence. Nothing waits for the
-    host, so that a CUDA graph can hold it. ``ahead``: the weights that are read next; a GPU may bring them into its cache
-    meanwhile.
+    host, so that a CUDA graph can hold it.
 
     Returns:
         [B, H * D] in the dtype of ``parts``.
@@ -91,24 +89,17 @@ def lightning_decode_layer(
     else:
         q, k, v = F.silu(parts[:, :, :3]).unbind(2)
         out = lightning_decode(q, k, v, log_decay, state)
-    return _gated_norm(out, parts, weight, eps, tp_group, triton=backend.name == "triton", ahead=ahead)
+    return _gated_norm(out, parts, weight, eps, tp_group, triton=backend.name == "triton")
 
 
 def _gated_norm(
-    out: Tensor,
-    parts: Tensor,
-    weight: Tensor,
-    eps: float,
-    tp_group: dist.ProcessGroup | None,
-    *,
-    triton: bool,
-    ahead: Tensor | None = None,
+    out: Tensor, parts: Tensor, weight: Tensor, eps: float, tp_group: dist.ProcessGroup | None, *, triton: bool
 ) -> Tensor:
     """[T, H, D] and the gate in ``parts`` to [T, H * D]."""
     if triton:
         from m1_kernels.lightning.gpu.fused_layer import gated_norm_triton
 
-        return gated_norm_triton(out, parts, weight, eps, tp_group, ahead)[0]
+        return gated_norm_triton(out, parts, weight, eps, tp_group)[0]
     y = out.flatten(1).float()
     squares = y.square().sum(-1, keepdim=True)
     width = y.shape[1]

@@ -41,8 +41,6 @@ UP, DOWN = Tiles(32, 128, 4, 2), Tiles(64, 128, 4, 4)
 """Of those tried on an H200 the fastest: with them all programs of 16 experts run at the same time."""
 AHEAD = 512
 """Bytes of each row that are read into the L2 cache before a program knows its expert; a power of 2, or 0."""
-GROUP_AXIS = 0
-"""Axis of the grid along which groups of slots lie. First was faster on an H200 than last (4 % of a step, docs/LOG.md)."""
 FEW, MANY = 16, 64
 """Slots that a program multiplies together: ``MANY`` where experts can have more than ``FEW`` on average."""
 
@@ -105,17 +103,17 @@ def _read_ahead(matrix, row, rows, columns, AHEAD: tl.constexpr):
 @triton.jit
 def _up(
     x, w13, weights, index, inner, first, slots, experts, x_row, INNER, C, K: tl.constexpr, SLOTS: tl.constexpr,
-    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, AXIS: tl.constexpr,
+    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """inner [slots, INNER] = silu(w1 x) * (w3 x) * weight. Grid (INNER / N, groups of slots)."""
-    row = tl.program_id(1 - AXIS) * N + tl.arange(0, N)
-    likely = tl.program_id(AXIS).to(tl.int64)
+    """inner [slots, INNER] = silu(w1 x) * (w3 x) * weight. Grid (groups of slots, INNER / N)."""
+    row = tl.program_id(1) * N + tl.arange(0, N)
+    likely = tl.program_id(0).to(tl.int64)
     if likely < experts:
         _read_ahead(w13 + likely * 2 * INNER * C, row, INNER, C, AHEAD)
         _read_ahead(w13 + (likely * 2 + 1) * INNER * C, row, INNER, C, AHEAD)
     wait_for_previous(OVERLAP, START_NEXT=False)
-    expert, slot, there = _work_of(index, tl.program_id(AXIS), first, slots, experts, SLOTS, EXPERTS, M)
+    expert, slot, there = _work_of(index, tl.program_id(0), first, slots, experts, SLOTS, EXPERTS, M)
     if expert < experts:
         gate_at = w13 + (expert.to(tl.int64) * 2 * INNER + row[:, None]) * C
         up_at = gate_at + INNER.to(tl.int64) * C
@@ -143,16 +141,16 @@ def _up(
 @triton.jit
 def _down(
     inner, w2, index, out, first, slots, experts, INNER, C, SLOTS: tl.constexpr,
-    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, AXIS: tl.constexpr,
+    EXPERTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """out [slots, C] = w2 inner. Grid (C / N, groups of slots)."""
-    row = tl.program_id(1 - AXIS) * N + tl.arange(0, N)
-    likely = tl.program_id(AXIS).to(tl.int64)
+    """out [slots, C] = w2 inner. Grid (groups of slots, C / N)."""
+    row = tl.program_id(1) * N + tl.arange(0, N)
+    likely = tl.program_id(0).to(tl.int64)
     if likely < experts:
         _read_ahead(w2 + likely * C * INNER, row, C, INNER, AHEAD)
     wait_for_previous(OVERLAP)
-    expert, slot, there = _work_of(index, tl.program_id(AXIS), first, slots, experts, SLOTS, EXPERTS, M)
+    expert, slot, there = _work_of(index, tl.program_id(0), first, slots, experts, SLOTS, EXPERTS, M)
     if expert < experts:
         weight_at = w2 + (expert.to(tl.int64) * C + row[:, None]) * INNER
         total = tl.zeros([M, N], tl.float32)
@@ -193,10 +191,6 @@ def route_triton(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return weights, index
 
 
-def _grid(parts: int, groups: int) -> tuple[int, int]:
-    return (parts, groups) if GROUP_AXIS else (groups, parts)
-
-
 def expert_rows_triton(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, index: Tensor, first: int) -> Tensor:
     """x [T, h], w13 [E, 2, I, h], w2 [E, h, I], weights and index [T, k]; returns [T, k, h], of experts that are here."""
     (tokens, width), (experts, _, hidden, _), k = x.shape, w13.shape, index.shape[1]
@@ -207,13 +201,13 @@ def expert_rows_triton(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, inde
     groups = min(slots, experts + slots // together)  # at most
     sizes = {
         "SLOTS": triton.next_power_of_2(slots), "EXPERTS": triton.next_power_of_2(experts), "M": together,
-        "AXIS": GROUP_AXIS, **overlap(x.device),
+        **overlap(x.device),
     }  # fmt: skip
     sizes["AHEAD"] = AHEAD if sizes["OVERLAP"] else 0
-    _up[_grid(triton.cdiv(hidden, UP.rows), groups)](
+    _up[(groups, triton.cdiv(hidden, UP.rows))](
         x, w13, weights, index, inner, first, slots, experts, x.stride(0), hidden, width, K=k, **sizes, **UP.options(x)
     )
-    _down[_grid(triton.cdiv(width, DOWN.rows), groups)](
+    _down[(groups, triton.cdiv(width, DOWN.rows))](
         inner, w2, index, rows, first, slots, experts, hidden, width, **sizes, **DOWN.options(x)
     )
     return rows

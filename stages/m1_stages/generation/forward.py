@@ -135,7 +135,7 @@ class IncrementalModel:
             parts = F.linear(x, module.linear_in.weight).view(-1, module.num_heads, 4, module.head_dim)
             out = lightning_decode_layer(
                 parts, module.norm.weight, self._rates[number], states.recurrent[index],
-                eps=module.norm.eps, tp_group=self.tp_group, ahead=module.linear_out.weight,
+                eps=module.norm.eps, tp_group=self.tp_group,
             )  # fmt: skip
             return self._row_parallel(out, module)
 
@@ -159,7 +159,6 @@ class IncrementalModel:
         layers = list(self.model.decoder.layers)
         x: Tensor = layers[0].attn_norm(self._embed(tokens))
         following = [layer.attn_norm for layer in layers[1:]] + [self.model.decoder.final_layernorm]
-        ahead = [_input_weight(layer.self_attention) for layer in layers[1:]] + [self.model.output_layer.weight]
         add_up = partial(self._summed, group=self.expert_group) if self.expert_group.size() > 1 else None
         for number, (layer, next_norm) in enumerate(zip(layers, following, strict=True)):
             attend = softmax if self._kinds[number] else lightning
@@ -172,7 +171,7 @@ class IncrementalModel:
             x = mix_and_norm(
                 y, experts.w13, experts.w2, weights, index, next_norm.weight,
                 first=layer.mlp.ep_group.rank() * experts.num_local_experts, num_experts=self.config.num_experts,
-                eps=next_norm.eps, add_up=add_up, ahead=ahead[number], **scales,
+                eps=next_norm.eps, add_up=add_up, **scales,
             )  # fmt: skip
         return x
 
@@ -195,8 +194,3 @@ class IncrementalModel:
         if group.size() > 1:
             dist.all_reduce(x, group=group)
         return x
-
-
-def _input_weight(module: LightningAttention | SoftmaxAttention) -> Tensor:
-    weight: Tensor = (module.linear_qkv if isinstance(module, SoftmaxAttention) else module.linear_in).weight
-    return weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m1_kernels.overlap import prefetch_share, wait_for_previous
+from m1_kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -51,14 +51,13 @@ def token_squares(o, sums, tokens, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def norm_gate(
-    o, x, weight, sums, y, eps, channels, ahead, ahead_bytes, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    GIVEN: tl.constexpr, AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    o, x, weight, sums, y, eps, channels, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, GIVEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, C] from o [tokens, C] and the gate in x; ``sums`` is read if GIVEN, else written. Grid tokens.
 
     ``channels``: those of all ranks, by which the sum of squares is divided.
     """
-    prefetch_share(ahead, ahead_bytes, AHEAD)
     wait_for_previous(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK)

@@ -20,7 +20,7 @@ from m1_kernels.lightning.gpu.elementwise import (
 )
 from m1_kernels.lightning.gpu.launch import addressable, config_for, plan_for, run_backward, run_sweep, states
 from m1_kernels.lightning.zigzag import ContextShards
-from m1_kernels.overlap import overlap, read_ahead
+from m1_kernels.overlap import overlap
 
 SILU_ROWS, SILU_WARPS = 16, 4  # measured: at the copy rate
 BACKWARD_PROGRAMS_PER_PROCESSOR = 2
@@ -36,12 +36,9 @@ def split_parts(x: Tensor) -> Tensor:
 
 
 def gated_norm_triton(
-    out: Tensor, x: Tensor, weight: Tensor, eps: float, tp_group: dist.ProcessGroup | None, ahead: Tensor | None = None
+    out: Tensor, x: Tensor, weight: Tensor, eps: float, tp_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """``out`` [tokens, H, D] and the gate in x [tokens, H, 4, D] to y [tokens, H * D] and the tokens' sums of squares.
-
-    ``ahead``: the matrix that the next kernel reads.
-    """
+    """``out`` [tokens, H, D] and the gate in x [tokens, H, 4, D] to y [tokens, H * D] and the tokens' sums of squares."""
     tokens, heads, _, dim = x.shape
     width = heads * dim
     block = triton.next_power_of_2(width)
@@ -53,7 +50,7 @@ def gated_norm_triton(
     y = x.new_empty(tokens, width)
     norm_gate[(tokens,)](
         out, x, weight, sums, y, eps, width * ranks, C=width, D=dim, BLOCK=block, GIVEN=ranks > 1, num_warps=8,
-        **read_ahead(ahead, x.device), **overlap(x.device),
+        **overlap(x.device),
     )  # fmt: skip
     return y, sums
 
