@@ -18,6 +18,7 @@ from support.sft_data import open_samples
 from m1_data.chat.conversations import parse_conversation
 from m1_data.chat.encoder import ChatEncoder
 from m1_data.errors import ConfigError, DataError
+from m1_data.sft import store
 from m1_data.sft.choice import Selection
 from m1_data.sft.dataset import SFTDataset
 from m1_data.sft.samples import SampleSettings
@@ -189,3 +190,22 @@ def test_the_dry_run_imports_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
     )
     assert done.stdout.strip() == "False"
+
+
+def test_what_appears_in_the_folder_while_it_is_encoded_is_not_removed(
+    settings: SampleSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "store"
+    before = store_of(settings, folder).manifest.key
+    written = store._write
+
+    def meanwhile(*args: object) -> object:
+        (folder / "notes.txt").write_text("mine")
+        return written(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "_write", meanwhile)
+    with pytest.raises(ConfigError):
+        write_store(settings, folder, key="another")
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert SampleStore(folder).manifest.key == before
+    assert [path.name for path in tmp_path.glob("*store*")] == ["store"], "and nothing is left beside it"
