@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.config.lora import LoraConfig, configured_lora
 from m1_stages.decay import Slopes, ramp, stage_slopes
 from m1_stages.errors import ConfigError
 
@@ -94,6 +95,8 @@ class StagePlan:
     """Section of the configuration that describes the stage, like ``stages.32k`` or ``sft``."""
     title: str
     """What a person reads as the stage's name."""
+    lora: LoraConfig | None = None
+    """The adapters that are trained in place of all weights."""
 
     @property
     def ramp_steps(self) -> int:
@@ -170,6 +173,7 @@ def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
         softmax_layers=softmax_layers(resolved),
         config_section=config_section(SFT),
         title="fine-tuning",
+        lora=configured_lora(x, SFT),
     )
 
 

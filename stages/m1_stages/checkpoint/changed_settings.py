@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from m1_data.spec import StageMix
 from m1_stages.checkpoint.manifest import Committed
 from m1_stages.config import Resolved, WhenChanged
+from m1_stages.config.lora import recorded_lora
 from m1_stages.config.when_changed import KeyChange, changed_keys
 from m1_stages.curriculum import SFT, StagePlan, train_command
 from m1_stages.errors import ConfigError
@@ -41,6 +42,22 @@ def refuse_changes(candidates: Sequence[Committed], resolved: Resolved, plan: St
         if own and committed.meta.stage_final:
             reason = f"too late: {plan.title} is finished, and nothing would be trained with the new value"
             raise _refusal(own, resolved, committed, reason, start_over(plan))
+
+
+def refuse_other_adapters(candidates: Sequence[Committed], plan: StagePlan) -> None:
+    """Refuse to go on from a checkpoint of the stage that has other adapters, also one that does not record its settings.
+
+    Raises:
+        ConfigError: the adapters of one of ``candidates`` are not those of ``plan``.
+    """
+    for committed in candidates:
+        if recorded_lora(committed.meta.extra) != plan.lora:
+            trained = "adapters" if plan.lora is None else "all weights or other adapters"
+            raise ConfigError(
+                f"sft.lora_rank: {plan.title} trained {trained} up to its step {committed.meta.stage_step}",
+                where=str(committed.path),
+                fix=f"set sft.lora_* back, or {start_over(plan)}",
+            )
 
 
 def settings_changed(committed: Committed, resolved: Resolved, plan: StagePlan, step: int) -> SettingsChanged | None:

@@ -7,6 +7,7 @@ from datetime import date
 
 from m1_data.storage.ownership import why_not_a_name
 from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.config.lora import LORA_TARGETS
 from m1_stages.errors import ConfigError
 
 
@@ -303,6 +304,7 @@ class _Checker:
         self.cut(self.config.sft_seq_len, "sft")
         self.share("sft.max_dropped_share", x.max_dropped_share)
         self.sft_selection()
+        self.lora()
         self.require(
             not x.date or _is_date(x.date), "sft.date", f"sft.date {x.date!r} is not a day", "for example 2026-01-31"
         )
@@ -353,6 +355,24 @@ class _Checker:
             "sft.reflection_patterns",
             "a pattern is empty or there twice",
             "take it out",
+        )
+
+    def lora(self) -> None:
+        x = self.config.sft
+        self.not_negative("sft", "lora_rank")
+        self.positive("sft", "lora_alpha")
+        unknown = [target for target in x.lora_targets if target not in LORA_TARGETS]
+        self.require(
+            not unknown,
+            "sft.lora_targets",
+            f"there are no matrices called {unknown[:1]}",
+            f"choose among {', '.join(LORA_TARGETS)}",
+        )
+        self.require(
+            bool(x.lora_targets) and len(set(x.lora_targets)) == len(x.lora_targets),
+            "sft.lora_targets",
+            "sft.lora_targets is empty, or names one twice",
+            f"choose among {', '.join(LORA_TARGETS)}; lora_rank = 0 trains all weights",
         )
 
 

@@ -65,3 +65,11 @@ class SftConfig:
     max_dropped_share: Annotated[
         float, "stop when more than this share of the conversations would be dropped", WhenChanged.NO_EFFECT
     ] = 0.1
+    lora_rank: Annotated[
+        int, "rank of the low-rank adapters (LoRA) that are trained in place of the weights; 0 trains all weights"
+    ] = 0
+    lora_alpha: Annotated[float, "adapters are multiplied by lora_alpha / lora_rank"] = 16.0
+    lora_targets: Annotated[
+        tuple[str, ...],
+        "whose matrices have adapters: lightning and softmax (all projections of these layers), router",
+    ] = ("lightning", "softmax")

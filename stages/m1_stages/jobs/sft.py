@@ -33,7 +33,7 @@ def run(resolved: Resolved, sinks: Sequence[Sink], *, fresh: bool = False) -> No
     resolved = with_vocab(resolved, manifest.vocab_size)
     rows = SFTDataset(open_samples(resolved, manifest), selection(resolved))
     plan = with_imported_base(plan_sft(resolved, rows.rows_per_epoch), imported_checkpoint(resolved.run_dir))
-    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False) as opened:
+    with open_session(resolved, sinks, rope_base=plan.rope_base, fresh=False, lora=plan.lora) as opened:
         opened.checkpointer.tokenizer_sha256 = manifest.tokenizer_sha256
         if fresh:
             start_over_from(opened, plan.stage)

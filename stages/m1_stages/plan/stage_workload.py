@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from m1_data.spec import BUCKET_EDGES_TOKENS, SHORTEST_NEEDLE_TOKENS
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig
+from m1_stages.config.lora import LoraConfig, configured_lora
 from m1_stages.curriculum import SFT, config_section, micro_batch_rows
 
 
@@ -28,6 +29,8 @@ class StageWorkload:
     """Section of ``m1.toml`` that configures the stage, for advice."""
     evaluated: tuple[tuple[int, int], ...] = ()
     """Rows of the evaluation after the stage, as pairs of their number and their length in tokens."""
+    lora: LoraConfig | None = None
+    """The adapters that are trained in place of all weights."""
 
     @property
     def row_pairs(self) -> float:
@@ -99,6 +102,7 @@ def _sft(config: Config) -> StageWorkload:
         steps=None,
         config_section=config_section(SFT),
         mix_pairs=seq_len / 2,
+        lora=configured_lora(sft, SFT),
     )
 
 

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from m1_data.sampling.stage_draw import order_version
-from m1_stages.checkpoint.changed_settings import refuse_changes, settings_changed, start_over
+from m1_stages.checkpoint.changed_settings import (
+    refuse_changes,
+    refuse_other_adapters,
+    settings_changed,
+    start_over,
+)
 from m1_stages.checkpoint.imported import refuse_beside_import
 from m1_stages.config import STAGE_NAMES, Resolved
 from m1_stages.curriculum import IMPORT, SFT, StagePlan
@@ -64,6 +69,7 @@ def restore_stage(
             fix=f"run first: m1 pretrain --stage {plan.starts_from}   (or --stage all)",
         )
     refuse_changes([*own[:1], *before[:1]], resolved, plan)
+    refuse_other_adapters(own[:1], plan)
     found = run.checkpointer.restore([*own, *before])
     if found is None:
         if any(c.meta.stage in STAGE_NAMES for c in committed):
@@ -167,6 +173,10 @@ def announce_stage(
         starts_from = (
             f"the imported {imported['source']}: its weights, with a fresh optimizer; the RoPE base {kept} "
             f"{plan.rope_base / 1e6:g}M, the decay rates {'move from its own' if plan.ramp_steps else 'stay its own'}"
+        )
+    elif plan.lora is not None and not state.stage_step:
+        starts_from = (
+            f"the weights of the final {plan.starts_from} checkpoint, which stay as they are; adapters are trained"
         )
     elif state.stage_step:
         starts_from = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"
