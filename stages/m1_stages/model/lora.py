@@ -5,9 +5,10 @@ The adapter matrices of a sharded weight are cut like the weight; ``b`` starts a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from m1_stages.model.attention import SoftmaxAttention
 from m1_stages.model.merged import merged
 
 if TYPE_CHECKING:
-    from m1_stages.model.chunks import ModelChunks
+    from m1_stages.model.hybrid import HybridModel
 
 
 class LinearAdapter(nn.Module):
@@ -90,15 +91,15 @@ class _Place:
         setattr(self.module, self.name, adapter)
 
 
-def freeze_and_attach(chunks: ModelChunks, lora: LoraConfig) -> None:
+def freeze_and_attach(chunks: Sequence[HybridModel], lora: LoraConfig) -> None:
     """Freeze all parameters of the model and give it adapters, whose values are not set yet."""
-    for param in chunks.parameters():
-        param.requires_grad_(False)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
     _attach(chunks, lora)
 
 
 @contextmanager
-def adapters_of(chunks: ModelChunks, lora: LoraConfig | None) -> Iterator[None]:
+def adapters_of(chunks: Sequence[HybridModel], lora: LoraConfig | None) -> Iterator[None]:
     """Let the model have adapters like those of a checkpoint (None: none), without values, in place of its own.
 
     Afterwards it has its own again. What is to stay of the others is merged before that (``merge``).
@@ -116,29 +117,29 @@ def adapters_of(chunks: ModelChunks, lora: LoraConfig | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(chunks: ModelChunks) -> None:
+def merge(chunks: Sequence[HybridModel]) -> None:
     """Add the adapters that the model has at present to its weights; each rank has what its parts need."""
     for place in _places(chunks):
         if (adapter := place.adapter) is not None:
             place.weight.copy_(merged(place.weight, adapter.a, adapter.b, adapter.scale))
 
 
-def has_adapters(chunks: ModelChunks) -> bool:
+def has_adapters(chunks: Sequence[HybridModel]) -> bool:
     """Whether the model has adapters beside its weights."""
     return any(place.adapter is not None for place in _places(chunks))
 
 
-def _attach(chunks: ModelChunks, lora: LoraConfig) -> None:
+def _attach(chunks: Sequence[HybridModel], lora: LoraConfig) -> None:
     for place in _places(chunks, lora):
         sharded = {ColumnParallelLinear: 0, RowParallelLinear: 1}.get(type(place.owner))
         place.put(LinearAdapter(place.weight.data, lora, sharded=sharded, tp_group=place.owner.tp_group))
 
 
-def _places(chunks: ModelChunks, lora: LoraConfig | None = None) -> list[_Place]:
+def _places(chunks: Sequence[HybridModel], lora: LoraConfig | None = None) -> list[_Place]:
     """The places of all adapters that there can be, or of those of ``lora``."""
     lora = lora or LoraConfig(stage="", rank=1, alpha=1.0, targets=tuple(LORA_TARGETS))
     found = []
-    for layer in chunks.layers:
+    for layer in chain.from_iterable(chunk.decoder.layers for chunk in chunks):
         names = lora.in_layer(is_softmax=isinstance(layer.self_attention, SoftmaxAttention))
         for weight_name, adapter_name in names.items():
             owner, parent = weight_name.rpartition(".")[0], adapter_name.rpartition(".")[0]

@@ -143,7 +143,7 @@ def _locked_session(
 
 
 def _save_mode(
-    config: Config, topology: parallel.Topology, device: device_module.Device, lora: LoraConfig | None
+    config: Config, topology: parallel.Topology, device: device_module.Device, lora: LoraConfig | None = None
 ) -> SaveMode:
     """Decide with the memory that this machine has now whether saves are written beside training; every rank calls it.
 

@@ -6,10 +6,10 @@ the next save (``m1_stages.checkpoint.host_copy``), so there is one copy, and sa
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from m1_stages.config import Config, ModelConfig
+from m1_stages.config import STAGE_NAMES, Config, ModelConfig
 from m1_stages.config.lora import LoraConfig
 from m1_stages.errors import EnvironmentProblem
 from m1_stages.plan.hardware import CALIBRATION, GIB, Calibration
@@ -136,7 +136,7 @@ def estimate_host_memory(
 def run_host_memory(
     config: Config, layout: Layout, *, per_node: int, device: Literal["cpu", "cuda"], lora: LoraConfig | None = None
 ) -> HostMemory:
-    """Estimate the host memory of a run of ``config``: of the stage that needs most, or of the one that trains ``lora``.
+    """Estimate the host memory of a run of ``config``: of the stage that needs most, or of fine-tuning with ``lora``.
 
     Args:
         per_node: ranks of a machine.
@@ -144,7 +144,9 @@ def run_host_memory(
     """
     m, policy = model_with_vocab(config), memory_policy_of(config)
     # Without memory on the device, all that may be offloaded is.
-    workloads = [workload for workload in stage_workloads(config) if lora is None or workload.lora == lora]
+    workloads = stage_workloads(config)
+    if lora is not None:
+        workloads = [replace(workload, lora=lora) for workload in workloads if workload.stage not in STAGE_NAMES]
     needs = [choose_activations(m, workload, layout, policy, 0.0).memory for workload in workloads]
     largest = max(needs, key=lambda memory: memory.host)
     return estimate_host_memory(m, layout, largest, bf16=policy.bf16, per_node=per_node, device=device, lora=lora)
