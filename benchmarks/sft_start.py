@@ -1,7 +1,7 @@
 """Seconds and memory of the start of ``m1 sft`` on many short conversations: tokenized the first time, opened the next.
 
-``python benchmarks/sft_start.py --tokenizer DATA/tokenizer --dir FOLDER [--conversations 1000000] [--processes 2]``. Each part runs
-in a process of its own and prints its seconds, and its memory at the end and at most.
+``python benchmarks/sft_start.py --tokenizer DATA/tokenizer --dir FOLDER [--conversations 1000000] [--processes 2]``. Each
+part runs in a process of its own and prints its seconds, and its memory at the end and at most.
 """
 
 from __future__ import annotations
