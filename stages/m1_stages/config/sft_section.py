@@ -47,6 +47,9 @@ class SftConfig:
     reflection_weight: Annotated[
         float, "factor on the weight of conversations in which at least one pattern matches"
     ] = 1.0
+    processes: Annotated[
+        int, "processes that tokenize the conversations; 0: one per core, 16 at most", WhenChanged.NO_EFFECT
+    ] = 0
     base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
     context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
     epochs: Annotated[float, "passes over the conversations"] = 2.0
