@@ -12,10 +12,11 @@ from pathlib import Path
 import typer
 
 from m1_data.storage.lock import lock_of, reading, refuse_while_written
-from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
+from m1_stages.config.sft_runs import configured_runs, for_run, is_sft, refuse_unknown_stage, run_of_stage
 from m1_stages.curriculum import stages_of
-from m1_stages.errors import ConfigError, EnvironmentProblem, RankLost
+from m1_stages.errors import EnvironmentProblem, RankLost
 from m1_stages.events import Sink
 from m1_stages.run_dir import LOCK, TENSORBOARD, refuse_foreign_run_dir
 from m1_stages.runtime.imports import importing
@@ -48,27 +49,31 @@ def pretrain_command(
 def evaluate_command(config: Path, overrides: list[str], stage: str, *, gpus: int | None) -> None:
     """Evaluate the final checkpoint of one stage."""
     resolved = load_config(config, [*overrides, *_processes(gpus)])
-    if stage not in STAGE_NAMES:
-        raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join(STAGE_NAMES)}")
+    refuse_unknown_stage(resolved.config.sft, stage)
 
     def measure(sinks: list[Sink]) -> None:
         with importing():
-            from m1_stages.jobs import evaluate
+            from m1_stages.jobs import evaluate, sft
 
-        evaluate.run(resolved, stage, sinks)
+        if is_sft(stage):
+            sft.evaluate(for_run(resolved, run_of_stage(stage)), sinks)
+        else:
+            evaluate.run(resolved, stage, sinks)
 
     _start(resolved, measure)
 
 
-def sft_command(config: Path, overrides: list[str], *, gpus: int | None, fresh: bool) -> None:
-    """Fine-tune."""
+def sft_command(config: Path, overrides: list[str], name: str | None, *, gpus: int | None, fresh: bool) -> None:
+    """Fine-tune: the run ``name``; None does all that are configured, in order."""
     resolved = load_config(config, [*overrides, *_processes(gpus)])
+    tunings = [for_run(resolved, run) for run in ([name] if name else configured_runs(resolved.config.sft))]
 
     def train(sinks: list[Sink]) -> None:
         with importing():
             from m1_stages.jobs import sft
 
-        sft.run(resolved, sinks, fresh=fresh)
+        for tuning in tunings:
+            sft.run(tuning, sinks, fresh=fresh)
 
     _start(resolved, train)
 
