@@ -146,8 +146,8 @@ def test_a_finished_run_is_refused_with_other_settings(ran: Ran) -> None:
 
 def test_an_interrupted_run_waits_for_its_conversations(ran: Ran) -> None:
     """The tokens of other conversations were written meanwhile: they are refused, and those of the old ones come again."""
-    assert "conversations changed since fine-tuning cut was interrupted at step 1" in ran.outputs["changed"][1]
-    assert "fine-tuning cut starts from its own step 1" in ran.outputs["continued"][1]
+    assert "conversations changed since fine-tuning cut was interrupted at step 2" in ran.outputs["changed"][1]
+    assert "fine-tuning cut starts from its own step 2" in ran.outputs["continued"][1]
 
 
 def test_starting_over_renames_a_run_and_what_was_made_from_it(ran: Ran) -> None:
