@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m1_data.sft.choice import Selection
+from m1_data.sft.encoding_processes import processes_of_machine
 from m1_data.sft.samples import SampleSettings
 from m1_data.sft.store import SampleStore, read_manifest, write_store
 from m1_data.storage.lock import lock_of, refuse_while_written, writing
@@ -33,7 +34,7 @@ def sample_settings(resolved: Resolved, manifest: Manifest) -> SampleSettings:
     config, x = resolved.config, resolved.config.sft
     if not x.data:
         raise ConfigError(
-            "there are no conversations to fine-tune on",
+            "there are no conversations to fine-tune on" + (f" in run {resolved.sft_run}" if resolved.sft_run else ""),
             where="key sft.data",
             fix='list files of conversations: [sft] data = ["chats.jsonl"]',
         )
@@ -49,6 +50,11 @@ def sample_settings(resolved: Resolved, manifest: Manifest) -> SampleSettings:
         earlier_reasoning=x.earlier_reasoning,
         patterns=x.reflection_patterns,
     )
+
+
+def samples_folder(resolved: Resolved) -> Path:
+    """The folder of tokenized conversations; each named run has its own."""
+    return resolved.run_dir / (f"{SFT_DATA}-{resolved.sft_run}" if resolved.sft_run else SFT_DATA)
 
 
 def selection(resolved: Resolved) -> Selection:
@@ -72,11 +78,11 @@ def open_samples(resolved: Resolved, manifest: Manifest) -> SampleStore:
     Every rank looks at the files itself, so nothing has to be told. The others wait for the first one.
 
     Raises:
-        DataError: see ``read_samples`` and ``SampleStore``.
+        DataError: see ``samples_in`` and ``SampleStore``.
         InUse: another command writes them.
         EnvironmentProblem: the first rank does not write them.
     """
-    settings, folder = sample_settings(resolved, manifest), resolved.run_dir / SFT_DATA
+    settings, folder = sample_settings(resolved, manifest), samples_folder(resolved)
     key = settings.key()
     if not _is_there(folder, key):
         if int(os.environ.get("RANK", "0")):
@@ -84,7 +90,7 @@ def open_samples(resolved: Resolved, manifest: Manifest) -> SampleStore:
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with writing(lock_of(folder), f"the folder of tokenized conversations {folder}"):
-                write_store(settings, folder, key=key)
+                write_store(settings, folder, key=key, processes=_processes(resolved))
     return SampleStore(folder)
 
 
@@ -95,13 +101,17 @@ def opened_for_preview(resolved: Resolved, manifest: Manifest) -> Iterator[Sampl
     Raises:
         DataError: as ``open_samples``.
     """
-    settings, folder = sample_settings(resolved, manifest), resolved.run_dir / SFT_DATA
+    settings, folder = sample_settings(resolved, manifest), samples_folder(resolved)
     key = settings.key()
     with tempfile.TemporaryDirectory(prefix="m1-sft-") as temporary:
         if not _is_there(folder, key):
             folder = Path(temporary) / SFT_DATA
-            write_store(settings, folder, key=key)
+            write_store(settings, folder, key=key, processes=_processes(resolved))
         yield SampleStore(folder)
+
+
+def _processes(resolved: Resolved) -> int:
+    return resolved.config.sft.processes or processes_of_machine()
 
 
 def _is_there(folder: Path, key: str) -> bool:

@@ -23,8 +23,8 @@ from m1_stages.checkpoint.snapshot import Gather
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved, WhenChanged
 from m1_stages.config.lora import LoraConfig, recorded_lora
+from m1_stages.config.sft_runs import IMPORT
 from m1_stages.config.when_changed import changed_keys, recorded_values
-from m1_stages.curriculum import IMPORT
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
 from m1_stages.runtime.collectives import from_rank_0
@@ -351,6 +351,7 @@ class Checkpointer:
                 "model": self._model_section(),
                 "rope_base": self._model.rope_base,
                 "contexts": state.contexts,
+                "entered_at": state.entered_at,
                 "forced_gates": self.forced_gates,
                 "tokenizer_sha256": self.tokenizer_sha256,
                 **({"import": self.imported} if self.imported else {}),
