@@ -1,7 +1,7 @@
 """Seconds and memory of the start of ``m1 sft`` on many short conversations: tokenized the first time, opened the next.
 
-``python benchmarks/sft_start.py --tokenizer DATA/tokenizer --dir FOLDER [--conversations 1000000]``. Each part runs in a process
-of its own and prints its seconds, and its memory at the end and at most.
+``python benchmarks/sft_start.py --tokenizer DATA/tokenizer --dir FOLDER [--conversations 1000000] [--processes 2]``. Each
+part runs in a process of its own and prints its seconds, and its memory at the end and at most.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -33,16 +34,16 @@ def write_conversations(path: Path, count: int) -> None:
             file.write(orjson.dumps({"messages": messages, "domain": draw.choice(["math", "code", "chat"])}) + b"\n")
 
 
-def tokenize(chats: Path, tokenizer: Path, store: Path) -> None:
+def tokenize(chats: Path, tokenizer: Path, store: Path, processes: int) -> None:
     """Do what the first start does."""
     from m1_data.sft.samples import SampleSettings
     from m1_data.sft.store import write_store
 
     settings = SampleSettings(paths=(chats,), tokenizer_dir=tokenizer)
-    write_store(settings, store, key=settings.key())
+    write_store(settings, store, key=settings.key(), processes=processes)
 
 
-def first_batch(chats: Path, tokenizer: Path, store: Path) -> None:
+def first_batch(chats: Path, tokenizer: Path, store: Path, processes: int) -> None:
     """Do what every rank does at a restart: look at the files, open, choose, pack, and make a batch."""
     from m1_data.sft.choice import Selection
     from m1_data.sft.dataset import SFTDataset
@@ -58,15 +59,15 @@ def first_batch(chats: Path, tokenizer: Path, store: Path) -> None:
         rows.batch([row])
 
 
-def measured(name: str, work: Callable[[Path, Path, Path], None], *paths: Path) -> None:
+def measured(name: str, work: Callable[[Path, Path, Path, int], None], *given: Any) -> None:
     """Run in a process of its own and print what it took."""
     import torch  # noqa: F401 - so that the memory before the work holds it
 
     before, began, ran = _rss_mib(), time.perf_counter(), time.process_time()
-    work(*paths)
+    work(*given)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{name}: {time.perf_counter() - began:.1f} s by the clock, {time.process_time() - ran:.1f} s of a core; memory "
+        f"{name}: {time.perf_counter() - began:.1f} s by the clock, {time.process_time() - ran:.1f} s of this process; memory "
         f"{before:,.0f} MiB before, {_rss_mib():,.0f} at the end, {most:,.0f} at most with shared libraries",
         flush=True,
     )
@@ -83,8 +84,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--conversations", type=int, default=1_000_000)
+    parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
-    chats, store = given.dir / f"{given.conversations}.jsonl", given.dir / f"{given.conversations}-store"
+    chats = given.dir / f"{given.conversations}.jsonl"
+    store = given.dir / f"{given.conversations}-store-{given.processes}"
     given.dir.mkdir(parents=True, exist_ok=True)
     if not chats.is_file():
         write_conversations(chats, given.conversations)
@@ -93,7 +96,7 @@ def main() -> None:
         if work is tokenize and store.is_dir():
             continue
         process = multiprocessing.get_context("spawn").Process(
-            target=measured, args=(name, work, chats, given.tokenizer, store)
+            target=measured, args=(name, work, chats, given.tokenizer, store, given.processes)
         )
         process.start()
         process.join()

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from rich.markup import escape
 from m1_stages.config import Resolved
 from m1_stages.errors import EXIT_LOST, EXIT_PREEMPTED, EnvironmentProblem, RankLost
 from m1_stages.run_dir import STACKS
+from m1_stages.runtime.rendezvous import LISTENER, listen
 from m1_stages.runtime.signals import STOP_SIGNALS
 from m1cli.console import console
 from m1cli.errors import show
@@ -94,11 +94,12 @@ def run_ranks(arguments: list[str], world: int, run_dir: Path, asked: list[int] 
         asked for before any rank could save. Signals are passed on to every rank.
     """
     command = [sys.executable, "-m", "m1cli", *arguments]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world),
+    listener = listen()
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": str(world),
               "LOCAL_WORLD_SIZE": str(world), "PYTHONSAFEPATH": "1"}  # fmt: skip
     if world > 1:
         _print_by_hand(command, shared, world)
-    environment = {**os.environ, **shared, LAUNCHER: str(os.getpid())}
+    environment = {**os.environ, **shared, LAUNCHER: str(os.getpid()), LISTENER: str(listener.fileno())}
     ranks: list[subprocess.Popen[bytes]] = []
     asked = [] if asked is None else asked
 
@@ -114,9 +115,13 @@ def run_ranks(arguments: list[str], world: int, run_dir: Path, asked: list[int] 
             # A session of its own: Ctrl-C reaches a rank once, through this launcher, and a rank's children end with it.
             ranks.append(
                 subprocess.Popen(
-                    command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True
+                    command,
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    start_new_session=True,
+                    pass_fds=[listener.fileno()] if rank == 0 else [],
                 )
             )
+        listener.close()  # rank 0 has it now: nobody waits for a rank 0 that is gone
         return _wait(ranks, asked, run_dir)
     finally:
         _end(ranks)
@@ -191,9 +196,3 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -13,9 +13,10 @@ import zstandard
 from support.chat_tokenizer import SOURCE, write_tokenizer
 from support.sft_data import sft_dataset
 
+from m1_data.chat.conversations import Conversation
 from m1_data.chat.dialects import DIALECTS, conversation_in, dialect_of
 from m1_data.chat.render_worker import MAX_SECONDS
-from m1_data.chat.rows import FileTally, read_conversations, read_rows
+from m1_data.chat.rows import FileTally, conversations_in, read_rows, rows_of
 from m1_data.errors import DataError
 from m1_data.sft.dataset import SFTDataset
 
@@ -176,6 +177,10 @@ def load(folder: Path, *paths: Path, **more: Any) -> SFTDataset:
     return sft_dataset(list(paths), tokenizer_dir=folder, seq_len=1024, seed=1, **more)
 
 
+def read(path: Path, *ignored: str) -> list[Conversation]:
+    return list(conversations_in(rows_of([path], ignored_keys=ignored), [FileTally("f")], ignored_keys=ignored))
+
+
 def encoded(data: SFTDataset) -> list[tuple[list[int], list[bool]]]:
     return [(e.ids.tolist(), e.trained.tolist()) for e in map(data.store.tokens, range(len(data.store.samples)))]
 
@@ -225,7 +230,7 @@ BAIT = "columns: action: string, datetime: timestamp[s]\u2028<think>00123"
 @pytest.mark.parametrize("write", [lines, array, gz, zst, parquet, arrow_file])
 def test_texts_stay_as_they_are(tmp_path: Path, write: Callable[[Path, list[Any]], None]) -> None:
     write(tmp_path / "f", [{"messages": [user(BAIT), ai("00123")]}])
-    (found,) = read_conversations(tmp_path / "f", FileTally("f"))
+    (found,) = read(tmp_path / "f")
     assert [m.content for m in found.messages] == [BAIT, "00123"]
 
 
@@ -246,7 +251,7 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "
 def test_every_row_is_read_strictly(tmp_path: Path, row: Any, message: str, fix: str) -> None:
     lines(tmp_path / "f.jsonl", [OPENAI, row])
     with pytest.raises(DataError, match=message) as caught:
-        list(read_conversations(tmp_path / "f.jsonl", FileTally("f")))
+        read(tmp_path / "f.jsonl")
     assert caught.value.where == f"{tmp_path / 'f.jsonl'}:2"
     assert fix in caught.value.fix
     assert 'sft.bad_rows = "skip"' in caught.value.fix
@@ -254,9 +259,7 @@ def test_every_row_is_read_strictly(tmp_path: Path, row: Any, message: str, fix:
 
 def test_keys_can_be_ignored_by_name(tmp_path: Path) -> None:
     lines(tmp_path / "f.jsonl", [OPENAI | {"mood": "good", "conversations": 3, "images": []}])
-    (found,) = read_conversations(
-        tmp_path / "f.jsonl", FileTally("f"), ignored_keys=["mood", "conversations", "images"]
-    )
+    (found,) = read(tmp_path / "f.jsonl", "mood", "conversations", "images")
     assert (len(found.messages), found.unused_keys) == (2, ())
 
 

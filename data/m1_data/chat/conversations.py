@@ -35,7 +35,9 @@ class BadRow(DataError):
         detail: what this row has.
     """
 
-    def __init__(self, reason: str, detail: str = "", *, where: str, fix: str = "") -> None:
+    def __init__(
+        self, reason: str, detail: str = "", *, where: str = "", fix: str = ""
+    ) -> None:  # pickle gives no where
         super().__init__(f"{reason}: {detail}" if detail else reason, where=where, fix=fix)
         self.reason = reason
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import struct
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ import orjson
 from jinja2 import TemplateError
 
 from m1_data.chat.sandbox import AsksForTime, SandboxedTemplate
+from m1_data.child_process import read_frame, write_frame
 
 MAX_SECONDS = 1.5
 """Seconds of processor time that a job may take: on a busy machine the clock runs on while the process waits for its turn."""
@@ -28,35 +28,10 @@ MAX_SECONDS = 1.5
 MAX_MIB = 400
 """MiB of address space that the renderings may take beside the interpreter."""
 
-FRAME = struct.Struct("<cI")
-"""The head of a frame: its kind, and the number of bytes that follow."""
-
 TEXT, ERROR, CLOCK = b"t", b"e", b"c"
 """Kinds of answers: a text, a reason in words, and a reason that a date would mend."""
 
 _MAX_REASON_CHARS = 300
-
-
-def read_frame(stream: BinaryIO) -> tuple[bytes, bytes]:
-    """Read a frame and return its kind and contents.
-
-    Raises:
-        EOFError: the other side is gone.
-    """
-    head = stream.read(FRAME.size)
-    if len(head) < FRAME.size:
-        raise EOFError
-    kind, size = FRAME.unpack(head)
-    contents = stream.read(size)
-    if len(contents) < size:
-        raise EOFError
-    return kind, contents
-
-
-def write_frame(stream: BinaryIO, kind: bytes, contents: bytes) -> None:
-    """Write a frame without flushing the stream."""
-    stream.write(FRAME.pack(kind, len(contents)))
-    stream.write(contents)
 
 
 def main() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import codecs
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -19,6 +19,18 @@ from m1_data.errors import DataError, shown
 from m1_data.storage.streams import open_lines
 
 BadRows = Literal["error", "skip"]
+
+
+class Row(NamedTuple):
+    """A row of a file of conversations, of which nothing has been made yet."""
+
+    file: int
+    """The number of its file among those that are read."""
+    where: str
+    value: Any
+    """A ``BadRow`` in place of a line that is not JSON."""
+    dialect: str
+    """Its file's; empty until a row told it."""
 
 
 @dataclass(slots=True)
@@ -31,40 +43,70 @@ class FileTally:
     rows: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     """Rows that are no conversation, by reason."""
+    first_bad: BadRow | None = None
 
 
-def read_conversations(
-    path: Path, tally: FileTally, *, ignored_keys: Collection[str] = (), bad_rows: BadRows = "error"
-) -> Iterator[Conversation]:
-    """Yield the conversations of a file; blank lines are skipped.
+def rows_of(paths: Iterable[Path], *, dialect: str = "", ignored_keys: Collection[str] = ()) -> Iterator[Row]:
+    """Yield the rows of files; blank lines are skipped.
 
     Args:
-        path: a file, or a folder that ``datasets`` saved.
-        tally: is counted up; its dialect, when empty, becomes that of the first row that has one.
+        paths: files, and folders that ``datasets`` saved.
+        dialect: of all rows; empty takes, for each file, that of its first row that has one.
+        ignored_keys: keys of the rows that say nothing about the dialect.
+
+    Raises:
+        DataError: a missing or damaged file.
+    """
+    for number, path in enumerate(paths):
+        told = dialect
+        for where, value in read_rows(path):
+            if not told and not isinstance(value, BadRow):
+                with suppress(BadRow):
+                    told = dialect_of(value, where, ignored_keys)
+            yield Row(number, where, value, told)
+
+
+def conversations_in(
+    rows: Iterable[Row], files: Sequence[FileTally], *, ignored_keys: Collection[str] = (), bad_rows: BadRows = "error"
+) -> Iterator[Conversation]:
+    """Yield the conversations of rows.
+
+    Args:
+        files: one for each file, counted up.
         ignored_keys: keys of the rows that are taken out.
         bad_rows: ``skip`` counts rows that are no conversation and goes on.
 
     Raises:
-        DataError: a missing or damaged file, a row that is not a conversation (``BadRow``), or none that is.
+        BadRow: a row is not a conversation.
     """
-    first: BadRow | None = None
-    for where, record in read_rows(path):
+    for row in rows:
+        tally = files[row.file]
         tally.rows += 1
+        tally.dialect = row.dialect
         try:
-            if isinstance(record, BadRow):
-                raise record
-            tally.dialect = tally.dialect or dialect_of(record, where, ignored_keys)
-            conversation = conversation_in(tally.dialect, record, where, ignored_keys)
+            if isinstance(row.value, BadRow):
+                raise row.value
+            dialect = row.dialect or dialect_of(row.value, row.where, ignored_keys)
+            conversation = conversation_in(dialect, row.value, row.where, ignored_keys)
         except BadRow as bad:
             if bad_rows == "error":
                 bad.fix = f'{bad.fix or "mend it"}; or set sft.bad_rows = "skip" to leave such rows out and count them'
                 raise
-            first = first or bad
+            tally.first_bad = tally.first_bad or bad
             tally.bad[bad.reason] += 1
         else:
-            yield conversation
-    if first and tally.rows == tally.bad.total():
-        raise first
+            yield replace(conversation, file=row.file)
+
+
+def refuse_files_of_bad_rows(files: Iterable[FileTally]) -> None:
+    """Refuse files that have rows, and not one that is a conversation.
+
+    Raises:
+        BadRow: the first row of such a file.
+    """
+    for tally in files:
+        if tally.first_bad and tally.rows == tally.bad.total():
+            raise tally.first_bad
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:

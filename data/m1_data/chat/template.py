@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import chain
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import finalize
 
 import orjson
 
-from m1_data.chat.render_worker import CLOCK, MAX_MIB, MAX_SECONDS, TEXT, read_frame, write_frame
-from m1_data.errors import DataError, EnvironmentProblem
+from m1_data.chat.render_worker import CLOCK, MAX_MIB, MAX_SECONDS, TEXT
+from m1_data.child_process import Child, end_child, receive, send, start_child
+from m1_data.errors import DataError
 
 BATCH_JOBS = 64
 BATCH_CHARS = 4_000_000
@@ -49,7 +46,7 @@ class ChatTemplate:
     def __init__(self, source: str, variables: dict[str, Any], where: str, *, date: str = "") -> None:
         self.source, self.where = source, where
         self._start = orjson.dumps({"source": source, "variables": variables, "date": date})
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._finalize: Any = None
         self._worker()
 
@@ -95,11 +92,11 @@ class ChatTemplate:
             self._finalize()
         self._process = self._finalize = None
 
-    def _worker(self) -> subprocess.Popen[bytes]:
+    def _worker(self) -> Child:
         if self._process is None:
-            self._process = _start_process()
-            self._finalize = finalize(self, _end_process, self._process)
-            _send(self._process, self._start)
+            self._process = start_child("m1_data.chat.render_worker", "renders chat templates")
+            self._finalize = finalize(self, end_child, self._process)
+            send(self._process, TEXT, self._start)
             if isinstance(answer := self._answer(Job([{}])), DataError):
                 self.close()
                 raise answer
@@ -108,7 +105,7 @@ class ChatTemplate:
     def _ask(self, batch: tuple[list[Job], bytes]) -> list[Job]:
         jobs, request = batch
         if jobs:
-            _send(self._worker(), request)
+            send(self._worker(), TEXT, request)
         return jobs
 
     def _answers(self, jobs: Sequence[Job]) -> list[list[str] | DataError]:
@@ -126,7 +123,7 @@ class ChatTemplate:
         texts: list[str] = []
         try:
             for _ in job.renderings:
-                kind, contents = read_frame(_pipe(self._process.stdout))
+                kind, contents = receive(self._process)
                 if kind != TEXT:
                     return self._failed(contents.decode(), job, needs_date=kind == CLOCK)
                 texts.append(contents.decode())
@@ -161,56 +158,8 @@ def _batches(jobs: Iterable[Job]) -> Iterator[tuple[list[Job], bytes]]:
         yield batch, b"[" + b",".join(parts) + b"]"
 
 
-def _start_process() -> subprocess.Popen[bytes]:
-    # The path is ours as it is, without the current folder; of the environment only what an interpreter may need to start.
-    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
-        "PYTHONHASHSEED": "0",
-        "LC_ALL": "C.UTF-8",
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-s", "-m", "m1_data.chat.render_worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        cwd="/",
-    )
-    try:
-        read_frame(_pipe(process.stdout))
-    except EOFError:
-        words = _pipe(process.stderr).read().decode(errors="replace").strip().splitlines()
-        _end_process(process)
-        raise EnvironmentProblem(
-            f"the process that renders chat templates does not start: {words[-1] if words else 'no reason given'}",
-            where=sys.executable,
-        ) from None
-    return process
-
-
-def _send(process: subprocess.Popen[bytes], contents: bytes) -> None:
-    """Send a frame. A process that has ended is found out when its answer is read."""
-    pipe = _pipe(process.stdin)
-    with suppress(BrokenPipeError):
-        write_frame(pipe, TEXT, contents)
-        pipe.flush()
-
-
-def _why_ended(process: subprocess.Popen[bytes]) -> str:
+def _why_ended(process: Child) -> str:
     code = process.wait()
     if code == -signal.SIGPROF:
         return f"it takes more than {MAX_SECONDS} s"
     return f"it needs more than {MAX_MIB} MiB of memory, or breaks the interpreter (exit code {code})"
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        with suppress(BrokenPipeError):
-            _pipe(pipe).close()
-
-
-def _pipe(pipe: IO[bytes] | None) -> BinaryIO:
-    return cast(BinaryIO, pipe)

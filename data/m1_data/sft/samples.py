@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import xxhash
 from m1_data.chat.conversations import Conversation
 from m1_data.chat.encoder import SHIPPED_TEMPLATE, ChatEncoder, Encoded
 from m1_data.chat.reasoning import EarlierReasoning, samples_of
-from m1_data.chat.rows import BadRows, FileTally, read_conversations
+from m1_data.chat.rows import BadRows, FileTally, Row, conversations_in, rows_of
 from m1_data.errors import DataError, shown
 from m1_data.spec import REFLECTION_PATTERNS
 
@@ -70,6 +70,18 @@ class SampleSettings:
             values[name] = getattr(self, name)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows of all files, as ``rows_of``."""
+        return rows_of(self.paths, dialect=self._dialect, ignored_keys=self.ignored_keys)
+
+    def tally(self) -> SampleTally:
+        """Return an empty tally of these files."""
+        return SampleTally([FileTally(str(path), self._dialect) for path in self.paths])
+
+    @property
+    def _dialect(self) -> str:
+        return "" if self.dialect == "auto" else self.dialect
+
 
 @dataclass(slots=True)
 class SampleTally:
@@ -82,29 +94,34 @@ class SampleTally:
     """``samples``; and of them ``unwanted`` and ``dropped_held_out``."""
     unused_keys: Counter[str] = field(default_factory=Counter)
 
+    def add(self, more: SampleTally) -> None:
+        """Add what became of the rows behind those that are counted."""
+        for file, behind in zip(self.files, more.files, strict=True):
+            file.dialect = behind.dialect or file.dialect
+            file.rows += behind.rows
+            file.bad += behind.bad
+            file.first_bad = file.first_bad or behind.first_bad
+        self.refused += more.refused
+        self.counts += more.counts
+        self.unused_keys += more.unused_keys
 
-def read_samples(
-    settings: SampleSettings, encoder: ChatEncoder, tally: SampleTally
+
+def samples_in(
+    rows: Iterable[Row], settings: SampleSettings, encoder: ChatEncoder, tally: SampleTally
 ) -> Iterator[tuple[Conversation, Encoded]]:
-    """Yield each sample that may be trained, with its token ids and its mask.
+    """Yield each sample of the rows that may be trained, with its token ids and its mask.
 
     Args:
         tally: is counted up.
 
     Raises:
-        DataError: an unreadable file, a bad row (unless they are skipped); file and line are named.
+        DataError: a bad row (unless they are skipped); file and line are named.
     """
-    tally.files = [FileTally(str(p), "" if settings.dialect == "auto" else settings.dialect) for p in settings.paths]
-
-    def samples() -> Iterator[Conversation]:
-        for number, (path, file) in enumerate(zip(settings.paths, tally.files, strict=True)):
-            rows = read_conversations(path, file, ignored_keys=settings.ignored_keys, bad_rows=settings.bad_rows)
-            for row in rows:
-                named = replace(row, file=number, digest=_conversation_digest(row))
-                yield from samples_of(named, settings.earlier_reasoning)
-
+    conversations = conversations_in(rows, tally.files, ignored_keys=settings.ignored_keys, bad_rows=settings.bad_rows)
+    named = (replace(row, digest=_conversation_digest(row)) for row in conversations)
+    samples = (sample for row in named for sample in samples_of(row, settings.earlier_reasoning))
     skip = None if settings.bad_rows == "error" else lambda error: tally.refused.update([error.what])
-    for conversation, encoded in encoder.encode_all(samples(), skip):
+    for conversation, encoded in encoder.encode_all(samples, skip):
         tally.counts["samples"] += 1
         tally.unused_keys.update(conversation.unused_keys)
         if not conversation.wanted:

@@ -1,4 +1,4 @@
-"""Encoded samples on the disk: written once by one process, verified, and read piece by piece by every rank and restart.
+"""Encoded samples on the disk: written once, verified, and read piece by piece by every rank and restart.
 
 ``manifest.json`` names the files with their hashes, and what was read. ``tokens.bin`` has the token ids of all samples, uint32
 little endian, with the highest bit set where an id is a training target; ``tokens.blocks`` has its hashes (``storage.blocks``).
@@ -19,30 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from m1_data.chat.encoder import ChatEncoder, Encoded
+from m1_data.chat.encoder import Encoded
+from m1_data.chat.rows import refuse_files_of_bad_rows
 from m1_data.errors import DataError
 from m1_data.plain_values import from_plain
-from m1_data.sft.reflection import PatternCounter, trained_texts
-from m1_data.sft.samples import FORMAT, SampleSettings, SampleTally, read_samples
+from m1_data.sft.encoding import SAMPLE, TRAINED, RowEncoder
+from m1_data.sft.encoding_processes import encode_in_order
+from m1_data.sft.samples import FORMAT, SampleSettings
 from m1_data.storage.blocks import BlockHasher, VerifiedBlocks
 from m1_data.storage.durable import flush, write_atomically
 from m1_data.storage.ownership import refuse_to_replace, sweep_siblings, temporary_sibling
 
 MANIFEST = "manifest.json"
-SAMPLE = np.dtype(
-    [
-        ("begin", "<i8"),  # of its ids in tokens.bin
-        ("length", "<i8"),
-        ("first_trained", "<i8"),  # the first id that is a label and trained; its length where there is none
-        ("trained", "<i8"),  # number of labels that are trained
-        ("where_end", "<i8"),
-        ("hash", "<u8", 2),  # of what its row says
-        ("domain", "<i4"),  # number of its name in the manifest
-        ("file", "<i4"),
-    ]
-)
-"""What is known of a sample."""
-_TRAINED = np.uint32(1 << 31)
 _TOKENS, _BLOCKS, _SAMPLES, _REFLECTION, _WHERE = (
     "tokens.bin", "tokens.blocks", "samples.bin", "reflection.bin", "where.bin",
 )  # fmt: skip
@@ -112,7 +100,7 @@ class SampleStore:
         begin, length = (int(self.samples[number][name]) for name in ("begin", "length"))
         self._blocks.verify(4 * begin, 4 * (begin + length))
         raw = np.frombuffer(os.pread(self._tokens.fileno(), 4 * length, 4 * begin), dtype="<u4")
-        return Encoded((raw & ~_TRAINED).astype(np.int64), (raw & _TRAINED) != 0)
+        return Encoded((raw & ~TRAINED).astype(np.int64), (raw & TRAINED) != 0)
 
     def where(self, number: int) -> str:
         """Return the file and the row of a sample."""
@@ -165,16 +153,17 @@ def refuse_foreign_store(folder: Path) -> None:
     )
 
 
-def write_store(settings: SampleSettings, folder: Path, *, key: str) -> None:
+def write_store(settings: SampleSettings, folder: Path, *, key: str, processes: int = 1) -> None:
     """Read and encode the conversations and write ``folder``, in place of a store that is there.
 
     The files are written beside it, flushed, and take its name when all are complete.
 
     Args:
         key: of the settings.
+        processes: how many encode; the bytes do not depend on it.
 
     Raises:
-        DataError: see ``read_samples``.
+        DataError: see ``samples_in``.
         ConfigError: the folder is not ours.
     """
     refuse_foreign_store(folder)
@@ -183,7 +172,7 @@ def write_store(settings: SampleSettings, folder: Path, *, key: str) -> None:
     temporary = temporary_sibling(folder)
     temporary.mkdir()
     try:
-        manifest = _write(settings, temporary, key)
+        manifest = _write(settings, temporary, key, processes)
         write_atomically(temporary / MANIFEST, orjson.dumps(manifest))
         refuse_foreign_store(folder)  # once more: encoding took a while
         if folder.exists():
@@ -194,9 +183,8 @@ def write_store(settings: SampleSettings, folder: Path, *, key: str) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(settings: SampleSettings, folder: Path, key: str) -> StoreManifest:
-    encoder = ChatEncoder(settings.tokenizer_dir, settings.chat_template, date=settings.date)
-    counter, tally = PatternCounter(settings.patterns), SampleTally([])
+def _write(settings: SampleSettings, folder: Path, key: str, processes: int) -> StoreManifest:
+    encoder, tally = RowEncoder(settings), settings.tally()
     domains: dict[str, int] = {}
     hasher = BlockHasher()
     begin = where_end = count = 0
@@ -204,28 +192,19 @@ def _write(settings: SampleSettings, folder: Path, key: str) -> StoreManifest:
         names = (_TOKENS, _SAMPLES, _REFLECTION, _WHERE)
         tokens, samples, reflection, where = (stack.enter_context((folder / n).open("wb")) for n in names)
         stack.callback(encoder.close)
-        for conversation, (ids, trained) in read_samples(settings, encoder, tally):
-            data = (ids.astype("<u4") | np.where(trained, _TRAINED, 0)).astype("<u4").tobytes()
-            place = conversation.where.encode()
-            targets = np.flatnonzero(trained[1:]) + 1
-            where_end += len(place)
-            sample = np.zeros(1, SAMPLE)
-            sample[0] = (
-                begin,
-                len(ids),
-                targets[0] if len(targets) else len(ids),
-                len(targets),
-                where_end,
-                np.frombuffer(conversation.digest, "<u8"),
-                domains.setdefault(conversation.domain, len(domains)),
-                conversation.file,
-            )
-            tokens.write(data)
-            hasher.update(data)
-            samples.write(sample.tobytes())
-            reflection.write(counter.count(trained_texts(conversation)).astype("<u4").tobytes())
-            where.write(place)
-            begin, count = begin + len(ids), count + 1
+        for piece in encode_in_order(settings, encoder, tally, processes=processes):
+            own = np.frombuffer(piece.samples, SAMPLE).copy()
+            own["begin"] += begin
+            own["where_end"] += where_end
+            numbers = [domains.setdefault(name, len(domains)) for name in piece.domains]
+            own["domain"] = np.array(numbers, dtype=np.int32)[own["domain"]]
+            tokens.write(piece.tokens)
+            hasher.update(piece.tokens)
+            samples.write(own.tobytes())
+            reflection.write(piece.reflection)
+            where.write(piece.where)
+            begin, where_end, count = begin + len(piece.tokens) // 4, where_end + len(piece.where), count + len(own)
+        refuse_files_of_bad_rows(tally.files)
         for file in (tokens, samples, reflection, where):
             file.flush()
             os.fsync(file.fileno())

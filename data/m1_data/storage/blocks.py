@@ -32,7 +32,7 @@ class BlockHasher:
         self._hashes: list[bytes] = []
         self._block = xxhash.xxh3_128()
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | bytearray) -> None:
         """Take the next bytes of the file."""
         view = memoryview(data)
         while len(view):

@@ -52,6 +52,7 @@ class _Values(Requirements):
         self.share("sft.lr_warmup_share", x.lr_warmup_share)
         self.cut(self.config.sft_seq_len, "sft")
         self.share("sft.max_dropped_share", x.max_dropped_share)
+        self.require(x.processes >= 0, "sft.processes", "sft.processes is negative", "0 takes one per core")
         self.selection()
         self.require(
             not x.date or _is_date(x.date), "sft.date", f"sft.date {x.date!r} is not a day", "for example 2026-01-31"

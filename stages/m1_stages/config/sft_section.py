@@ -57,6 +57,9 @@ class SftConfig:
     reflection_weight: Annotated[
         float, "factor on the weight of conversations in which at least one pattern matches"
     ] = 1.0
+    processes: Annotated[
+        int, "processes that tokenize the conversations; 0: one per core, 16 at most", WhenChanged.NO_EFFECT
+    ] = 0
     base_stage: Annotated[
         str,
         "what is fine-tuned: the final checkpoint of a stage, import for an imported model, or (in a run) another run",

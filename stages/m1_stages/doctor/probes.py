@@ -11,7 +11,6 @@ import ctypes
 import datetime
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from m1_stages.runtime.rendezvous import LISTENER, inherited_store, listen
 
 _WAIT_S = 60.0
 _MIN_CAPABILITY = (8, 0)
@@ -52,10 +53,9 @@ class Probe:
 
     def __init__(self, what: str, world: int, *, wait_s: float = _WAIT_S) -> None:
         self._deadline, self._wait_s = time.monotonic() + wait_s, wait_s
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = str(listener.getsockname()[1])
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world),
+        listener = listen()
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]),
+                       "WORLD_SIZE": str(world), LISTENER: str(listener.fileno()),
                        "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}  # fmt: skip
         self._processes = [
             subprocess.Popen(
@@ -64,9 +64,11 @@ class Probe:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
+                pass_fds=[listener.fileno()] if rank == 0 else [],
             )
             for rank in range(world)
         ]
+        listener.close()
 
     def result(self) -> tuple[dict[str, Any], str]:
         """Return what the first process found, and why it found nothing: an error's last line, the timeout, or "" if it did."""
@@ -163,7 +165,10 @@ def _all_reduce(backend: str) -> dict[str, Any]:
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=_WAIT_S / 2))
+    timeout = datetime.timedelta(seconds=_WAIT_S / 2)
+    dist.init_process_group(
+        backend, store=inherited_store(rank, world, timeout), rank=rank, world_size=world, timeout=timeout
+    )
     mib = 64 if backend == "nccl" else 1
     for _ in range(2):  # the first connects
         numbers = torch.ones(mib * 2**18, device=device)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from m1_data.sft.choice import Selection
+from m1_data.sft.encoding_processes import processes_of_machine
 from m1_data.sft.samples import SampleSettings
 from m1_data.sft.store import SampleStore, read_manifest, write_store
 from m1_data.storage.lock import lock_of, refuse_while_written, writing
@@ -77,7 +78,7 @@ def open_samples(resolved: Resolved, manifest: Manifest) -> SampleStore:
     Every rank looks at the files itself, so nothing has to be told. The others wait for the first one.
 
     Raises:
-        DataError: see ``read_samples`` and ``SampleStore``.
+        DataError: see ``samples_in`` and ``SampleStore``.
         InUse: another command writes them.
         EnvironmentProblem: the first rank does not write them.
     """
@@ -89,7 +90,7 @@ def open_samples(resolved: Resolved, manifest: Manifest) -> SampleStore:
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with writing(lock_of(folder), f"the folder of tokenized conversations {folder}"):
-                write_store(settings, folder, key=key)
+                write_store(settings, folder, key=key, processes=_processes(resolved))
     return SampleStore(folder)
 
 
@@ -105,8 +106,12 @@ def opened_for_preview(resolved: Resolved, manifest: Manifest) -> Iterator[Sampl
     with tempfile.TemporaryDirectory(prefix="m1-sft-") as temporary:
         if not _is_there(folder, key):
             folder = Path(temporary) / SFT_DATA
-            write_store(settings, folder, key=key)
+            write_store(settings, folder, key=key, processes=_processes(resolved))
         yield SampleStore(folder)
+
+
+def _processes(resolved: Resolved) -> int:
+    return resolved.config.sft.processes or processes_of_machine()
 
 
 def _is_there(folder: Path, key: str) -> bool:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from m1_stages.config import ParallelConfig
 from m1_stages.errors import ConfigError
 from m1_stages.runtime.device import Device
+from m1_stages.runtime.rendezvous import inherited_store
 from m1_stages.runtime.watchdog import SLOW_PHASE_FACTOR, heartbeat
 
 
@@ -85,7 +86,8 @@ def start(parallel: ParallelConfig, *, device: Device, seed: int) -> Topology:
         store = dist.HashStore()
         dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(device.backend, rank=rank, world_size=world, timeout=timeout)
+        inherited = inherited_store(rank, world, timeout)
+        dist.init_process_group(device.backend, store=inherited, rank=rank, world_size=world, timeout=timeout)
     heartbeat("build")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
