@@ -17,6 +17,8 @@ EOD_NAMES = ("<end_of_document>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<
 CONTROL_TOKENS = (
     "<end_of_document>", "<beginning_of_sentence>", "<end_of_sentence>", "<think>", "</think>", "<pad>",
 )  # fmt: skip
+_LONG_CHARS = 20_000
+"""Some 15 ms of encoding; of short texts a batch of one costs more than the text."""
 COMPANION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -52,6 +54,14 @@ def load_tokenizer(path: Path, eod_token: str) -> LoadedTokenizer:
         raise
     except Exception as error:  # tokenizers raises plain Exception
         raise DataError(f"not a tokenizer the tokenizers library can load: {error}", where=where, fix=fix) from error
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens. Other threads go on while a long one is encoded."""
+    if len(text) < _LONG_CHARS:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)  # encode keeps the interpreter's lock
+    return list(encoded.ids)
 
 
 def text_tokenizer_json(data: bytes) -> dict[str, Any]:

@@ -96,6 +96,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "base": m1("sft", "--name", "by-hand", "--set", "sft.base_stage=32k"),
         "data": m1("sft", "--name", "math", "--set", 'sft.data=["other.jsonl"]'),
         "stages": m1("stages", "--json"),
+        "generate": m1(
+            "generate", "2 * 2", "--stage", "sft-chat", "--max-tokens", "1", "--out", str(folder / "answers.jsonl")
+        ),
         "export": m1("export", "--stage", "sft-chat", "--out", str(folder / "export")),
         "evaluate": m1("evaluate", "--stage", "sft-chat"),
         "report": m1("report"),
@@ -144,10 +147,16 @@ def test_a_finished_run_is_refused_with_other_settings(ran: Ran) -> None:
     assert 'sft.data ["math.jsonl"] -> ["other.jsonl"]: fixed within fine-tuning math' in ran.outputs["data"][1]
 
 
+def test_a_run_changes_no_settings_of_what_it_starts_from(ran: Ran) -> None:
+    assert events_of(ran.folder / "before-fresh" / "metrics.jsonl", "SettingsChanged") == []
+
+
 def test_an_interrupted_run_waits_for_its_conversations(ran: Ran) -> None:
     """The tokens of other conversations were written meanwhile: they are refused, and those of the old ones come again."""
     assert "conversations changed since fine-tuning cut was interrupted at step 2" in ran.outputs["changed"][1]
     assert "fine-tuning cut starts from its own step 2" in ran.outputs["continued"][1]
+    folders = {path.name for path in (ran.folder / "before-fresh").glob("sft-data*") if path.is_dir()}
+    assert folders == {"sft-data", "sft-data-math", "sft-data-chat", "sft-data-by-hand", "sft-data-cut"}
 
 
 def test_starting_over_renames_a_run_and_what_was_made_from_it(ran: Ran) -> None:
@@ -173,6 +182,8 @@ def test_every_command_knows_the_runs(ran: Ran) -> None:
     trained = {c.meta.stage: c.meta.stage_step * 1024 for c in finals.values()}
     for stage in ("sft-math", "sft-chat"):
         assert f"| {stage} | 1,024 | 1e+06 | {trained[stage]:,} | conversations |" in card
+    answer = json.loads((ran.folder / "answers.jsonl").read_text())
+    assert answer["prompt_tokens"] > 20, "through the chat template"
     last = events_of(ran.folder / "before-fresh" / "metrics.jsonl", "HeldOutMeasured")
     chat = [e for e in last if e["stage"] == "sft-chat"]
     assert len(chat) == 2, "once after training, once by m1 evaluate"

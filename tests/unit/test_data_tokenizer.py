@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.chat_tokenizer import write_tokenizer
 
 from m1_data.errors import DataError
 from m1_data.prepare import encode
 from m1_data.prepare.encode import Encoder, is_verified, tokenize_and_verify
-from m1_data.tokenizer import load_tokenizer
+from m1_data.tokenizer import encode_text, load_tokenizer, text_tokenizer
 
 EOD = "<|endoftext|>"
 LONG = "one two  three four " * 20
@@ -130,3 +133,20 @@ def test_a_difference_at_the_end_of_a_source_is_found(tmp_path: Path, monkeypatc
     first = list(tokenize_and_verify(texts[:9_000], encoder, verify_docs=128))
     assert sum(batch.verified_ids for batch in first) > 300 * 12
     assert encode._pieces("a" * 2_000 + "b" * 5_000 + "c" * 2_000) == ["a" * 2_000, "b" * 2_000, "c" * 2_000]
+
+
+def test_others_go_on_while_a_long_text_is_encoded(tmp_path: Path) -> None:
+    """And its ids are those of the library's plain call."""
+    tokenizer = text_tokenizer((write_tokenizer(tmp_path) / "tokenizer.json").read_bytes())
+    text = "Wait, <think> über 数学. " * 40_000
+    done: list[list[int]] = []
+    worker = threading.Thread(target=lambda: done.append(encode_text(tokenizer, text)))
+    began = last = time.perf_counter()
+    longest = 0.0
+    worker.start()
+    while worker.is_alive():
+        time.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert longest < 0.5 * (last - began), "the interpreter was held all the time"
+    assert done[0] == tokenizer.encode(text, add_special_tokens=False).ids
+    assert encode_text(tokenizer, text[:20]) == done[0][: len(encode_text(tokenizer, text[:20]))]

@@ -251,6 +251,51 @@ def test_who_leaves_frees_the_slots(served: Served) -> None:
     assert served.ask("completions", prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
+def test_a_long_body_delays_no_stream(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is encoded, which ends here when the other stream has ended, events go out in the same loop."""
+    whole, has_ended = Letters.encode, threading.Event()
+    waited: list[bool] = []
+
+    def encode(letters: Letters, prompt: Any, *, chat: bool) -> list[int]:
+        if prompt.text == "long":
+            waited.append(has_ended.wait(5))
+        return whole(letters, prompt, chat=chat)
+
+    monkeypatch.setattr(Letters, "encode", encode)
+
+    async def stream(prompt: str, begun: asyncio.Event) -> list[bytes]:
+        sent: list[bytes] = []
+        body = json.dumps({"prompt": prompt, "max_tokens": 40, "stream": True, "temperature": 0}).encode()
+        incoming = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return incoming.pop() if incoming else await asyncio.Future()
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+            begun.set()
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "asgi": {"version": "3.0"},
+            "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        await served.app(scope, receive, send)
+        return sent
+
+    async def both() -> tuple[list[bytes], list[bytes]]:
+        begun = asyncio.Event()
+        short = asyncio.ensure_future(stream("short", begun))
+        await begun.wait()
+        long = asyncio.ensure_future(stream("long", asyncio.Event()))
+        first = await short
+        has_ended.set()
+        return first, await long
+
+    for sent in asyncio.run(asyncio.wait_for(both(), 30)):
+        assert b"".join(sent).endswith(b"data: [DONE]\n\n")
+    assert waited == [True]
+
+
 def test_who_waits_when_the_engine_fails_is_told(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Any:
         raise NumericStop("the model's output is not a number")

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from m1_stages.checkpoint import Committed
 from m1_stages.checkpoint.directories import left_behind, replaced, step_directories
+from m1_stages.checkpoint.imported import starting_point
 from m1_stages.config.load import load_config
 from m1_stages.config.schema import STAGE_NAMES, Resolved
 from m1_stages.config.sft_runs import configured_runs, for_run, for_stage, known_stages, stage_of_base
@@ -76,7 +77,10 @@ def test_a_plan_is_the_runs_and_keeps_the_base_of_another_fine_tuning(tmp_path: 
     assert (plan.stage, plan.starts_from, plan.title) == ("sft-last", "sft-first", "fine-tuning last")
     assert (plan.rope_base, plan.slopes_old, plan.slopes_new) == (7e6, slopes, slopes)
     assert (plan.lr.peak, plan.config_section) == (5e-3, "sft")
+    imported = Committed(path=tmp_path, meta=meta(0, stage="import", final=True), files={}, sha256="")
+    assert starting_point(plan, [imported]) == plan, "a missing run is not replaced by the import"
     plain = plan_sft(for_run(resolved, "sft"), 1000)
+    assert starting_point(plain, [imported]).starts_from == "import"
     assert (plain.stage, plain.starts_from, plain.title) == ("sft", "32k", "fine-tuning")
     assert plain.rope_base == resolved.config.stages["32k"].rope_base
     workloads = {w.stage: w for w in stage_workloads(resolved.config)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from m1_data.tokenizer import text_tokenizer
+from m1_data.tokenizer import encode_text, text_tokenizer
 
 Place = Literal["first", "behind", "within"]
 
@@ -39,7 +39,7 @@ class PieceEncoder:
         Args:
             place: ``first`` begins the conversation, ``behind`` follows a control token, ``within`` continues a text.
         """
-        return list(self._places[place].encode(text, add_special_tokens=False).ids)
+        return encode_text(self._places[place], text)
 
 
 def _in_place(raw: dict[str, Any], place: Place) -> dict[str, Any]:

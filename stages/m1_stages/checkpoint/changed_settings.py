@@ -74,8 +74,8 @@ def settings_changed(committed: Committed, resolved: Resolved, plan: StagePlan, 
         return SettingsChanged(stage=plan.stage, step=step, changes=[], note=note)
     told = (WhenChanged.APPLIED, WhenChanged.FIXED_IN_STAGE)
     changes = [c for c in _changes(committed, resolved) if c.rule in told and _concerns(c.key, plan)]
-    if committed.meta.stage != plan.stage and SFT not in (committed.meta.stage, plan.stage):
-        changes = [c for c in changes if not c.key.startswith("sft.")]  # those of another fine-tuning, or of none
+    if committed.meta.stage != plan.stage and plan.stage != SFT:
+        changes = [c for c in changes if not c.key.startswith("sft.")]  # those of what a named run starts from
     if not changes:
         return None
     return SettingsChanged(

@@ -14,7 +14,7 @@ import orjson
 from m1_data.chat.conversations import Conversation, Message, conversation_of
 from m1_data.chat.encoder import ChatEncoder
 from m1_data.storage.streams import open_lines
-from m1_data.tokenizer import load_tokenizer
+from m1_data.tokenizer import encode_text, load_tokenizer
 from m1_stages.errors import ConfigError, DataError
 from m1_stages.generation.request import Thinking
 
@@ -129,7 +129,7 @@ class PromptEncoder:
             conversation = Conversation((Message("user", prompt.text),), prompt.where)
         if conversation is not None:
             return [int(token) for token in self._chat().encode_prompt(conversation)]
-        return list(self._plain.encode(prompt.text, add_special_tokens=False).ids)
+        return encode_text(self._plain, prompt.text)
 
     def stop_ids(self, *, chat: bool) -> frozenset[int]:
         """Return the tokens that end an answer: the end of a document, and in a chat the end of the assistant's turn."""

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,12 +50,17 @@ def build_app(service: Service, reader: Reader, version: Version, load: Callable
         load: called in the engine's thread with the name of a checkpoint, its step, or ``newest``; gives the engine its weights.
     """
     state = {"version": version}
+    reading = ThreadPoolExecutor(1, "requests")  # one: the encoder of chats is for one thread
+
+    async def read(request: HttpRequest, reads: Callable[[Any], Asked]) -> Asked:
+        """A long body takes seconds to encode; meanwhile the streams of others go on."""
+        return await asyncio.get_running_loop().run_in_executor(reading, reads, await _json(request))
 
     async def chat(request: HttpRequest) -> Response:
-        return await _answer(request, service, reader.model, reader.chat(await _json(request)), chat=True)
+        return await _answer(request, service, reader.model, await read(request, reader.chat), chat=True)
 
     async def text(request: HttpRequest) -> Response:
-        return await _answer(request, service, reader.model, reader.text(await _json(request)), chat=False)
+        return await _answer(request, service, reader.model, await read(request, reader.text), chat=False)
 
     async def models(request: HttpRequest) -> Response:
         model = {"id": reader.model, "object": "model", "created": 0, "owned_by": "m1", "context": reader.context}
