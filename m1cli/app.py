@@ -284,6 +284,9 @@ def export(
     ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where a verification computes.")] = "cpu",
     prompt: Annotated[list[str] | None, typer.Option(help="Generate from this text with transformers.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Of a fine-tuning with adapters, write these alone, as PEFT reads them.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -303,6 +306,7 @@ def export(
             checkpoint=checkpoint,
             target=target,
             device=device,
+            adapter=adapter,
         )
 
 

@@ -34,6 +34,7 @@ def export_command(
     checkpoint: Path | None = None,
     target: str | None = None,
     device: str = "cpu",
+    adapter: bool = False,
 ) -> None:
     """Export a checkpoint, then verify the export and generate from it when asked; or verify an existing one.
 
@@ -47,6 +48,7 @@ def export_command(
         checkpoint: a checkpoint directory in place of a stage's final one.
         target: who reads the export; None takes ``export.target``, or what an existing export is.
         device: ``cpu`` or ``cuda``, where a verification computes.
+        adapter: write the adapters of a fine-tuning alone.
 
     Raises:
         EnvironmentProblem: a package that loads the export is not installed; nothing was written.
@@ -54,6 +56,11 @@ def export_command(
             export that transformers does not load.
         M1Error: what ``choose_checkpoint``, ``checkpoint_of``, ``Export`` and ``generate`` raise.
     """
+    if adapter and (verify or verify_only is not None or prompts):
+        raise ConfigError(
+            "--adapter writes adapters without the weights they belong to, and there is nothing to compute with",
+            fix="leave out --verify, --verify-only and --prompt, or --adapter: the export with merged adapters can be verified",
+        )
     if verify_only is not None:
         if out is not None or overwrite or target is not None:
             raise ConfigError("--verify-only writes nothing", fix="leave out --out, --overwrite and --target")
@@ -71,7 +78,13 @@ def export_command(
         require_packages("transformers", for_what="--prompt", extra="hf")
     if verify_only is None:
         folder = _write(
-            resolved, stage, out, overwrite=overwrite, checkpoint=checkpoint, device=device if verify else None
+            resolved,
+            stage,
+            out,
+            overwrite=overwrite,
+            checkpoint=checkpoint,
+            device=device if verify else None,
+            adapter=adapter,
         )
     else:
         folder = verify_only
@@ -91,6 +104,7 @@ def _write(
     overwrite: bool,
     checkpoint: Path | None,
     device: str | None,
+    adapter: bool = False,
 ) -> Path:
     """Write an export, and verify it on ``device`` unless that is None."""
     from m1_stages.jobs.export import Export, choose_checkpoint
@@ -103,8 +117,9 @@ def _write(
     kind = job.contents.target
     if device is not None:
         require_loader(kind)
-    folder = out or resolved.run_dir / f"{EXPORT_PREFIX}{committed.meta.stage}{'' if kind == 'hf' else f'-{kind}'}"
-    report = job.write(folder, overwrite=overwrite)
+    suffix = "-adapter" if adapter else "" if kind == "hf" else f"-{kind}"
+    folder = out or resolved.run_dir / f"{EXPORT_PREFIX}{committed.meta.stage}{suffix}"
+    report = (job.write_adapter if adapter else job.write)(folder, overwrite=overwrite)
     console.print(
         f"wrote {report.tensors:,} tensors, {report.parameters:,} parameters, {report.num_bytes / 2**20:,.1f} MiB "
         f"in {len(report.files)} file{'s' if len(report.files) > 1 else ''}",

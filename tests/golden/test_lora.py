@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +17,13 @@ from support.tiny_run import make_run
 
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import ModelConfig
+from m1_stages.config.load import load_config
 from m1_stages.config.lora import adapter_name
+from m1_stages.errors import ConfigError
+from m1_stages.hf.adapter import adapter_config, adapter_tensors
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
-from m1_stages.hf.tensor_names import our_shapes
+from m1_stages.hf.tensor_names import our_shapes, to_exported
+from m1_stages.jobs.export import Export
 
 LORA = """
 [sft]
@@ -129,3 +134,44 @@ def test_other_adapters_cannot_go_on(tuned: Path) -> None:
     ended = train(tuned / "m1.toml", "sft", set=["sft.lora_rank=0"])
     assert ended["exit"] == 2
     assert "sft.lora_rank 3 -> 0: fixed within fine-tuning" in ended["error"]
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 8], ids=["whole heads rotate", "half"])
+def test_adapters_for_peft_make_the_merged_export(tuned: Path, rotary_dim: int) -> None:
+    """PEFT adds ``lora_alpha / r * B A`` to the weight of a module; the modules here are those of transformers."""
+    source = CheckpointSource(read_manifest(checkpoint(tuned, FINAL)))
+    assert source.lora is not None
+    model = dataclasses.replace(ModelConfig(**source.committed.meta.extra["model"]), rotary_dim=rotary_dim)
+    config, adapters = adapter_config(source.lora), dict(adapter_tensors(source, model, source.lora))
+    targets = (*config["target_modules"], *config["target_parameters"])
+    seen = set()
+    for name in our_shapes(model):
+        stored = dict(to_exported(name, source.stored(name), model))
+        for exported, weight in to_exported(name, source.get(name), model):
+            module = exported.replace("block_sparse_moe", "mlp")
+            key = f"base_model.model.{module.removesuffix('.weight')}"
+            delta = torch.zeros(())
+            if f"{key}.lora_A.weight" in adapters:
+                assert [t for t in targets if module.endswith((f".{t}", f".{t}.weight"))], module
+                a, b = (adapters.pop(f"{key}.lora_{part}.weight") for part in "AB")
+                delta = config["lora_alpha"] / config["r"] * b @ a
+                seen.add(module.split(".", 3)[3])
+            assert torch.allclose(stored[exported] + delta, weight, atol=1e-7), exported
+    assert not adapters
+    assert seen == {f"self_attn.{name}.weight" for name in config["target_modules"]} | {"mlp.gate.weight"}
+
+
+def test_the_adapter_is_exported_alone(tuned: Path, tmp_path: Path) -> None:
+    config = load_config(tuned / "m1.toml")
+    job = Export(config, read_manifest(checkpoint(tuned, FINAL)))
+    report = job.write_adapter(tmp_path / "adapter", overwrite=False)
+    assert report.tensors == 2 * (7 * 3 + 4 + 8)
+    assert "m1 export --stage 32k" in report.notes[0]
+    assert "adapter_model.safetensors" in (tmp_path / "adapter" / "SHA256SUMS").read_text()
+    with pytest.raises(ConfigError, match="folder exists already"):
+        job.write_adapter(tmp_path / "adapter", overwrite=False)
+    with pytest.raises(ConfigError, match="has no adapters"):
+        Export(config, read_manifest(checkpoint(tuned, BASE))).write_adapter(tmp_path / "base", overwrite=False)
+    with pytest.raises(ConfigError, match="not on the target text01"):
+        Export(config, job.committed, target="text01").write_adapter(tmp_path / "text01", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

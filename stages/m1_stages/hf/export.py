@@ -7,6 +7,8 @@ folder. The functions below it follow in the order of their calls.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +72,7 @@ def export(
     refuse_inexact(contents.target, contents.model, contents.slopes)
     _refuse_occupied(out, overwrite)
     require_all(source, contents.model, contents.lineage.checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sweep_siblings(out)
-    temporary = temporary_sibling(out)
-    try:
-        temporary.mkdir()
+    with new_folder(out, overwrite=overwrite) as temporary:
         if contents.target == "gguf":
             assert llama_cpp is not None
             writer = _write_gguf(temporary, source, contents, llama_cpp)
@@ -83,10 +81,6 @@ def export(
             writer = _write_files(temporary, source, contents, shard_bytes)
             files = writer.files
         write_sums(temporary)
-        _put_in_place(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return ExportReport(
         path=out,
         files=files,
@@ -96,6 +90,26 @@ def export(
         portable=contents.portable,
         notes=contents.notes,
     )
+
+
+@contextmanager
+def new_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary folder beside ``out``, which gets that name at the end of the block; after an error it is removed.
+
+    Raises:
+        ConfigError: ``out`` exists (with ``overwrite``: and is no export of ours).
+    """
+    _refuse_occupied(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sweep_siblings(out)
+    temporary = temporary_sibling(out)
+    try:
+        temporary.mkdir()
+        yield temporary
+        _put_in_place(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _write_files(folder: Path, source: TensorSource, contents: Contents, shard_bytes: int) -> ShardWriter:

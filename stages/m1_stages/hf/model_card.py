@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from m1_stages.config import ModelConfig
+from m1_stages.config.lora import LoraConfig
 from m1_stages.decay import Slopes, half_life_tokens, is_released
 from m1_stages.hf.targets import LLAMA_CPP_SOFTMAX_EVERY, RELEASED_NORM_EPS, Target, gguf_name
 
@@ -185,6 +186,29 @@ def model_card(
         "## Who can load it",
         "\n".join(f"- {note}" for note in notes),
         f"```{_USE[target][0]}\n{_USE[target][1].format(file=gguf_name(dtype))}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def adapter_card(lineage: Lineage, lora: LoraConfig, notes: tuple[str, ...]) -> str:
+    """Return the text of the ``README.md`` beside adapters that were exported without the weights they belong to."""
+    rows = {
+        "Adapters": f"rank {lora.rank}, alpha {lora.alpha:g}, beside the matrices of {', '.join(lora.targets)}",
+        "Stages": " -> ".join(stage.name for stage in lineage.stages),
+        "Optimizer steps": f"{lineage.global_step:,}",
+        "Licence": lineage.license or "not stated",
+        "Checkpoint": lineage.checkpoint,
+        CARD_MARK: lineage.checkpoint_sha256,
+        "Data fingerprint": lineage.data_fingerprint or "not recorded",
+    }
+    licence = f"license: {json.dumps(lineage.license)}\n" if lineage.license else ""
+    parts = [
+        f"---\nlibrary_name: peft\n{licence}pipeline_tag: text-generation\n---",
+        "# Adapters of a lightning-attention hybrid",
+        _table(("", ""), rows.items()),
+        "\n".join(f"- {note}" for note in notes),
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE", dtype="float32"), ".")\n```',
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -8,9 +8,10 @@ from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import ModelConfig, Resolved
-from m1_stages.config.sft_runs import for_stage, refuse_unknown_stage
+from m1_stages.config.sft_runs import IMPORT, for_stage, refuse_unknown_stage
 from m1_stages.curriculum import train_command
 from m1_stages.errors import CheckpointError, ConfigError
+from m1_stages.hf.adapter import export_adapter
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
 from m1_stages.hf.checksums import FIX
 from m1_stages.hf.config_json import DTYPE_NAMES
@@ -183,3 +184,14 @@ class Export:
             overwrite=overwrite,
             llama_cpp=llama_cpp,
         )
+
+    def write_adapter(self, out: Path, *, overwrite: bool) -> ExportReport:
+        """Write the adapters alone to ``out``, as PEFT reads them.
+
+        Raises:
+            M1Error: what ``hf.adapter.export_adapter`` raises.
+        """
+        *_, before, _ = ("", *(stage.name for stage in self.contents.lineage.stages))
+        export = f"the export of what was fine-tuned (m1 export --stage {before})"
+        base = "the imported model" if before == IMPORT else export
+        return export_adapter(self.source, out, self.contents, base=base, overwrite=overwrite)
