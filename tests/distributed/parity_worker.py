@@ -148,6 +148,7 @@ def _train(
     chunks.gather_parameters()
     record["weights"] = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     record["layers"] = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in model]
+    record["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     record["frozen"] = [len(frozen), all(torch.equal(param, value) for param, value in frozen.items())]
     record["local_parameters"] = sum(p.numel() for p in model.parameters())
     record["longest_crossing"] = _longest_crossing(whole[0], topology.cp_size)

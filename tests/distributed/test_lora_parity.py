@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from distributed.parity_worker import MODEL
 from distributed.test_parallel_parity import LOSS_BOUND, NORM_BOUND, alone_as, assert_same_run, records
 from support.layouts import LAYOUTS, relative, world, worst
+
+from m1_stages.config.lora import LoraConfig
+from m1_stages.plan.layout import Layout
+from m1_stages.plan.shapes import trained_parameters
 
 TARGETS = ("lightning", "softmax", "router")
 
@@ -32,6 +37,10 @@ def test_adapters_train_alike_in_every_layout(layout: str) -> None:
         tensors, same = record["frozen"]
         assert tensors > 20
         assert same
+    lora = LoraConfig(stage="", rank=4, alpha=1.0, targets=TARGETS)
+    rank = Layout(tensor=sizes.get("tensor", 1), pipeline=sizes.get("pipeline", 1))
+    for record, stage in ((ranks[0], 0), (ranks[-1], rank.pipeline - 1)):
+        assert record["trained"] == trained_parameters(MODEL, rank, stage, lora).dense, "what m1 plan counts"
 
 
 @pytest.mark.faults

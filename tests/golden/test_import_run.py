@@ -34,7 +34,7 @@ from m1_stages.jobs.sft_data import open_samples, selection
 SETTINGS = ["model.vocab_size=400", "model.rotary_dim=8", "sft.global_batch_tokens=1024", 'run.device="cpu"',
             "sft.lr_warmup_share=0", 'sft.data=["chats.jsonl"]']  # fmt: skip
 
-AGAIN = 'sft.runs=[{name="again", base_stage="import"}]'
+AGAIN = 'sft.runs=[{name="again", base_stage="import"}, {name="low", base_stage="import", lora_rank=2}]'
 """A fine-tuning that is told to start from the import, beside what was trained from it."""
 HELD_OUT = [
     "--set",
@@ -116,6 +116,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "import for sft": m1("tuned", "import", str(source)),
         "sft": m1("tuned", "sft"),
         "sft from the import": m1("tuned", "sft", "--name", "again", "--set", AGAIN),
+        "adapters on the import": m1("tuned", "sft", "--name", "low", "--set", AGAIN),
         "export sft": m1("tuned", "export", "--stage", "sft"),
         "import for held out": m1("still", "import", str(source)),
         "held out": m1("still", "sft", *HELD_OUT),
@@ -223,13 +224,19 @@ def test_starting_over_keeps_the_import(ran: Ran) -> None:
 
 
 def test_fine_tuning_starts_from_it(ran: Ran) -> None:
-    started, again = ran.events("tuned", "StageStarted")
+    started, again, low = ran.events("tuned", "StageStarted")
     assert started["starts_from"].endswith("the RoPE base stays 10M, the decay rates stay its own")
     assert (again["stage"], again["starts_from"]) == ("sft-again", started["starts_from"])
     plain, named = (tensors_of(ran.checkpoints("tuned")[stage].path) for stage in ("sft", "sft-again"))
     assert all(torch.equal(plain[key], named[key]) for key in plain), (
         "asked for, it starts from the import as the first did"
     )
+    assert "adapters of rank 2 beside the matrices of lightning, softmax" in low["starts_from"]
+    imported, adapted = (tensors_of(ran.checkpoints("tuned")[stage].path) for stage in ("import", "sft-low"))
+    weights = [key for key, tensor in imported.items() if tensor.dim()]
+    assert len(weights) > 60
+    assert all(torch.equal(imported[key], adapted[key]) for key in weights), "adapters leave the import as it is"
+    assert len(adapted) > len(weights) + 3 * 32, "adapters and their moments"
     tuned = ran.checkpoints("tuned")["sft"].meta
     assert (tuned.extra["rope_base"], tuned.decay["slopes"]) == (1e7, released_slopes(8, 2))
     resolved = load_config(ran.config, SETTINGS)

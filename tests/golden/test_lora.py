@@ -46,14 +46,18 @@ def train(config: Path, stage: str, **job: Any) -> dict[str, Any]:
     return dict(ended)
 
 
+def write_chats(folder: Path) -> None:
+    chats = [{"messages": [{"role": "user", "content": f"{n} + 5"}, {"role": "assistant", "content": f"It is {n + 5}"}]}
+             for n in range(12)]  # fmt: skip
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the first stage trained."""
     folder = tmp_path_factory.mktemp("base")
     config = make_run(folder, LORA)
-    chats = [{"messages": [{"role": "user", "content": f"{n} + 5"}, {"role": "assistant", "content": f"It is {n + 5}"}]}
-             for n in range(12)]  # fmt: skip
-    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    write_chats(folder)
     assert train(config, "32k")["exit"] == 0
     return folder
 
@@ -103,9 +107,7 @@ def test_a_cut_run_continues_exactly(base: Path, tuned: Path, tmp_path: Path) ->
 
 
 def test_merged_weights_give_the_logits_of_adapters(tuned: Path) -> None:
-    """In one process and cut over two; the adapters say something: without them the logits are others."""
-    job = {"checkpoint": str(checkpoint(tuned, FINAL))}
-    (alone,) = run_on_ranks(1, "golden.lora_worker:logits", job)
+    (alone,) = run_on_ranks(1, "golden.lora_worker:logits", {"checkpoint": str(checkpoint(tuned, FINAL))})
     beside, merged = map(torch.tensor, alone)
     assert float((beside - merged).abs().max()) < 1e-5
     source = CheckpointSource(read_manifest(checkpoint(tuned, FINAL)))
@@ -115,6 +117,20 @@ def test_merged_weights_give_the_logits_of_adapters(tuned: Path) -> None:
         a, b = (source.stored(f"{adapter_name(name)}.{part}") for part in "ab")
         assert torch.allclose(source.get(name), source.stored(name) + 2.0 * b @ a, atol=1e-7)
         assert float((source.get(name) - source.stored(name)).abs().max()) > 1e-3
+
+
+@pytest.mark.faults
+def test_merged_on_two_ranks(tmp_path: Path) -> None:
+    config = make_run(tmp_path, LORA)
+    config.write_text(config.read_text().replace("num_kv_heads = 1", "num_kv_heads = 2"))
+    write_chats(tmp_path)
+    assert [train(config, stage)["exit"] for stage in ("32k", "sft")] == [0, 0]
+    job: dict[str, Any] = {"checkpoint": str(checkpoint(tmp_path, FINAL))}
+    (alone,) = run_on_ranks(1, "golden.lora_worker:logits", job)
+    for parallel in ({"tensor": 2}, {"expert": 2}, {"tensor": 2, "expert": 2}):
+        for rank in run_on_ranks(2, "golden.lora_worker:logits", job | {"parallel": parallel}):
+            for cut, whole in zip(rank, alone, strict=True):
+                assert float((torch.tensor(cut) - torch.tensor(whole)).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["adapters", "all weights"])

@@ -14,9 +14,10 @@ from support.plans import TINY, resolved
 from m1_stages.config import PRESETS, STAGE_NAMES, ModelConfig
 from m1_stages.hf.tensor_names import our_shapes
 from m1_stages.plan.flops import forward_flops, generation_flops, training_flops
-from m1_stages.plan.hardware import GPUS
+from m1_stages.plan.hardware import GIB, GPUS
 from m1_stages.plan.layout import Layout, accepts, configured_layout
 from m1_stages.plan.memory import Activations, Memory, estimate_memory
+from m1_stages.plan.memory.host import host_snapshot_bytes
 from m1_stages.plan.memory.policy import MemoryPolicy, choose_activations, memory_policy_of
 from m1_stages.plan.shapes import count_parameters, layers_of_pipeline_rank, rank_parameters
 from m1_stages.plan.stage_workload import StageWorkload, model_with_vocab, stage_workloads
@@ -104,6 +105,33 @@ def test_sft_is_planned_when_configured(tmp_path: Path) -> None:
     assert [w.stage for w in stage_workloads(resolved(tmp_path, "700m").config)] == list(STAGE_NAMES)
     config = resolved(tmp_path, "700m", 'sft.data=["chat.jsonl"]').config
     assert [w.stage for w in stage_workloads(config)] == [*STAGE_NAMES, "sft"]
+
+
+def test_frozen_weights_have_neither_gradients_nor_optimizer_state(tmp_path: Path) -> None:
+    """What ``m1 plan`` and the trainer both ask: 16 and 12 bytes a trained parameter, 2 and none of a frozen one."""
+    keys = ('sft.data=["chat.jsonl"]', "sft.lora_rank=16", 'sft.lora_targets=["lightning", "softmax", "router"]')
+    whole, tuned = (resolved(tmp_path, "700m", *part).config for part in (keys[:1], keys))
+    m, policy = model_with_vocab(whole), memory_policy_of(whole)
+    hidden, width, keys_width = m.hidden_size, m.num_heads * m.head_dim, 2 * m.num_kv_heads * m.head_dim
+    lightning = 7 * (hidden + 4 * width + width + hidden)
+    softmax = hidden + width + keys_width + width + hidden
+    adapters = 16 * (lightning + softmax + 8 * (hidden + m.num_experts))
+    layout = Layout(data=2, distributed_optimizer=True)
+    all_weights, lora = (
+        choose_activations(m, stage_workloads(c)[-1], layout, policy, 0.0).memory for c in (whole, tuned)
+    )
+    assert lora.gradients * GIB == pytest.approx(4 * adapters)
+    assert lora.optimizer * GIB == pytest.approx(12 * adapters / 2)
+    assert (lora.weights - all_weights.weights) * GIB == pytest.approx(2 * adapters)
+    assert (lora.activations, lora.head, lora.layer) == (all_weights.activations, all_weights.head, all_weights.layer)
+    copied, saved = (
+        host_snapshot_bytes(m, Layout(), bf16=True, per_node=8, lora=w.lora)[0]
+        for w in (stage_workloads(whole)[-1], stage_workloads(tuned)[-1])
+    )
+    assert (
+        copied - saved
+        == 12 * rank_parameters(m, Layout(), 0).dense + 12 * rank_parameters(m, Layout(), 0).experts - 14 * adapters
+    )
 
 
 def test_memory_adds_up() -> None:

@@ -103,6 +103,8 @@ class Checkpointer:
         """What the run's first weights were imported from; empty when they were random."""
         self.tokenizer_sha256 = ""
         """The tokenizer of this run's data: checkpoints name it, and those of another are refused."""
+        self.taken_over = "weights and optimizer"
+        """What is in use of the checkpoint that was restored."""
         self._lora = lora
         self._model, self._trainable, self._optimizer = model, trainable, optimizer
         self._topology, self._resolved, self._emit = topology, resolved, emit
@@ -212,7 +214,9 @@ class Checkpointer:
         """Take over weights alone: merged with the adapters of ``committed`` if it has any, with new ones of this run."""
         from m1_stages.model.lora import adapters_of, merge
 
-        with adapters_of(self._model, recorded_lora(committed.meta.extra)):
+        lora = recorded_lora(committed.meta.extra)
+        self.taken_over = "weights" if lora is None else "weights, merged with the adapters,"
+        with adapters_of(self._model, lora):
             self._model.load_state_dict(weights)
             merge(self._model)
             exact = unrounded(self._model, weights)

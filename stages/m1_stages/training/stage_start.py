@@ -188,9 +188,14 @@ def announce_stage(
     elif state.stage_step:
         starts_from = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"
     elif plan.starts_from and state.global_step:
-        starts_from = f"weights and optimizer of the final {plan.starts_from} checkpoint"
+        starts_from = f"{run.checkpointer.taken_over} of the final {plan.starts_from} checkpoint"
     else:
         starts_from = "random weights"
+    if plan.lora is not None:
+        beside = ", ".join(plan.lora.targets)
+        starts_from += (
+            f"; what is trained is adapters of rank {plan.lora.rank} beside the matrices of {beside}, no weight"
+        )
     run.emit(
         StageStarted(
             stage=plan.stage,
