@@ -95,6 +95,11 @@ class GuardState:
         medians = {name: median(past) for name, past in self.series.items()}
         return replace(self, series={}, before=medians or self.before, consecutive=0)
 
+    def for_other_parameters(self) -> GuardState:
+        """Return what is left when other parameters are trained from here on: the loss; their gradients have other norms."""
+        series = {name: past for name, past in self.series.items() if name == "loss"}
+        return replace(self, series=series, before={name: x for name, x in self.before.items() if name == "loss"})
+
 
 class Guard:
     """Judges steps one after the other; ``state`` is all it remembers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support.batches import packed_batch
 
@@ -13,6 +14,7 @@ from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.config import ModelConfig, ParallelConfig
 from m1_stages.config.load import load_config
 from m1_stages.config.lora import LoraConfig, recorded_lora
+from m1_stages.errors import ConfigError
 from m1_stages.jobs.prepared import open_tokenizer
 from m1_stages.runtime import device, parallel
 from m1_stages.training.session import open_session, with_vocab
@@ -23,6 +25,7 @@ def logits(job: dict[str, Any]) -> list[list[list[float]]]:
     sizes, here = ParallelConfig(**job.get("parallel", {})), device.use("cpu")
     parallel.start(sizes, device=here, seed=0)
     try:
+        from m1_stages.generation.forward import IncrementalModel
         from m1_stages.generation.loading import load_weights
         from m1_stages.model import build_model
 
@@ -41,6 +44,8 @@ def logits(job: dict[str, Any]) -> list[list[list[float]]]:
                 model.load_state_dict(state)
                 model.set_rope_base(float(committed.meta.extra["rope_base"]))
                 model.set_slopes(committed.meta.decay["slopes"])
+                with pytest.raises(ConfigError, match="adapters beside"):
+                    IncrementalModel(model[0])
             with torch.no_grad():
                 out = model[0].eval()(packed_batch(tokens, [120, 180]), logits=True)
             found.append(out[0, -50:].tolist())
@@ -58,6 +63,8 @@ def started(job: dict[str, Any]) -> None:
         run.checkpointer.tokenizer_sha256 = manifest.tokenizer_sha256
         for param in run.model.parameters():  # what a step before a roll back would have made of it
             param.data.add_(1.0)
-        assert run.checkpointer.restore(run.checkpointer.finals("sft")) is not None
+        found = run.checkpointer.restore(run.checkpointer.finals("sft"))
+        assert found is not None
+        assert {*found[1].guard.series, *found[1].guard.before} == {"loss"}, "its norms were those of other parameters"
         assert sum(len(part.optimizer.state) for part in run.optimizer.parts if part.optimizer is not None) == 0
         torch.save({name: param.detach().clone() for name, param in run.model[0].named_parameters()}, job["out"])

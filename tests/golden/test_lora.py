@@ -146,6 +146,25 @@ def test_the_next_fine_tuning_starts_from_merged_weights(tuned: Path, tmp_path: 
         assert (float(value.abs().max()) == 0) == name.endswith(".b"), "they are as at the beginning"
 
 
+def test_all_weights_are_trained_after_adapters(tuned: Path, tmp_path: Path) -> None:
+    """Their gradient is fifteen times that of the adapters, which would be an explosion of the same parameters."""
+    folder = tmp_path / "run"
+    shutil.copytree(tuned, folder)
+    ended = train(
+        folder / "m1.toml", "sft", set=['sft.runs=[{name="whole", base_stage="sft", lora_rank=0}]'], run="whole"
+    )
+    assert ended["exit"] == 0, ended["error"]
+    started, finished = events_of(folder / "events.jsonl", "StageStarted", "StageFinished")[-2:]
+    assert started["starts_from"] == "weights, merged with the adapters, of the final sft checkpoint"
+    assert events_of(folder / "events.jsonl", "GuardNoticed") == []
+    assert finished["last_loss"] < finished["first_loss"]
+    low, all_weights = (
+        next(e["grad_norm"] for e in events_of(folder / "events.jsonl", "StepDone") if e["stage"] == stage)
+        for stage in ("sft", "sft-whole")
+    )
+    assert all_weights > 12 * low
+
+
 def test_other_adapters_cannot_go_on(tuned: Path) -> None:
     ended = train(tuned / "m1.toml", "sft", set=["sft.lora_rank=0"])
     assert ended["exit"] == 2

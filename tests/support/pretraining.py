@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from m1_stages.checkpoint import files, store
 from m1_stages.config.load import load_config
+from m1_stages.config.sft_runs import for_run
 from m1_stages.curriculum import stages_of
 from m1_stages.errors import M1Error
 from m1_stages.events import Event, Sink, StageStarted, StepDone
@@ -26,6 +27,7 @@ def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any
 
     Args:
         job: ``config``, a path, and ``stages``, a name, "all", a list of names, or ["sft"]; if need be ``set``, ``force``,
+            ``run``, the name of the fine-tuning,
             ``events``, a file to which every event is appended as a line of JSON, and ``stop_at``, a global step:
             this process sends itself a SIGTERM when it is reported; ``slow_finals``: the final checkpoint of a stage is
             written when the next one has trained a step (``run.async_save``), that of ``slow_finals`` ends as ever.
@@ -57,7 +59,7 @@ def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any
         try:
             resolved = load_config(Path(job["config"]), job.get("set", []))
             if stages == ["sft"]:
-                sft.run(resolved, [*sinks, sink])
+                sft.run(for_run(resolved, job.get("run", "sft")), [*sinks, sink])
             else:
                 pretrain.run(resolved, stages, [*sinks, sink], force=job.get("force", False))
         except M1Error as error:

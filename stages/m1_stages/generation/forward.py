@@ -36,6 +36,7 @@ from m1_stages.errors import ConfigError
 from m1_stages.generation.states import SlotStates
 from m1_stages.model.attention import LightningAttention, SoftmaxAttention
 from m1_stages.model.hybrid import HybridModel
+from m1_stages.model.lora import has_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +63,18 @@ class IncrementalModel:
     """Continues sequences with the weights of ``model``, which must be whole on its tensor- and expert-parallel ranks.
 
     Raises:
-        ConfigError: the model is cut into a pipeline, or its key heads into more parts than there are.
+        ConfigError: the model is cut into a pipeline, its key heads into more parts than there are, or it has adapters.
     """
 
     def __init__(self, model: HybridModel) -> None:
         if not (model.pre_process and model.post_process):
             raise ConfigError(
                 "generation needs all layers on each rank", where="parallel.pipeline", fix="build the model with 1"
+            )
+        if has_adapters([model]):
+            raise ConfigError(
+                "generation reads weights, and this model has adapters beside them",
+                fix="merge them (m1_stages.model.lora)",
             )
         self.model, self.config = model, model.model_config
         self.tp_group = parallel_state.get_tensor_model_parallel_group()

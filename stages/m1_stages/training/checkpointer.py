@@ -203,12 +203,14 @@ class Checkpointer:
                 self._model.load_state_dict(loaded["model"])
                 self._optimizer.load_state_dict(loaded["optimizer"])
         heartbeat("build")
+        state = TrainState.from_dict(loaded["train_state"])
         if not self._has_optimizer(committed):
             self._start_from(committed, loaded["model"])
+            state.guard = state.guard.for_other_parameters()
         self.imported = committed.meta.extra.get("import", {})
         saved = committed.meta.extra.get("forced_gates", [])
         self.forced_gates = saved + [gate for gate in self.forced_gates if gate not in saved]  # also after a roll back
-        return committed, TrainState.from_dict(loaded["train_state"])
+        return committed, state
 
     def _start_from(self, committed: Committed, weights: dict[str, Any]) -> None:
         """Take over weights alone: merged with the adapters of ``committed`` if it has any, with new ones of this run."""

@@ -181,10 +181,6 @@ def announce_stage(
             f"the imported {imported['source']}: its weights, with a fresh optimizer; the RoPE base {kept} "
             f"{plan.rope_base / 1e6:g}M, the decay rates {'move from its own' if plan.ramp_steps else 'stay its own'}"
         )
-    elif plan.lora is not None and not state.stage_step:
-        starts_from = (
-            f"the weights of the final {plan.starts_from} checkpoint, which stay as they are; adapters are trained"
-        )
     elif state.stage_step:
         starts_from = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"
     elif plan.starts_from and state.global_step:
