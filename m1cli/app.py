@@ -174,13 +174,13 @@ def pretrain(
 
 @app.command()
 def evaluate(
-    stage: Annotated[str, typer.Option(help="Finished stage: 32k, 128k, 256k, 512k or 1m.")],
+    stage: Annotated[str, typer.Option(help="Finished stage: 32k to 1m, sft, or sft-NAME for a named fine-tuning.")],
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
     gpus: GpusOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Evaluate a finished stage on long contexts: needle recall by length and depth, loss by position in held-out documents."""
+    """Evaluate a finished stage: needle recall and loss by position in held-out documents; for fine-tuning, loss by domain."""
     with reported(debug):
         from m1cli.commands.train import evaluate_command
 
@@ -189,6 +189,12 @@ def evaluate(
 
 @app.command()
 def sft(
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="One of \\[\\[sft.runs]], or sft for the section itself. Default: all runs in order, else the section."
+        ),
+    ] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
     gpus: GpusOption = None,
@@ -200,15 +206,15 @@ def sft(
     samples: Annotated[int, typer.Option(min=0, help="Samples that --dry-run shows.")] = 3,
     debug: DebugOption = False,
 ) -> None:
-    """Fine-tune a stage's final checkpoint on chain-of-thought conversations."""
+    """Fine-tune the final checkpoint of a stage, an import, or another fine-tuning on chain-of-thought conversations."""
     with reported(debug, prints_result=dry_run):
         if dry_run:
             from m1cli.sft.preview import sft_preview_command
 
-            return sft_preview_command(config, overrides or [], samples=samples)
+            return sft_preview_command(config, overrides or [], name, samples=samples)
         from m1cli.commands.train import sft_command
 
-        sft_command(config, overrides or [], gpus=gpus, fresh=fresh)
+        sft_command(config, overrides or [], name, gpus=gpus, fresh=fresh)
 
 
 @launch_app.command("slurm")
@@ -252,7 +258,8 @@ def export(
     config: ConfigOption = DEFAULT_CONFIG,
     overrides: SetOption = None,
     stage: Annotated[
-        str | None, typer.Option(help="Stage whose final checkpoint is exported (32k to 1m, sft); default: the newest.")
+        str | None,
+        typer.Option(help="Stage whose final checkpoint is exported (32k to 1m, sft, sft-NAME); default: the newest."),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="One checkpoint directory instead of a stage.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN_DIR/export-STAGE[-TARGET].")] = None,

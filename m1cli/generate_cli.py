@@ -24,7 +24,8 @@ def generate(
         ),
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="Stage whose final checkpoint answers (32k to 1m, sft); default: the newest.")
+        str | None,
+        typer.Option(help="Stage whose final checkpoint answers (32k to 1m, sft, sft-NAME); default: the newest."),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="One checkpoint directory instead of a stage.")] = None,
     chat: Annotated[

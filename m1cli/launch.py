@@ -83,8 +83,11 @@ def die_with_launcher() -> None:
         os._exit(EXIT_LOST)
 
 
-def run_ranks(arguments: list[str], world: int, run_dir: Path) -> int:
+def run_ranks(arguments: list[str], world: int, run_dir: Path, asked: list[int] | None = None) -> int:
     """Run ``python -m m1cli ARGUMENTS`` as ``world`` ranks; the first failure ends the others.
+
+    Args:
+        asked: gets the signals that asked for a stop, also where all ranks had finished before they could.
 
     Returns:
         0; the exit code of the first rank that failed; ``EXIT_LOST`` when one was killed; 128 + the signal when a stop was
@@ -94,10 +97,11 @@ def run_ranks(arguments: list[str], world: int, run_dir: Path) -> int:
     listener = listen()
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": str(world),
               "LOCAL_WORLD_SIZE": str(world), "PYTHONSAFEPATH": "1"}  # fmt: skip
-    _print_by_hand(command, shared, world)
+    if world > 1:
+        _print_by_hand(command, shared, world)
     environment = {**os.environ, **shared, LAUNCHER: str(os.getpid()), LISTENER: str(listener.fileno())}
     ranks: list[subprocess.Popen[bytes]] = []
-    asked: list[int] = []
+    asked = [] if asked is None else asked
 
     def forward(number: int, frame: FrameType | None) -> None:
         asked.append(number)

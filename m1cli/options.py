@@ -26,6 +26,10 @@ FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Rename the checkpoints of the stage and of later ones, and start over.")
 ]
 FreshTuningOption = Annotated[
-    bool, typer.Option("--fresh", help="Rename the checkpoints of fine-tuning and start it over; pretraining stays.")
+    bool,
+    typer.Option(
+        "--fresh",
+        help="Rename the checkpoints of the fine-tuning and of those made from it, and start over; others stay.",
+    ),
 ]
 DEFAULT_CONFIG = Path("m1.toml")

@@ -16,6 +16,7 @@ from m1_data.spec import SourceSpec
 from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.config import PRESETS, STAGE_NAMES, Config, Resolved
 from m1_stages.config.load import load_config
+from m1_stages.config.sft_section import SftRun
 from m1_stages.errors import ConfigError
 from m1cli.console import console
 
@@ -31,6 +32,12 @@ _SECTIONS = (
     "sft",
     "evaluate",
     "export",
+)
+
+
+_RUNS = (
+    "# Named fine-tunings are tables [[sft.runs]]: each has a name, and the keys that are another for it. m1 sft --name NAME "
+    "trains one; its base_stage may name another."
 )
 
 
@@ -76,7 +83,9 @@ def template(preset: str) -> str:
     for section in _SECTIONS:
         value = getattr(bare, section)
         lines += ["", f"[{section}]"]
-        lines += [f"# {line}" for line in _keys(value) if not line.startswith("sources =")]
+        lines += [f"# {line}" for line in _keys(value) if not line.startswith(("sources =", "runs ="))]
+        if section == "sft":
+            lines.append(_RUNS)
     for stage in STAGE_NAMES:
         lines += ["", f"[stages.{stage}]"]
         lines += [f"# {line}" for line in _keys(bare.stages[stage])]
@@ -124,6 +133,8 @@ def _flat(resolved: Resolved) -> Iterator[tuple[str, Any]]:
             elif item and isinstance(item, tuple) and dataclasses.is_dataclass(item[0]):
                 for index, entry in enumerate(item):
                     yield from walk(f"{key}.{index}.", entry)
+            elif isinstance(value, SftRun) and name == "overrides":
+                yield from ((f"{prefix}{own}", given) for own, given in item.items())
             else:
                 yield key, item
 

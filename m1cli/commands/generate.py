@@ -13,9 +13,9 @@ import orjson
 import typer
 from rich.markup import escape
 
-from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
-from m1_stages.curriculum import SFT
+from m1_stages.config.sft_runs import refuse_unknown_stage
 from m1_stages.errors import ConfigError, DataError, Preempted
 from m1_stages.generation.prompts import Prompt, numbered, read_prompts
 from m1cli.console import console, is_rank_0
@@ -80,9 +80,7 @@ def generate_command(
         M1Error: what ``plan`` and ``run`` raise.
     """
     resolved = load_config(path, [*overrides, *([] if gpus is None else [f"parallel.processes={gpus}"])])
-    if options.stage is not None and options.stage not in (*STAGE_NAMES, SFT):
-        known = ", ".join((*STAGE_NAMES, SFT))
-        raise ConfigError(f"there is no stage {options.stage!r}", fix=f"choose one of {known}")
+    refuse_unknown_stage(resolved.config.sft, options.stage)
     if out is not None and is_rank_0:  # the launcher, and of ranks that another one started, the one that will write
         _refuse_out(out, file, overwrite=overwrite)
     starts_ranks = not is_worker() and num_processes(resolved) > 1

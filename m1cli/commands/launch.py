@@ -13,6 +13,7 @@ from rich.markup import escape
 from m1_data.storage.ownership import refuse_to_overwrite, write_whole
 from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
+from m1_stages.config.sft_runs import configured_runs
 from m1_stages.errors import EXIT_PREEMPTED, ConfigError
 from m1cli.console import console
 
@@ -95,8 +96,16 @@ def _checked(command: list[str], world: int) -> Resolved:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", "-c", type=Path, default=Path("m1.toml"))
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--name")
     known, _ = parser.parse_known_args(command[1:])
     resolved = load_config(known.config, known.set)
+    runs = configured_runs(resolved.config.sft)
+    if command[0] == "sft" and known.name is None and len(runs) > 1:
+        raise ConfigError(
+            f"a job trains one fine-tuning, and {len(runs)} are configured",
+            where="key sft.runs",
+            fix=f"name it, one job after the other: … -- sft --name {runs[0]}",
+        )
     p = resolved.config.parallel
     for what, needed in (
         ("tensor x pipeline x context", p.tensor * p.pipeline * p.context),

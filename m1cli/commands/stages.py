@@ -13,7 +13,8 @@ from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.imported import imported_checkpoint, with_imported_base
 from m1_stages.config import STAGE_NAMES, ParallelConfig, Resolved
 from m1_stages.config.load import load_config
-from m1_stages.curriculum import IMPORT, plan_stage, previous_stage
+from m1_stages.config.sft_runs import IMPORT, SFT, configured_runs, for_run, stage_of_base, stage_of_run
+from m1_stages.curriculum import plan_stage, previous_stage
 from m1_stages.decay import half_life_tokens, is_released
 from m1_stages.evaluation.results import read_result
 from m1_stages.run_dir import CHECKPOINTS
@@ -27,12 +28,14 @@ TAKES_OVER = "weights, optimizer moments, decay rates (moved by a ramp) and the 
 def stages_command(path: Path, overrides: list[str], *, as_json: bool) -> None:
     """Print one column per stage, or all values as JSON."""
     resolved = load_config(path, overrides)
-    chain = stage_chain(resolved)
+    chain, tunings = stage_chain(resolved), fine_tunings(resolved)
     if as_json:
-        console.print_json(json.dumps(chain))
+        console.print_json(json.dumps([*chain, *tunings]))
         return
     console.print(_table(resolved, chain))
     console.print(f"[dim]A stage takes over {TAKES_OVER}; data order and learning rates are its own.[/]")
+    if tunings:
+        console.print(_tunings_table(tunings))
     if (imported := imported_checkpoint(resolved.run_dir)) is not None:
         record = imported.meta.extra["import"]
         index = record["index_sha256"][:_SHORT_HASH]
@@ -104,6 +107,59 @@ def stage_chain(resolved: Resolved) -> list[dict[str, Any]]:
             }
         )
     return chain
+
+
+def fine_tunings(resolved: Resolved) -> list[dict[str, Any]]:
+    """Describe each fine-tuning that is configured or begun, bases first, in plain values ready for JSON."""
+    newest: dict[str, Committed] = {}
+    for committed in CheckpointStore(resolved.run_dir / CHECKPOINTS).committed():
+        newest.setdefault(committed.meta.stage, committed)
+    names = configured_runs(resolved.config.sft)
+    found = []
+    for name in names if SFT in names else [SFT, *names]:
+        stage, sft = stage_of_run(name), for_run(resolved, name).config.sft
+        checkpoint, before = newest.get(stage), stage_of_base(sft.base_stage)
+        if name == SFT and checkpoint is None and (not sft.data or SFT not in names):
+            continue  # with runs, the section is what they share
+        if before in STAGE_NAMES and before not in newest and IMPORT in newest:
+            before = IMPORT
+        base = newest.get(before)
+        found.append(
+            {
+                "stage": stage,
+                "state": "to do" if checkpoint is None else "done" if checkpoint.meta.stage_final else "started",
+                "steps_done": checkpoint.meta.stage_step if checkpoint else 0,
+                "seq_len": for_run(resolved, name).config.sft_seq_len,
+                "lr_peak": sft.lr_peak,
+                "lr_final": sft.lr_final,
+                "epochs": sft.epochs,
+                "data": list(sft.data),
+                "starts_from": before,
+                "starts_from_sha256": base.sha256 if base and base.meta.stage_final else None,
+                "checkpoint": checkpoint.path.name if checkpoint else None,
+                "checkpoint_sha256": checkpoint.sha256 if checkpoint else None,
+            }
+        )
+    return found
+
+
+def _tunings_table(tunings: list[dict[str, Any]]) -> Table:
+    table = Table(title="fine-tuning", title_justify="left")
+    for name in ("", "state", "starts from", "tokens per row", "epochs", "lr from", "lr to", "checkpoint"):
+        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    for t in tunings:
+        state = {"started": f"[yellow]step {t['steps_done']}[/]", "done": "[green]done[/]"}.get(t["state"], t["state"])
+        table.add_row(
+            t["stage"],
+            state,
+            f"{t['starts_from']} {(t['starts_from_sha256'] or '')[:_SHORT_HASH]}".strip(),
+            f"{t['seq_len']:,}",
+            f"{t['epochs']:g}",
+            f"{t['lr_peak']:g}",
+            f"{t['lr_final']:g}",
+            (t["checkpoint_sha256"] or "")[:_SHORT_HASH],
+        )
+    return table
 
 
 def _takes_over(before: str | None, *, skipped: bool) -> str:

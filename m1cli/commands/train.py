@@ -12,15 +12,16 @@ from pathlib import Path
 import typer
 
 from m1_data.storage.lock import lock_of, reading, refuse_while_written
-from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
+from m1_stages.config.sft_runs import configured_runs, for_run, is_sft, refuse_unknown_stage, run_of_stage
 from m1_stages.curriculum import stages_of
-from m1_stages.errors import ConfigError, EnvironmentProblem, RankLost
+from m1_stages.errors import EXIT_PREEMPTED, ConfigError, EnvironmentProblem, RankLost
 from m1_stages.events import Sink
 from m1_stages.run_dir import LOCK, TENSORBOARD, refuse_foreign_run_dir
 from m1_stages.runtime.imports import importing
 from m1_stages.runtime.watchdog import Watchdog
-from m1cli.console import is_rank_0
+from m1cli.console import console, is_rank_0
 from m1cli.display import TrainingDisplay
 from m1cli.errors import show
 from m1cli.launch import LAUNCHER, adopt_slurm, die_with_launcher, is_worker, num_processes, run_ranks
@@ -48,21 +49,27 @@ def pretrain_command(
 def evaluate_command(config: Path, overrides: list[str], stage: str, *, gpus: int | None) -> None:
     """Evaluate the final checkpoint of one stage."""
     resolved = load_config(config, [*overrides, *_processes(gpus)])
-    if stage not in STAGE_NAMES:
-        raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join(STAGE_NAMES)}")
+    refuse_unknown_stage(resolved.config.sft, stage)
 
     def measure(sinks: list[Sink]) -> None:
         with importing():
-            from m1_stages.jobs import evaluate
+            from m1_stages.jobs import evaluate, sft
 
-        evaluate.run(resolved, stage, sinks)
+        if is_sft(stage):
+            sft.evaluate(for_run(resolved, run_of_stage(stage)), sinks)
+        else:
+            evaluate.run(resolved, stage, sinks)
 
     _start(resolved, measure)
 
 
-def sft_command(config: Path, overrides: list[str], *, gpus: int | None, fresh: bool) -> None:
-    """Fine-tune."""
+def sft_command(config: Path, overrides: list[str], name: str | None, *, gpus: int | None, fresh: bool) -> None:
+    """Fine-tune: the run ``name``; None does all that are configured, in order."""
     resolved = load_config(config, [*overrides, *_processes(gpus)])
+    names = [name] if name else configured_runs(resolved.config.sft)
+    if len(names) > 1:
+        return _in_turn(resolved, names)
+    resolved = for_run(resolved, names[0])
 
     def train(sinks: list[Sink]) -> None:
         with importing():
@@ -71,6 +78,22 @@ def sft_command(config: Path, overrides: list[str], *, gpus: int | None, fresh: 
         sft.run(resolved, sinks, fresh=fresh)
 
     _start(resolved, train)
+
+
+def _in_turn(resolved: Resolved, names: list[str]) -> None:
+    """Run the same command once for each name, in processes of its own: ranks cannot meet a second time in one process."""
+    if is_worker():
+        raise ConfigError(
+            f"{len(names)} fine-tunings are configured, and ranks that were started already can do one",
+            where="key sft.runs",
+            fix=f"name it, one command after the other: {', then '.join(f'm1 sft --name {name}' for name in names)}",
+        )
+    world, asked = num_processes(resolved), list[int]()
+    for number, name in enumerate(names, 1):
+        console.rule(f"fine-tuning {name} ({number} of {len(names)})")
+        code = run_ranks([*sys.argv[1:], "--name", name], world, resolved.run_dir, asked)
+        if code or asked:
+            raise typer.Exit(code or EXIT_PREEMPTED)
 
 
 def _processes(gpus: int | None) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from m1_data.storage.manifest import load_manifest
 from m1_data.storage.ownership import refuse_to_overwrite, write_whole
+from m1_stages.config.sft_runs import SFT, run_of_stage
 from m1_stages.errors import DataError, EnvironmentProblem
 from m1cli.pace import wall_time
 from m1cli.report.read import History, Record, read_history
@@ -77,8 +78,8 @@ def write_report(run_dir: Path, data_manifest: Path | None, out: Path) -> Path:
         sides[0],
         "<h2>Data</h2>",
         _data(data_manifest),
-        *(_sft_data(stage["mix"]) for stage in history.stages.values()),
-        *(_lines(held_out_lines(measured)) for measured in history.held_out.values()),
+        *(_sft_data(name, stage["mix"]) for name, stage in history.stages.items()),
+        *(_lines(name, held_out_lines(measured)) for name, measured in history.held_out.items()),
         sides[1],
         _passes(history),
         "<h2>Experts</h2>",
@@ -209,14 +210,19 @@ def _data(path: Path | None) -> str:
     )
 
 
-def _lines(lines: list[str]) -> str:
-    return f"<p>{'; '.join(escape(line.strip()) for line in lines)}.</p>"
+def _heading(stage: str) -> str:
+    return "Fine-tuning" if stage == SFT else f"Fine-tuning {escape(run_of_stage(stage))}"
 
 
-def _sft_data(mix: Record) -> str:
+def _lines(name: str, lines: list[str]) -> str:
+    text = "; ".join(escape(line.strip()) for line in lines)
+    return f"<p>{_heading(name)}, {text}.</p>"
+
+
+def _sft_data(name: str, mix: Record) -> str:
     data, lost = sft_data_lines(mix)
     parts = [*map(escape, data), *(f"<b>{escape(line)}</b>" for line in lost)]
-    return f"<p>Fine-tuning: {'; '.join(parts)}.</p>" if parts else ""
+    return f"<p>{_heading(name)}: {'; '.join(parts)}.</p>" if parts else ""
 
 
 def _passes(history: History) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from m1_data.sampling.mix_report import Share
 from m1_data.sft.stats import SFTStats
+from m1_stages.config.sft_runs import is_sft
 from m1_stages.errors import DataError
 from m1_stages.event_types import checked
 from m1_stages.events import Record, read_events
@@ -95,7 +96,8 @@ def read_history(run_dir: Path) -> History:
     path = run_dir / METRICS
     if not path.is_file():
         raise DataError("this run has reported nothing yet", where=str(path), fix="run m1 pretrain first")
-    history, steps, last, stage = History(), {}, 0.0, ""
+    history, last, stage = History(), 0.0, ""
+    steps: dict[tuple[str, int], Record] = {}
     for record in read_events(path):
         kind = record["event"]
         if kind == "StageStarted":
@@ -109,7 +111,7 @@ def read_history(run_dir: Path) -> History:
             for phase, seconds in record["wall_s"].items():
                 history.wall_s[phase] = history.wall_s.get(phase, 0.0) + seconds
         if kind == "StepDone":
-            steps[record["global_step"]] = record
+            steps[_branch(record["stage"]), record["global_step"]] = record
         elif kind == "StageStarted":
             history.stages[record["stage"]] = _drawable(record, path)
             if record["step"]:
@@ -128,7 +130,7 @@ def read_history(run_dir: Path) -> History:
             history.held[record["stage"]] = history.held.get(record["stage"], 0) + 1
         elif kind in LISTED or (kind == "RunStopped" and record["exit_code"]):
             history.other.append(record)
-    for _, record in sorted(steps.items()):
+    for record in sorted(steps.values(), key=lambda r: r["global_step"]):
         history.steps.setdefault(record["stage"], []).append(record)
     if not steps:
         raise DataError("this run has not finished a step yet", where=str(path), fix="run m1 pretrain first")
@@ -141,6 +143,11 @@ def read_history(run_dir: Path) -> History:
             fix="restore the file from a copy, or move it away: the next m1 pretrain begins a new one",
         )
     return history
+
+
+def _branch(stage: str) -> str:
+    """Stages of pretraining follow each other, one step after another; a fine-tuning has the steps of what goes on beside it."""
+    return stage if is_sft(stage) else ""
 
 
 def _time_of(record: Record, path: Path) -> float:

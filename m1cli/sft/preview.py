@@ -9,7 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from m1_stages.config import Resolved
 from m1_stages.config.load import load_config
+from m1_stages.config.sft_runs import configured_runs, for_run
 from m1_stages.jobs.sft_preview import LengthBucket, PreviewSample, preview
 from m1cli.console import console
 from m1cli.sft.lines import domain_rows, reflection_rows, sft_data_lines
@@ -19,9 +21,19 @@ _MOST_CHARACTERS = 1_200
 _BAR = 40
 
 
-def sft_preview_command(config: Path, overrides: list[str], *, samples: int) -> None:
-    """Print samples with their mask, lengths, packing, domains and reflection."""
-    found = preview(load_config(config, overrides), samples=samples)
+def sft_preview_command(config: Path, overrides: list[str], name: str | None, *, samples: int) -> None:
+    """Print samples with their mask, lengths, packing, domains and reflection: of the run ``name``, or of all in order."""
+    resolved = load_config(config, overrides)
+    runs = [name] if name else configured_runs(resolved.config.sft)
+    for run in runs:
+        if len(runs) > 1:
+            console.rule(f"fine-tuning {run}")
+        _show(for_run(resolved, run), samples)
+    console.print("[dim]dry run: nothing was trained or written[/]")
+
+
+def _show(resolved: Resolved, samples: int) -> None:
+    found = preview(resolved, samples=samples)
     stats = dataclasses.asdict(found.stats)
     colours = console.color_system is not None
     legend = "[bold green]trained[/] [dim]not trained[/]" if colours else "⟦trained⟧ not trained"
@@ -41,7 +53,6 @@ def sft_preview_command(config: Path, overrides: list[str], *, samples: int) -> 
         console.print(escape(line), soft_wrap=True)
     for line in lost:
         console.print(f"[bold yellow]{escape(line)}[/]", soft_wrap=True)
-    console.print("[dim]dry run: nothing was trained or written[/]")
 
 
 def _text(sample: PreviewSample, *, colours: bool) -> Text:

@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from m1_stages.config import STAGE_NAMES, Resolved
+from m1_stages.config.lora import LoraConfig, configured_lora
+from m1_stages.config.sft_runs import SFT, is_sft, run_of_stage, stage_of_base, stage_of_run
 from m1_stages.decay import Slopes, ramp, stage_slopes
 from m1_stages.errors import ConfigError
-
-SFT = "sft"
-IMPORT = "import"
-"""What the checkpoint of an imported model says in place of a stage."""
 
 
 def stages_of(selection: str) -> list[str]:
@@ -30,12 +28,14 @@ def stages_of(selection: str) -> list[str]:
 
 def config_section(stage: str) -> str:
     """Section of the configuration that describes ``stage``, like ``stages.32k`` or ``sft``."""
-    return SFT if stage == SFT else f"stages.{stage}"
+    return SFT if is_sft(stage) else f"stages.{stage}"
 
 
 def train_command(stage: str) -> str:
     """The command that trains ``stage``, or ``all`` stages of pretraining."""
-    return "m1 sft" if stage == SFT else f"m1 pretrain --stage {stage}"
+    if is_sft(stage):
+        return "m1 sft" if stage == SFT else f"m1 sft --name {run_of_stage(stage)}"
+    return f"m1 pretrain --stage {stage}"
 
 
 def previous_stage(stage: str) -> str | None:
@@ -94,6 +94,8 @@ class StagePlan:
     """Section of the configuration that describes the stage, like ``stages.32k`` or ``sft``."""
     title: str
     """What a person reads as the stage's name."""
+    lora: LoraConfig | None = None
+    """The adapters that are trained in place of all weights."""
 
     @property
     def ramp_steps(self) -> int:
@@ -145,19 +147,25 @@ def plan_stage(resolved: Resolved, stage: str) -> StagePlan:
     )
 
 
-def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
-    """Derive the plan of fine-tuning on ``num_rows`` packed rows: slopes and RoPE base stay the base stage's."""
+def plan_sft(resolved: Resolved, num_rows: int, base: tuple[Slopes, float] | None = None) -> StagePlan:
+    """Derive the plan of fine-tuning on ``num_rows`` packed rows: decay rates and RoPE base stay those of what it starts from.
+
+    Args:
+        base: the decay rates and the RoPE base of an imported model or another fine-tuning; those of a stage of pretraining
+            are configured.
+    """
     config, x = resolved.config, resolved.config.sft
     seq_len = config.sft_seq_len
     rows = min(num_rows, max(1, x.global_batch_tokens // seq_len))
     steps = max(1, round(num_rows * x.epochs / rows))
-    slopes = stage_slopes(resolved, x.base_stage)
+    stage = stage_of_run(resolved.sft_run or SFT)
+    slopes, rope_base = base or (stage_slopes(resolved, x.base_stage), config.stages[x.base_stage].rope_base)
     return StagePlan(
-        stage=SFT,
-        starts_from=x.base_stage,
+        stage=stage,
+        starts_from=stage_of_base(x.base_stage),
         context_tokens=x.context_tokens,
         seq_len=seq_len,
-        rope_base=config.stages[x.base_stage].rope_base,
+        rope_base=rope_base,
         global_batch_rows=rows,
         micro_batch_rows=x.micro_batch_rows,
         num_steps=steps,
@@ -169,7 +177,8 @@ def plan_sft(resolved: Resolved, num_rows: int) -> StagePlan:
         slopes_new=slopes,
         softmax_layers=softmax_layers(resolved),
         config_section=config_section(SFT),
-        title="fine-tuning",
+        title=f"fine-tuning {resolved.sft_run}".rstrip(),
+        lora=configured_lora(x, stage),
     )
 
 

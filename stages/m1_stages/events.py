@@ -287,7 +287,7 @@ class StageEvaluated:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutMeasured:
-    """What the final checkpoint of fine-tuning makes of the conversations held out; also ``RUN_DIR/evaluation/sft.json``."""
+    """What the final checkpoint of fine-tuning makes of the conversations held out; also ``RUN_DIR/evaluation/STAGE.json``."""
 
     stage: str
     checkpoint: str

@@ -13,6 +13,7 @@ from support.batches import packed_batch
 
 from m1_data.sampling.loader import PackedBatch, batch_rows
 from m1_stages.config import ModelConfig, OptimConfig, ParallelConfig
+from m1_stages.config.lora import LoraConfig
 from m1_stages.decay import released_slopes
 from m1_stages.runtime import device, parallel
 from m1_stages.runtime.collectives import barrier
@@ -51,7 +52,7 @@ def packed(row_ids: list[int], untrained: Sequence[Span] = ()) -> PackedBatch:
 def train(job: dict[str, Any]) -> dict[str, Any]:
     """``parallel``, ``steps``, and if need be ``micro_batch`` rows, ``recompute``, ``save``, ``mutation``, ``untrained``,
     ``dropped`` (steps whose gradients are not applied), ``bucket`` (parameters reduced together), ``model`` (what differs
-    from ``MODEL``). On the GPU of this rank where one is visible."""
+    from ``MODEL``), ``lora`` (targets of adapters, which alone are trained). On the GPU of this rank where one is visible."""
     torch.set_num_threads(1)
     dev = device.use("auto", local_rank=parallel.local_rank())
     from distributed.mutations import Mutation
@@ -77,13 +78,14 @@ def build(
     bucket: int = BUCKET,
     shape: ModelConfig = MODEL,
     on: str = "cpu",
+    lora: LoraConfig | None = None,
 ) -> tuple[Any, Any, Any]:
     """Chunks of this rank, the same wrapped, and their optimizer."""
     from m1_stages.model import build_model
     from m1_stages.runtime.ddp import TrainableModel
     from m1_stages.runtime.optimizer import Optimizer
 
-    model = build_model(shape, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute, device=on)
+    model = build_model(shape, parallel=sizes, rope_base=1e4, seed=seed, recompute=recompute, device=on, lora=lora)
     if mutation:
         mutation.spoil(model)
     chunks = TrainableModel(model, sizes, bucket_size=bucket)
@@ -111,7 +113,10 @@ def _train(
 ) -> dict[str, Any]:
     options = {"recompute": job.get("recompute", False), "bucket": job.get("bucket", BUCKET), "on": dev.name}
     options["shape"] = dataclasses.replace(MODEL, **job.get("model", {}))
+    if "lora" in job:
+        options["lora"] = LoraConfig(stage="sft", rank=4, alpha=8.0, targets=tuple(job["lora"]))
     model, chunks, optimizer = build(sizes, seed=5, mutation=mutation, **options)
+    frozen = {param: param.detach().clone() for param in model.parameters() if not param.requires_grad}
     keys = "losses", "grad_norms", "aux", "layer_norms", "load", "trained_tokens", "own_trained_tokens"
     record: dict[str, Any] = {key: [] for key in keys}
     for step in range(job["steps"]):
@@ -143,6 +148,7 @@ def _train(
     chunks.gather_parameters()
     record["weights"] = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
     record["layers"] = [[layer.layer_number for layer in chunk.decoder.layers] for chunk in model]
+    record["frozen"] = [len(frozen), all(torch.equal(param, value) for param, value in frozen.items())]
     record["local_parameters"] = sum(p.numel() for p in model.parameters())
     record["longest_crossing"] = _longest_crossing(whole[0], topology.cp_size)
     record["topology"] = topology.sizes() | {"rank": topology.rank}

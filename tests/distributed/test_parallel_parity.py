@@ -27,11 +27,12 @@ def records(
     untrained: Any = (),
     dropped: Any = (),
     bucket: int = 0,
+    lora: Any = (),
     **parallel: Any,
 ) -> list[dict[str, Any]]:
     """Of each rank. ``micro_batch`` rows at a time; 0: each rank all of its rows at once."""
     job: dict[str, Any] = {"parallel": parallel, "steps": steps, "mutation": mutation, "untrained": untrained}
-    job |= {"dropped": dropped} | ({"bucket": bucket} if bucket else {})
+    job |= {"dropped": dropped} | ({"bucket": bucket} if bucket else {}) | ({"lora": lora} if lora else {})
     return _trained(world, json.dumps(job | ({"micro_batch": micro_batch} if micro_batch else {}), sort_keys=True))
 
 

@@ -34,6 +34,8 @@ from m1_stages.jobs.sft_data import open_samples, selection
 SETTINGS = ["model.vocab_size=400", "model.rotary_dim=8", "sft.global_batch_tokens=1024", 'run.device="cpu"',
             "sft.lr_warmup_share=0", 'sft.data=["chats.jsonl"]']  # fmt: skip
 
+AGAIN = 'sft.runs=[{name="again", base_stage="import"}]'
+"""A fine-tuning that is told to start from the import, beside what was trained from it."""
 HELD_OUT = [
     "--set",
     "sft.held_out=0.4",
@@ -113,7 +115,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         "continued": m1("cut", "pretrain", "--stage", "128k"),
         "import for sft": m1("tuned", "import", str(source)),
         "sft": m1("tuned", "sft"),
-        "export sft": m1("tuned", "export"),
+        "sft from the import": m1("tuned", "sft", "--name", "again", "--set", AGAIN),
+        "export sft": m1("tuned", "export", "--stage", "sft"),
         "import for held out": m1("still", "import", str(source)),
         "held out": m1("still", "sft", *HELD_OUT),
         "held out again": m1("still", "sft", *HELD_OUT),
@@ -200,9 +203,9 @@ def test_stages_show_it(ran: Ran) -> None:
     assert "Imported: hf (index " in shown
     assert "no RoPE base goes below its 10M" in shown
     chain = {row["stage"]: row for row in json.loads(ran.outputs["stages after"][1])}
-    assert [row["starts_from"] for row in chain.values()] == [None, "import", "128k", "256k", "512k"]
-    assert [row["state"] for row in chain.values()] == ["skipped", "done", "to do", "to do", "to do"]
-    assert {row["rope_base"] for row in chain.values()} == {1e7}
+    assert [row["starts_from"] for row in chain.values()] == [None, "import", "128k", "256k", "512k", "import"]
+    assert [row["state"] for row in chain.values()] == ["skipped", "done", "to do", "to do", "to do", "to do"]
+    assert {row["rope_base"] for row in list(chain.values())[:5]} == {1e7}
     assert chain["128k"]["starts_from_sha256"] == ran.checkpoints("run")["import"].sha256
 
 
@@ -220,8 +223,13 @@ def test_starting_over_keeps_the_import(ran: Ran) -> None:
 
 
 def test_fine_tuning_starts_from_it(ran: Ran) -> None:
-    (started,) = ran.events("tuned", "StageStarted")
+    started, again = ran.events("tuned", "StageStarted")
     assert started["starts_from"].endswith("the RoPE base stays 10M, the decay rates stay its own")
+    assert (again["stage"], again["starts_from"]) == ("sft-again", started["starts_from"])
+    plain, named = (tensors_of(ran.checkpoints("tuned")[stage].path) for stage in ("sft", "sft-again"))
+    assert all(torch.equal(plain[key], named[key]) for key in plain), (
+        "asked for, it starts from the import as the first did"
+    )
     tuned = ran.checkpoints("tuned")["sft"].meta
     assert (tuned.extra["rope_base"], tuned.decay["slopes"]) == (1e7, released_slopes(8, 2))
     resolved = load_config(ran.config, SETTINGS)

@@ -18,14 +18,14 @@ from m1_stages.config.load import load_config
 from m1_stages.curriculum import stages_of
 from m1_stages.errors import M1Error
 from m1_stages.events import Event, Sink, StageStarted, StepDone
-from m1_stages.jobs import pretrain
+from m1_stages.jobs import pretrain, sft
 
 
 def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Train stages and say how it ended, as the command would: ``exit`` (its code), ``error``; ``loaded`` counts checkpoints.
 
     Args:
-        job: ``config``, a path, and ``stages``, a name, "all" or a list of names; if need be ``set``, overrides, ``force``,
+        job: ``config``, a path, and ``stages``, a name, "all", a list of names, or ["sft"]; if need be ``set``, ``force``,
             ``events``, a file to which every event is appended as a line of JSON, and ``stop_at``, a global step:
             this process sends itself a SIGTERM when it is reported; ``slow_finals``: the final checkpoint of a stage is
             written when the next one has trained a step (``run.async_save``), that of ``slow_finals`` ends as ever.
@@ -56,7 +56,10 @@ def pretrained(job: dict[str, Any], sinks: Sequence[Sink] = ()) -> dict[str, Any
 
         try:
             resolved = load_config(Path(job["config"]), job.get("set", []))
-            pretrain.run(resolved, stages, [*sinks, sink], force=job.get("force", False))
+            if stages == ["sft"]:
+                sft.run(resolved, [*sinks, sink])
+            else:
+                pretrain.run(resolved, stages, [*sinks, sink], force=job.get("force", False))
         except M1Error as error:
             return {"exit": error.exit_code, "error": str(error), "loaded": load.call_count}
     return {"exit": 0, "error": "", "loaded": load.call_count}

@@ -62,6 +62,40 @@ def test_the_lineage_is_what_the_checkpoint_records(tmp_path: Path) -> None:
     assert (older.rope_base, older.tokens, older.mix) == (None, None, "")
 
 
+def test_each_link_of_a_chain_is_told_with_its_tokens(tmp_path: Path) -> None:
+    way = {"32k": 640, "sft": 320, "sft-math": 160, "sft-chat": 320}
+    chat = committed(tmp_path, "sft-chat", contexts=way, entered_at={"sft-math": 5_000, "sft-chat": 7_500})
+    _, older, math, last = lineage_of(chat, way, "").stages
+    assert (older.name, older.tokens) == ("sft", None), "an older version trained it"
+    assert (math.name, math.tokens, math.row_tokens, math.rope_base, math.mix) == (
+        "sft-math",
+        2_500,
+        160,
+        5e6,
+        "conversations",
+    )
+    assert (last.name, last.tokens, last.row_tokens, last.rope_base) == ("sft-chat", 1_500, 320, 5e6)
+
+
+def test_held_out_conversations_of_this_checkpoint_are_told(tmp_path: Path) -> None:
+    path = result_path(tmp_path, "sft-chat")
+    path.parent.mkdir(parents=True)
+    domain = {"domain": "math", "conversations": 2, "trained_tokens": 9, "loss": 1.25}
+    result = {"stage": "sft-chat", "checkpoint": "x", "checkpoint_sha256": "ab" * 32, "global_step": 12, "loss": 1.5,
+              "domains": [domain, domain | {"domain": "", "loss": 2}], "seconds": 0.5}  # fmt: skip
+    path.write_text(json.dumps(result))
+    chat = committed(tmp_path, "sft-chat")
+    assert lineage_of(chat, {"sft-chat": 320}, "").evaluation == (
+        ("held-out conversations, loss of trained tokens", "1.5000"),
+        ("held-out conversations, math", "1.2500"),
+        ("held-out conversations, no domain named", "2.0000"),
+    )
+    assert lineage_of(dataclasses.replace(chat, sha256="cd" * 32), {"sft-chat": 320}, "").evaluation == ()
+    path.write_text(json.dumps(result | {"loss": "much"}))
+    with pytest.raises(DataError, match="result of an evaluation is damaged: loss is 'much'"):
+        lineage_of(chat, {"sft-chat": 320}, "")
+
+
 def test_an_evaluation_of_this_checkpoint_alone_is_told(tmp_path: Path) -> None:
     path = result_path(tmp_path, "32k")
     path.parent.mkdir(parents=True)

@@ -176,7 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens, first_row, valid = ctx.settings
         head = weight.to(_product_dtype(hidden, weight))
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(head, dtype=log_z.dtype)
+        grad_weight = torch.zeros_like(head, dtype=log_z.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             h, y, grad = hidden[part].to(head.dtype), labels[part], grads[0][part].contiguous()
@@ -184,9 +184,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             errors = _errors(logits, log_z[part], y, grad, first_row, valid, head.dtype)
             del logits
             grad_hidden[part] = errors @ head
-            if head.dtype == torch.bfloat16:
+            if grad_weight is None:  # a frozen head
+                pass
+            elif head.dtype == torch.bfloat16:
                 _add_product_fp32(grad_weight, errors.T, h)
             else:
                 grad_weight.addmm_(errors.T, h)
             del errors
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None

@@ -6,6 +6,7 @@ product; what lies between input and output of a tile exists for that tile only 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -141,17 +142,25 @@ def _sum_rows(rows: Tensor, place: Tensor, out: Tensor) -> None:
 
 
 def _backward_rows(
-    d_out: Tensor, rows: Tensor, gate_up: Tensor | None, weight: Tensor, ends: Tensor, w13: Tensor, w2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rows [M, h], weight [M], w13 [E, 2 I, h] and w2."""
+    d_out: Tensor,
+    rows: Tensor,
+    gate_up: Tensor | None,
+    weight: Tensor,
+    ends: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    trained: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of rows [M, h], weight [M], and of w13 [E, 2 I, h] and w2 where these are ``trained``."""
     flat13 = w13.flatten(1, 2)
     if gate_up is None:
         gate_up = expert_product(rows, flat13.transpose(1, 2), ends)
     inner, d_gate_up, d_weight = _activate_backward(gate_up, weight, expert_product(d_out, w2, ends))
     del gate_up
-    d_w2 = _weight_gradient(d_out, inner, ends)
+    d_w2 = _weight_gradient(d_out, inner, ends) if trained[1] else None
     del inner
-    return expert_product(d_gate_up, flat13, ends), d_weight, _weight_gradient(d_gate_up, rows, ends), d_w2
+    d_w13 = _weight_gradient(d_gate_up, rows, ends) if trained[0] else None
+    return expert_product(d_gate_up, flat13, ends), d_weight, d_w13, d_w2
 
 
 class _Grouped(torch.autograd.Function):
@@ -173,8 +182,9 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, w13, w2, weights, ends, *kept = ctx.saved_tensors
         d_out = grads[0].contiguous()
-        d_rows, d_weights, d_w13, d_w2 = _backward_rows(d_out, rows, kept[0] if kept else None, weights, ends, w13, w2)
-        return d_rows, d_w13.view(w13.shape), d_w2, d_weights, None, None
+        trained, gate_up = ctx.needs_input_grad[1:3], kept[0] if kept else None
+        d_rows, d_weights, d_w13, d_w2 = _backward_rows(d_out, rows, gate_up, weights, ends, w13, w2, trained)
+        return d_rows, None if d_w13 is None else d_w13.view(w13.shape), d_w2, d_weights, None, None
 
 
 class _Mixture(torch.autograd.Function):
@@ -207,8 +217,9 @@ class _Mixture(torch.autograd.Function):
         x, w13, w2, weights, index, *kept = ctx.saved_tensors
         d_out = grads[0].contiguous()
         d_x, d_weights = torch.empty_like(x), torch.empty_like(weights)
-        d_w13: Tensor | None = None
-        d_w2: Tensor | None = None
+        trained = ctx.needs_input_grad[1:3]
+        d_w13 = torch.zeros_like(w13) if trained[0] and not len(x) else None
+        d_w2 = torch.zeros_like(w2) if trained[1] and not len(x) else None
         for number, start in enumerate(range(0, x.shape[0], ctx.tile_tokens)):
             tile = slice(start, start + ctx.tile_tokens)
             order = expert_order(index[tile], w13.shape[0])
@@ -221,15 +232,17 @@ class _Mixture(torch.autograd.Function):
                 order.ends,
                 w13,
                 w2,
+                trained,
             )
             _sum_rows(d_rows, order.place, d_x[tile])
             d_weights[tile] = d_weight[order.place]
             d_w13, d_w2 = _accumulate(d_w13, part13), _accumulate(d_w2, part2)
-        if d_w13 is None or d_w2 is None:
-            return d_x, torch.zeros_like(w13), torch.zeros_like(w2), d_weights, None, None, None
-        return d_x, d_w13.view(w13.shape).to(w13.dtype), d_w2.to(w2.dtype), d_weights, None, None, None
+        d_w13 = None if d_w13 is None else d_w13.view(w13.shape).to(w13.dtype)
+        return d_x, d_w13, None if d_w2 is None else d_w2.to(w2.dtype), d_weights, None, None, None
 
 
-def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+def _accumulate(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     """Sums over tiles are fp32: bf16 would lose the small ones."""
-    return part if total is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)
+    return (
+        part if total is None or part is None else total.to(torch.promote_types(total.dtype, torch.float32)).add_(part)
+    )

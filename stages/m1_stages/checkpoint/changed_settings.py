@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from m1_data.spec import StageMix
 from m1_stages.checkpoint.manifest import Committed
 from m1_stages.config import Resolved, WhenChanged
+from m1_stages.config.lora import recorded_lora
+from m1_stages.config.sft_runs import SFT, is_sft
 from m1_stages.config.when_changed import KeyChange, changed_keys
-from m1_stages.curriculum import SFT, StagePlan, train_command
+from m1_stages.curriculum import StagePlan, train_command
 from m1_stages.errors import ConfigError
 from m1_stages.events import SettingsChanged
 
@@ -43,6 +45,22 @@ def refuse_changes(candidates: Sequence[Committed], resolved: Resolved, plan: St
             raise _refusal(own, resolved, committed, reason, start_over(plan))
 
 
+def refuse_other_adapters(candidates: Sequence[Committed], plan: StagePlan) -> None:
+    """Refuse to go on from a checkpoint of the stage that has other adapters, also one that does not record its settings.
+
+    Raises:
+        ConfigError: the adapters of one of ``candidates`` are not those of ``plan``.
+    """
+    for committed in candidates:
+        if recorded_lora(committed.meta.extra) != plan.lora:
+            trained = "adapters" if plan.lora is None else "all weights or other adapters"
+            raise ConfigError(
+                f"sft.lora_rank: {plan.title} trained {trained} up to its step {committed.meta.stage_step}",
+                where=str(committed.path),
+                fix=f"set sft.lora_* back, or {start_over(plan)}",
+            )
+
+
 def settings_changed(committed: Committed, resolved: Resolved, plan: StagePlan, step: int) -> SettingsChanged | None:
     """Return what to report of a stage that goes on from ``committed`` with another configuration; None for nothing.
 
@@ -56,6 +74,8 @@ def settings_changed(committed: Committed, resolved: Resolved, plan: StagePlan, 
         return SettingsChanged(stage=plan.stage, step=step, changes=[], note=note)
     told = (WhenChanged.APPLIED, WhenChanged.FIXED_IN_STAGE)
     changes = [c for c in _changes(committed, resolved) if c.rule in told and _concerns(c.key, plan)]
+    if committed.meta.stage != plan.stage and plan.stage != SFT:
+        changes = [c for c in changes if not c.key.startswith("sft.")]  # those of what a named run starts from
     if not changes:
         return None
     return SettingsChanged(
@@ -74,22 +94,22 @@ def _concerns(key: str, plan: StagePlan) -> bool:
     """Whether what is trained in ``plan`` depends on ``key``."""
     section, _, name = key.rpartition(".")
     if section == "sft":
-        return plan.stage == SFT
+        return is_sft(plan.stage)
     if section == "evaluate":
-        return plan.stage != SFT
+        return not is_sft(plan.stage)
     if not section.startswith("stages.") or section == plan.config_section:
         return True
     if section != f"stages.{plan.starts_from}":
         return False
     # rows move from the mix of the stage before to the stage's own; fine-tuning keeps RoPE base and slopes of its base
-    return name in _MIX if plan.stage != SFT else name in ("rope_base", "context_tokens")
+    return name in _MIX if not is_sft(plan.stage) else name in ("rope_base", "context_tokens")
 
 
 def start_over(plan: StagePlan, *, everything: bool = False) -> str:
     """Return in words how to train ``plan`` from its start, or ``everything`` before it as well."""
-    if plan.stage == SFT and not everything:
-        return "start fine-tuning over: m1 sft --fresh"
-    return f"use another run.dir, or start over: {train_command(plan.stage if plan.stage != SFT else 'all')} --fresh"
+    if is_sft(plan.stage) and not everything:
+        return f"start {plan.title} over: {train_command(plan.stage)} --fresh"
+    return f"use another run.dir, or start over: {train_command('all' if is_sft(plan.stage) else plan.stage)} --fresh"
 
 
 def _refusal(

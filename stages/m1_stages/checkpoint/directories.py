@@ -9,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 
 from m1_stages.checkpoint.manifest import CheckpointMeta, Committed
+from m1_stages.config.sft_runs import is_sft
 
-_STEP = re.compile(r"step_(\d{8,})(-[a-z0-9]+)?$")
-_LEFT_BEHIND = re.compile(r"step_\d{8,}(-[a-z0-9]+)?\.tmp-([0-9a-f]{8}|removed)$")
+_STEP = re.compile(r"step_(\d{8,})(-[a-z0-9_-]+)?$")
+_LEFT_BEHIND = re.compile(r"step_\d{8,}(-[a-z0-9_-]+)?\.tmp-([0-9a-f]{8}|removed)$")
 
 
 def directory_for(root: Path, meta: CheckpointMeta, committed: Sequence[Committed]) -> Path:
@@ -57,13 +58,17 @@ def replaced(committed: Sequence[Committed], verified: Collection[Path], keep_la
     Args:
         committed: newest first.
         verified: whose files this process has found to be what was written.
-        keep_last: unfinished-stage checkpoints kept.
+        keep_last: unfinished-stage checkpoints kept, in all and of each unfinished fine-tuning.
     """
     good = list(islice((c for c in committed if c.path in verified and _is_complete(c)), 2))
     if len(good) < 2:
         return []
     passing = [c for c in committed if not c.meta.stage_final]
-    return [old for old in passing[keep_last:] if old.meta.global_step < good[1].meta.global_step]
+    ended = {c.meta.stage for c in committed if c.meta.stage_final}
+    needed = passing[:keep_last]
+    for stage in {c.meta.stage for c in passing if is_sft(c.meta.stage)} - ended:
+        needed += [c for c in passing if c.meta.stage == stage][:keep_last]  # another fine-tuning may go on meanwhile
+    return [old for old in passing if old not in needed and old.meta.global_step < good[1].meta.global_step]
 
 
 def _is_complete(committed: Committed) -> bool:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from m1_stages.checkpoint.manifest import Committed
 from m1_stages.checkpoint.store import CheckpointStore
 from m1_stages.config import STAGE_NAMES
-from m1_stages.curriculum import IMPORT, SFT, StagePlan
+from m1_stages.config.sft_runs import IMPORT, SFT, is_sft
+from m1_stages.curriculum import StagePlan, train_command
 from m1_stages.errors import CheckpointError
 from m1_stages.run_dir import CHECKPOINTS
 
@@ -43,13 +44,15 @@ def with_imported_base(plan: StagePlan, imported: Committed | None) -> StagePlan
 def starting_point(plan: StagePlan, committed: Sequence[Committed]) -> StagePlan:
     """The same plan, starting from the imported model where there is one and the stage before was not trained.
 
-    Fine-tuning keeps the decay rates of what it starts from.
+    Fine-tuning keeps the decay rates of what it starts from. One that starts from another fine-tuning needs that one.
     """
     imported = _imported(committed)
+    if plan.starts_from is not None and is_sft(plan.starts_from):
+        return plan
     if imported is None or any(c.meta.stage == plan.starts_from and c.meta.stage_final for c in committed):
         return plan
     plan = dataclasses.replace(plan, starts_from=IMPORT)
-    if plan.stage == SFT:
+    if is_sft(plan.stage):
         slopes = imported.meta.decay["slopes"]
         plan = dataclasses.replace(plan, slopes_old=slopes, slopes_new=slopes)
     return plan
@@ -80,11 +83,11 @@ def refuse_beside_import(plan: StagePlan, committed: Sequence[Committed]) -> Non
 def _going_on(wanted: str, last: str, *, finished: bool) -> str:
     """The command that goes on from ``last``, the furthest that was trained; empty when nothing comes after it."""
     if not finished:
-        return f"go on with: m1 {'sft' if last == SFT else f'pretrain --stage {last}'}"
+        return f"go on with: {train_command(last)}"
     if last == SFT:
         return ""
-    if wanted == SFT:
-        return f"go on with: m1 sft --set sft.base_stage={last}"
+    if is_sft(wanted):
+        return f"go on with: {train_command(wanted)} --set sft.base_stage={last}"
     following = STAGE_NAMES[STAGE_NAMES.index(last) :][1:2]
     return f"go on with: m1 pretrain --stage {following[0]}" if following else ""
 

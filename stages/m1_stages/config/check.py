@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from datetime import date
 
 from m1_data.storage.ownership import why_not_a_name
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.errors import ConfigError
+from m1_stages.config.check_sft import check_sft
+from m1_stages.config.requirements import Requirements
 
 
 def check(resolved: Resolved) -> None:
@@ -15,28 +15,7 @@ def check(resolved: Resolved) -> None:
     _Checker(resolved).run()
 
 
-class _Checker:
-    def __init__(self, resolved: Resolved) -> None:
-        self.resolved, self.config = resolved, resolved.config
-
-    def require(self, ok: bool, key: str, what: str, fix: str) -> None:
-        if not ok:
-            origin = self.resolved.origins.get(key, "")
-            raise ConfigError(what, where=f"{origin}, key {key}" if origin else f"key {key}", fix=fix)
-
-    def positive(self, section: str, *keys: str) -> None:
-        target = self.config
-        for part in section.split("."):
-            target = target[part] if isinstance(target, dict) else getattr(target, part)
-        for key in keys:
-            value = getattr(target, key)
-            self.require(value > 0, f"{section}.{key}", f"{section}.{key} is {value}", "give a value above 0")
-
-    def not_negative(self, section: str, *keys: str) -> None:
-        for key in keys:
-            value = getattr(getattr(self.config, section), key)
-            self.require(value >= 0, f"{section}.{key}", f"{section}.{key} is {value}", "give 0 or more")
-
+class _Checker(Requirements):
     def run(self) -> None:
         self.model()
         self.parallel()
@@ -180,9 +159,6 @@ class _Checker:
         for key in ("in_band_steps", "skip_budget", "max_consecutive_skips", "exclude_before", "max_rollbacks"):
             self.require(getattr(g, key) >= 0, f"guard.{key}", f"{key} is negative", "0 or more")
 
-    def share(self, key: str, value: float) -> None:
-        self.require(0.0 <= value <= 1.0, key, f"{key} is {value}; a share lies between 0 and 1", "give 0 to 1")
-
     def stage(self, name: str) -> None:
         s, key = self.config.stages[name], f"stages.{name}"
         self.positive(
@@ -228,18 +204,6 @@ class _Checker:
             "raise curriculum.length_scale",
         )
 
-    def cut(self, seq_len: int, where: str) -> None:
-        """Refuse rows that do not divide: each context rank takes two equal parts, which sequence parallelism cuts by tensor."""
-        p = self.config.parallel
-        parts = (2 * p.context if p.context > 1 else 1) * p.tensor
-        self.require(
-            seq_len % parts == 0,
-            "parallel.context" if p.context > 1 else "parallel.tensor",
-            f"{where} has rows of {seq_len} tokens, which do not divide into {parts} equal parts "
-            f"(tensor = {p.tensor}, context = {p.context}: two for each context-parallel rank)",
-            "choose sizes by which 2 * parallel.context * parallel.tensor divides every context length",
-        )
-
     def evaluate(self) -> None:
         e = self.config.evaluate
         self.positive("evaluate", "samples")
@@ -262,7 +226,7 @@ class _Checker:
         )
 
     def rest(self) -> None:
-        r, o, x = self.config.run, self.config.optim, self.config.sft
+        r, o = self.config.run, self.config.optim
         self.positive("run", "save_every_steps", "max_failed_saves")
         self.require(r.check_replicas_every >= 0, "run.check_replicas_every", "it is negative", "0 never compares")
         self.require(r.keep_last >= 2, "run.keep_last", f"keep_last is {r.keep_last}", "keep at least 2")
@@ -295,24 +259,7 @@ class _Checker:
         self.positive("optim", "eps")
         for key in ("beta1", "beta2"):
             self.require(0 <= getattr(o, key) < 1, f"optim.{key}", f"{key} is outside [0, 1)", "for example 0.9")
-        self.positive("sft", "context_tokens", "epochs", "global_batch_tokens", "micro_batch_rows", "lr_peak")
-        self.require(
-            0 < x.lr_final <= x.lr_peak, "sft.lr_final", f"lr_final {x.lr_final} is not in (0, lr_peak]", "lower it"
-        )
-        self.share("sft.lr_warmup_share", x.lr_warmup_share)
-        self.cut(self.config.sft_seq_len, "sft")
-        self.share("sft.max_dropped_share", x.max_dropped_share)
-        self.require(x.processes >= 0, "sft.processes", "sft.processes is negative", "0 takes one per core")
-        self.sft_selection()
-        self.require(
-            not x.date or _is_date(x.date), "sft.date", f"sft.date {x.date!r} is not a day", "for example 2026-01-31"
-        )
-        self.require(
-            x.base_stage in STAGE_NAMES,
-            "sft.base_stage",
-            f"base_stage {x.base_stage!r} is not a stage",
-            f"one of {', '.join(STAGE_NAMES)}",
-        )
+        check_sft(self.resolved)
         for i, source in enumerate(self.config.data.sources):
             key, generated = f"data.sources.{i}", source.format == "needles"
             self.require(
@@ -337,28 +284,3 @@ class _Checker:
                 why is None, key, f"{name[:60]!r} cannot be the name of a source: {why}", "for example web-2024"
             )
             self.require(name not in names[:i], key, f"two sources are named {name!r}", "rename one")
-
-    def sft_selection(self) -> None:
-        x = self.config.sft
-        self.require(
-            0 <= x.held_out < 1, "sft.held_out", f"held_out {x.held_out:g} is not in [0, 1)", "for example 0.02"
-        )
-        self.not_negative("sft", "reflection_min_per_1k_tokens", "reflection_weight")
-        for name, weight in x.weights.items():
-            key, known = f"sft.weights.{name}", ", ".join(x.data) or "none"
-            self.require(name in x.data, key, f"{name!r} has a weight and is not in sft.data", f"entries: {known}")
-            self.require(weight >= 0, key, f"the weight of {name!r} is {weight:g}", "0 leaves it out, 1 is once a pass")
-        forms = [" ".join(pattern.lower().split()) for pattern in x.reflection_patterns]
-        self.require(
-            all(forms) and len(set(forms)) == len(forms),
-            "sft.reflection_patterns",
-            "a pattern is empty or there twice",
-            "take it out",
-        )
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 
 from m1_stages.config import PRESETS, STAGE_NAMES, Config, Resolved
 from m1_stages.config.check import check
+from m1_stages.config.sft_section import SftConfig, SftRun
 from m1_stages.errors import ConfigError
 
 RENAMED = {
@@ -220,6 +221,8 @@ def _where(path: str, origins: dict[str, str]) -> str:
 def _decode(kind: Any, value: Any, path: str, origins: dict[str, str]) -> Any:
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
+    if kind is SftRun:
+        return _decode_sft_run(value, path, origins)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _decode_dataclass(kind, value, path, origins)
     origin, args = get_origin(kind), get_args(kind)
@@ -295,6 +298,24 @@ def _decode_dataclass(kind: type, value: Any, path: str, origins: dict[str, str]
         else:
             _default_origins(hints[item.name], key, origins)
     return kind(**arguments)
+
+
+def _decode_sft_run(value: Any, path: str, origins: dict[str, str]) -> SftRun:
+    """Decode a table of ``[[sft.runs]]``; where ``--set`` gives a key of the section, that value is the later one, and wins."""
+    if not isinstance(value, dict):
+        raise _wrong_type(path, value, "a table", origins)
+    hints = get_type_hints(SftConfig, include_extras=True)
+    known = ["name", *(key for key in hints if key != "runs")]
+    for key in value:
+        if key not in known:
+            _refuse_unknown(key, f"{path}.{key}", known, origins)
+    if "name" not in value:
+        raise ConfigError(f"{path}.name is missing", where=_where(path, origins), fix='add name = "…"')
+    values = {key: _decode(hints.get(key, str), item, f"{path}.{key}", origins) for key, item in value.items()}
+    is_set = {
+        key.split(".")[1] for key, where in origins.items() if key.startswith("sft.") and where.startswith("--set ")
+    }
+    return SftRun(name=values.pop("name"), overrides={k: v for k, v in values.items() if k not in is_set})
 
 
 def _default_origins(kind: Any, key: str, origins: dict[str, str]) -> None:

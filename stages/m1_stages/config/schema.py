@@ -323,6 +323,8 @@ class Resolved:
     """Folder of the configuration file; relative paths in the file start here."""
     sha256: str
     """Hash of the resolved values, which every checkpoint records."""
+    sft_run: str = ""
+    """The named run whose values the section ``sft`` holds (``config.sft_runs.for_run``); empty: those of the section itself."""
 
     def path(self, value: str) -> Path:
         """Resolve a configured path against the configuration file's folder.

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from m1_data.spec import REFLECTION_PATTERNS
 from m1_stages.config.change_rule import WhenChanged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftRun:
+    """A named fine-tuning, ``[[sft.runs]]``: the section's values, except for those it gives itself."""
+
+    name: str
+    overrides: Mapping[str, Any]
+    """Values of ``SftConfig`` by key, of the types there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +60,10 @@ class SftConfig:
     processes: Annotated[
         int, "processes that tokenize the conversations; 0: one per core, 16 at most", WhenChanged.NO_EFFECT
     ] = 0
-    base_stage: Annotated[str, "stage whose final checkpoint is fine-tuned"] = "1m"
+    base_stage: Annotated[
+        str,
+        "what is fine-tuned: the final checkpoint of a stage, import for an imported model, or (in a run) another run",
+    ] = "1m"
     context_tokens: Annotated[int, "tokens per packed row at full scale"] = 32_768
     epochs: Annotated[float, "passes over the conversations"] = 2.0
     global_batch_tokens: Annotated[int, "tokens per optimizer step"] = 1_048_576
@@ -68,3 +81,16 @@ class SftConfig:
     max_dropped_share: Annotated[
         float, "stop when more than this share of the conversations would be dropped", WhenChanged.NO_EFFECT
     ] = 0.1
+    lora_rank: Annotated[
+        int, "rank of the low-rank adapters (LoRA) that are trained in place of the weights; 0 trains all weights"
+    ] = 0
+    lora_alpha: Annotated[float, "adapters are multiplied by lora_alpha / lora_rank"] = 16.0
+    lora_targets: Annotated[
+        tuple[str, ...],
+        "whose matrices have adapters: lightning and softmax (all projections of these layers), router",
+    ] = ("lightning", "softmax")
+    runs: Annotated[
+        tuple[SftRun, ...],
+        "named fine-tunings, tables [[sft.runs]]: each has a name, and any key of this section that is another for it",
+        WhenChanged.NO_EFFECT,
+    ] = ()

@@ -204,7 +204,7 @@ def _check_disk(run_dir: Path, resolved: Resolved | None) -> Finding:
     free, needed, detail = shutil.disk_usage(existing).free, _GIB, ""
     if resolved:
         one = count_parameters(model_with_vocab(resolved.config)).total * _BYTES_PER_PARAMETER
-        count = resolved.config.run.keep_last + 1 + len(STAGE_NAMES) + 1
+        count = resolved.config.run.keep_last + 1 + len(STAGE_NAMES) + max(1, len(resolved.config.sft.runs))
         needed = one * count - used
         detail = f"; {count} checkpoints of {one / _GIB:,.1f} GiB have to fit"
     detail = f"{free / _GIB:,.0f} GiB free at {existing}{detail}"

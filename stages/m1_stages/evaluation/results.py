@@ -11,11 +11,12 @@ import orjson
 from m1_data.plain_values import from_plain, shown_value
 from m1_data.storage.durable import write_when_there_is_room
 from m1_stages.errors import DataError
+from m1_stages.event_types import checked
 from m1_stages.events import HeldOutMeasured, StageEvaluated
 from m1_stages.run_dir import EVALUATION
 
 Result = dict[str, Any]
-"""A ``StageEvaluated`` as plain values."""
+"""A ``StageEvaluated`` or ``HeldOutMeasured`` as plain values."""
 
 
 def result_path(run_dir: Path, stage: str) -> Path:
@@ -42,11 +43,23 @@ def read_result(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | N
     try:
         result = _checked(orjson.loads(path.read_bytes()))
     except ValueError as error:
-        raise DataError(
-            f"the result of an evaluation is damaged: {error}",
-            where=str(path),
-            fix=f"write it anew: m1 evaluate --stage {stage}",
-        ) from error
+        raise _damaged(path, stage, error) from error
+    return result if result["checkpoint_sha256"] == checkpoint_sha256 else None
+
+
+def read_held_out(run_dir: Path, stage: str, checkpoint_sha256: str) -> Result | None:
+    """The ``HeldOutMeasured`` of exactly that checkpoint, as plain values; None when there is none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = result_path(run_dir, stage)
+    if not path.is_file():
+        return None
+    try:
+        result = checked(HeldOutMeasured, _object(orjson.loads(path.read_bytes())))
+    except ValueError as error:
+        raise _damaged(path, stage, error) from error
     return result if result["checkpoint_sha256"] == checkpoint_sha256 else None
 
 
@@ -59,10 +72,17 @@ def is_measured(run_dir: Path, stage: str, checkpoint_sha256: str) -> bool:
     return isinstance(result, dict) and result.get("checkpoint_sha256") == checkpoint_sha256
 
 
+def _damaged(path: Path, stage: str, error: ValueError) -> DataError:
+    return DataError(
+        f"the result of an evaluation is damaged: {error}",
+        where=str(path),
+        fix=f"write it anew: m1 evaluate --stage {stage}",
+    )
+
+
 def _checked(result: Any) -> Result:
     """Check what is read of a result: the rest of the file is for people."""
-    if not isinstance(result, dict):
-        raise ValueError(f"the file is {shown_value(result)}, which is not an object")
+    result = _object(result)
     for key in ("checkpoint_sha256", "recall"):
         if key not in result:
             raise ValueError(f"{key} is missing")
@@ -70,4 +90,10 @@ def _checked(result: Any) -> Result:
     recall = result["recall"]
     if recall is not None and not 0 <= from_plain(float, recall, "recall") <= 1:
         raise ValueError(f"recall is {shown_value(recall)}, which is not between 0 and 1")
+    return result
+
+
+def _object(result: Any) -> Result:
+    if not isinstance(result, dict):
+        raise ValueError(f"the file is {shown_value(result)}, which is not an object")
     return result

@@ -12,6 +12,7 @@ import torch
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.loading import load_verified
 from m1_stages.config import ModelConfig, Resolved
+from m1_stages.config.lora import recorded_lora
 from m1_stages.errors import EnvironmentProblem
 from m1_stages.generation.request import Decode
 from m1_stages.runtime import device as device_module
@@ -70,15 +71,20 @@ def open_engine(
 def load_weights(model: ModelChunks, committed: Committed) -> None:
     """Load weights, decay rates and RoPE base of ``committed`` into a model in place; collective.
 
+    The checkpoint's adapters, if it has any, are merged into the weights.
     Nothing of the checkpoint is changed or renamed. An engine on the model needs ``weights_changed`` afterwards.
 
     Raises:
         CheckpointError: a file is not what was written.
     """
+    from m1_stages.model.lora import adapters_of, merge
+
     CheckpointStore(committed.path.parent).verify(committed)
     metadata: dict[str, Any] = {"non_homogeneous_layers": True}
-    state = load_verified(committed.path, lambda: {"model": model.sharded_state_dict(metadata=metadata)})
-    model.load_state_dict(state["model"])
+    with adapters_of(model, recorded_lora(committed.meta.extra)):
+        state = load_verified(committed.path, lambda: {"model": model.sharded_state_dict(metadata=metadata)})
+        model.load_state_dict(state["model"])
+        merge(model)
     model.set_rope_base(float(committed.meta.extra["rope_base"]))
     model.set_slopes(committed.meta.decay["slopes"])
 

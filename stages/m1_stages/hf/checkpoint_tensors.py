@@ -11,8 +11,10 @@ from torch import Tensor
 
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.config import ModelConfig
+from m1_stages.config.lora import adapter_name, recorded_lora
 from m1_stages.errors import CheckpointError
 from m1_stages.hf.tensor_names import our_shapes
+from m1_stages.model.merged import merged
 
 
 class TensorSource(Protocol):
@@ -56,7 +58,7 @@ class CheckpointSource:
 
         if not verified:
             CheckpointStore(committed.path.parent).verify(committed)
-        self.committed = committed
+        self.committed, self.lora = committed, recorded_lora(committed.meta.extra)
         self._reader = FileSystemReader(committed.path)
         entries = self._reader.read_metadata().state_dict_metadata
         self._tensors = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -66,7 +68,24 @@ class CheckpointSource:
         return set(self._tensors)
 
     def get(self, name: str) -> Tensor:
-        """Read the tensor ``name`` and join its shards.
+        """Read the tensor ``name``, join its shards, and merge its adapter into it, in fp32, if it has one.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        weight = self.stored(name)
+        adapter = self.adapter_of(name)
+        return weight if adapter is None or self.lora is None else merged(weight, *adapter, self.lora.scale)
+
+    def adapter_of(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Read the two matrices of the adapter of the weight ``name``; None when it has none."""
+        adapter = adapter_name(name)
+        if f"{adapter}.a" not in self._tensors:
+            return None
+        return self.stored(f"{adapter}.a"), self.stored(f"{adapter}.b")
+
+    def stored(self, name: str) -> Tensor:
+        """Read the tensor ``name`` as it is stored, and join its shards.
 
         Raises:
             OSError: a file cannot be read.

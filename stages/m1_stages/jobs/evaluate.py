@@ -65,15 +65,18 @@ def evaluate_finished(run: Run, resolved: Resolved, plan: StagePlan, state: Trai
     _evaluate(run, resolved, plan, state, data)
 
 
-def measure_held_out(run: Run, plan: StagePlan, state: TrainState, rows: SFTDataset) -> None:
+def measure_held_out(run: Run, plan: StagePlan, state: TrainState, rows: SFTDataset, *, again: bool = False) -> None:
     """Measure the loss by domain of the conversations that fine-tuning held out, unless that was done.
+
+    Args:
+        again: measure whether it was done or not.
 
     Raises:
         Preempted: as ``evaluate_finished``.
     """
     if not rows.held_out:
         return
-    if not run.checkpointer.is_writing_final(plan.stage):
+    if not again and not run.checkpointer.is_writing_final(plan.stage):
         finals = run.checkpointer.finals(plan.stage)
         if not finals or from_rank_0(is_measured(run.run_dir, plan.stage, finals[0].sha256)):
             return

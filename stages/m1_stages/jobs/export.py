@@ -7,8 +7,9 @@ from pathlib import Path
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.manifest import read_manifest
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
-from m1_stages.config import STAGE_NAMES, ModelConfig, Resolved
-from m1_stages.curriculum import SFT, train_command
+from m1_stages.config import ModelConfig, Resolved
+from m1_stages.config.sft_runs import for_stage, refuse_unknown_stage
+from m1_stages.curriculum import train_command
 from m1_stages.errors import CheckpointError, ConfigError
 from m1_stages.hf.checkpoint_tensors import CheckpointSource
 from m1_stages.hf.checksums import FIX
@@ -34,8 +35,7 @@ def choose_checkpoint(resolved: Resolved, *, stage: str | None, checkpoint: Path
     """
     if checkpoint is not None:
         return read_manifest(checkpoint)
-    if stage is not None and stage not in (*STAGE_NAMES, SFT):
-        raise ConfigError(f"there is no stage {stage!r}", fix=f"choose one of {', '.join((*STAGE_NAMES, SFT))}")
+    refuse_unknown_stage(resolved.config.sft, stage)
     store = CheckpointStore(resolved.run_dir / CHECKPOINTS)
     final = [c for c in store.committed() if c.meta.stage_final]
     for committed in final:
@@ -142,6 +142,7 @@ class Export:
         dtype: str | None = None,
         architecture: str | None = None,
     ) -> None:
+        resolved = for_stage(resolved, committed.meta.stage)
         config, meta = resolved.config, committed.meta
         tokenizer = open_tokenizer(resolved)
         refuse_other_tokenizer(committed, tokenizer.tokenizer_sha256, resolved.path(config.data.out))

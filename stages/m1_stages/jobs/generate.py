@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from m1_stages.checkpoint import Committed
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved
-from m1_stages.curriculum import SFT
+from m1_stages.config.sft_runs import for_stage, is_sft
 from m1_stages.errors import ConfigError
 from m1_stages.generation import Completion, EngineOptions, Request, Update
 from m1_stages.generation.prompts import Prompt, PromptEncoder
@@ -58,15 +58,16 @@ def plan(
         ConfigError: a prompt and its answer are longer than the context, or the checkpoint has another tokenizer.
         DataError: no prepared data, or a prompt that cannot be encoded.
     """
-    config = resolved.config
     committed = choose_checkpoint(resolved, stage=options.stage, checkpoint=options.checkpoint)
+    resolved = for_stage(resolved, committed.meta.stage)
+    config = resolved.config
     manifest = open_tokenizer(resolved)
     data_dir = resolved.path(config.data.out)
     refuse_other_tokenizer(committed, manifest.tokenizer_sha256, data_dir)
     encoder = encoder or PromptEncoder(
         data_dir / "tokenizer", manifest.eod_token, chat_template(resolved), date=config.sft.date
     )
-    chat = committed.meta.stage == SFT if options.chat is None else options.chat
+    chat = is_sft(committed.meta.stage) if options.chat is None else options.chat
     context = longest_context(resolved, committed) if options.context is None else options.context
     requests = tuple(_request(prompt, options, encoder, chat=chat, context=context) for prompt in prompts)
     total = sum(request.samples for request in requests)
@@ -86,7 +87,7 @@ def longest_context(resolved: Resolved, committed: Committed) -> int:
     if recorded := committed.meta.extra.get("contexts"):
         return int(max(recorded.values()))
     stage = committed.meta.stage  # an older version wrote it: the configuration says
-    return resolved.config.sft_seq_len if stage == SFT else resolved.config.seq_len(stage)
+    return resolved.config.sft_seq_len if is_sft(stage) else resolved.config.seq_len(stage)
 
 
 def run(

@@ -18,8 +18,8 @@ from m1_data.storage.ownership import refuse_to_replace, sweep_siblings, tempora
 from m1_stages.checkpoint import CheckpointMeta, CheckpointStore
 from m1_stages.checkpoint.files import sha256_of
 from m1_stages.config import ModelConfig, Resolved
+from m1_stages.config.sft_runs import IMPORT
 from m1_stages.config.when_changed import recorded_values
-from m1_stages.curriculum import IMPORT
 from m1_stages.decay import is_released
 from m1_stages.errors import ConfigError, DataError, EnvironmentProblem
 from m1_stages.hf.source.commit import commit_source

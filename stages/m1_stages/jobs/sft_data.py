@@ -34,7 +34,7 @@ def sample_settings(resolved: Resolved, manifest: Manifest) -> SampleSettings:
     config, x = resolved.config, resolved.config.sft
     if not x.data:
         raise ConfigError(
-            "there are no conversations to fine-tune on",
+            "there are no conversations to fine-tune on" + (f" in run {resolved.sft_run}" if resolved.sft_run else ""),
             where="key sft.data",
             fix='list files of conversations: [sft] data = ["chats.jsonl"]',
         )
@@ -50,6 +50,11 @@ def sample_settings(resolved: Resolved, manifest: Manifest) -> SampleSettings:
         earlier_reasoning=x.earlier_reasoning,
         patterns=x.reflection_patterns,
     )
+
+
+def samples_folder(resolved: Resolved) -> Path:
+    """The folder of tokenized conversations; each named run has its own."""
+    return resolved.run_dir / (f"{SFT_DATA}-{resolved.sft_run}" if resolved.sft_run else SFT_DATA)
 
 
 def selection(resolved: Resolved) -> Selection:
@@ -77,7 +82,7 @@ def open_samples(resolved: Resolved, manifest: Manifest) -> SampleStore:
         InUse: another command writes them.
         EnvironmentProblem: the first rank does not write them.
     """
-    settings, folder = sample_settings(resolved, manifest), resolved.run_dir / SFT_DATA
+    settings, folder = sample_settings(resolved, manifest), samples_folder(resolved)
     key = settings.key()
     if not _is_there(folder, key):
         if int(os.environ.get("RANK", "0")):
@@ -96,7 +101,7 @@ def opened_for_preview(resolved: Resolved, manifest: Manifest) -> Iterator[Sampl
     Raises:
         DataError: as ``open_samples``.
     """
-    settings, folder = sample_settings(resolved, manifest), resolved.run_dir / SFT_DATA
+    settings, folder = sample_settings(resolved, manifest), samples_folder(resolved)
     key = settings.key()
     with tempfile.TemporaryDirectory(prefix="m1-sft-") as temporary:
         if not _is_there(folder, key):

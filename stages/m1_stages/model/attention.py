@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from m1_kernels import (
     BackendChoice,
@@ -42,11 +42,21 @@ class _Attention(MegatronModule):
         self.linear_out = RowParallelLinear(
             heads_width, config.hidden_size, input_is_parallel=True, skip_bias_add=True, is_expert=False, **self._linear
         )
+        self.linear_out_adapter: nn.Module | None = None
 
     def _input_projection(self) -> ColumnParallelLinear:
         return ColumnParallelLinear(
             self.config.hidden_size, self._in_rows, gather_output=False, is_expert=False, **self._linear
         )
+
+    def _output(self, heads: Tensor) -> Tensor:
+        return _adapted(self.linear_out, self.linear_out_adapter, heads)
+
+
+def _adapted(linear: nn.Module, adapter: nn.Module | None, x: Tensor) -> Tensor:
+    """Apply a projection, and add what its adapter gives where there is one (``model.lora``)."""
+    out: Tensor = linear(x)[0]
+    return out if adapter is None else out + adapter(x)
 
 
 class LightningAttention(_Attention):
@@ -71,6 +81,7 @@ class LightningAttention(_Attention):
         tp = self.tp_group.size()
         self.layer_number, self.head_dim, self.num_heads = layer_number, model.head_dim, model.num_heads // tp
         self.linear_in = self._input_projection()
+        self.linear_in_adapter: nn.Module | None = None
         self.norm = HeadShardedRMSNorm(config, width // tp, width, model.lightning_norm_eps, self.tp_group)
         self.log_decay: Tensor | None = None
         self._slopes: list[float] = []
@@ -86,7 +97,7 @@ class LightningAttention(_Attention):
         """Map [this rank's tokens, 1, hidden] to [this rank's tokens, 1, hidden]."""
         if self.log_decay is None:
             raise RuntimeError("set_slopes was not called")
-        projected, _bias = self.linear_in(hidden_states)
+        projected = _adapted(self.linear_in, self.linear_in_adapter, hidden_states)
         parts = projected.view(1, -1, self.num_heads, 4, self.head_dim)
         documents = packed_seq_params.documents()
         backend = choose_backend(parts.device, parts.dtype, (self.head_dim, self.head_dim))
@@ -94,7 +105,7 @@ class LightningAttention(_Attention):
             out = self._fused(parts, documents, backend)
         else:
             out = self._unfused(parts, documents, backend)
-        return self.linear_out(out)[0], None
+        return self._output(out), None
 
     def _fused(self, parts: Tensor, documents: dict[str, Any], backend: BackendChoice) -> Tensor:
         """[1, T, H, 4, D] to [T, 1, H * D] on the fused Triton kernels."""
@@ -137,11 +148,12 @@ class SoftmaxAttention(_Attention):
         self.layer_number, self.head_dim, self.rotary_dim = layer_number, d, model.rotary_dim
         self.num_groups, self.group = model.num_kv_heads // tp, model.num_heads // model.num_kv_heads
         self.linear_qkv = self._input_projection()
+        self.linear_qkv_adapter: nn.Module | None = None
         self.rope_base = 0.0
 
     def forward(self, hidden_states: Tensor, *, packed_seq_params: PackedSeqParams, **_: Any) -> tuple[Tensor, None]:
         """Map [this rank's tokens, 1, hidden] to [this rank's tokens, 1, hidden]."""
-        projected, _bias = self.linear_qkv(hidden_states)
+        projected = _adapted(self.linear_qkv, self.linear_qkv_adapter, hidden_states)
         grouped = projected.view(1, -1, self.num_groups, self.group + 2, self.head_dim)
         q, k, v = grouped.split([self.group, 1, 1], dim=3)
         assert packed_seq_params.positions is not None
@@ -150,4 +162,4 @@ class SoftmaxAttention(_Attention):
             for x in (q, k)
         )
         out = causal_attention(q, k, v.flatten(2, 3), **packed_seq_params.documents())
-        return self.linear_out(out.reshape(out.shape[1], 1, -1))[0], None
+        return self._output(out.reshape(out.shape[1], 1, -1)), None

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from m1_stages.config import ModelConfig, ParallelConfig
+from m1_stages.config.lora import LoraConfig
 from m1_stages.model.hybrid import HybridModel
 from m1_stages.model.init import initialize
+from m1_stages.model.lora import freeze_and_attach
 from m1_stages.model.routing import RoutingStats, routing_counts
 from m1_stages.model.spec import HybridLayer, transformer_config
 
@@ -65,6 +67,11 @@ class ModelChunks(Sequence[HybridModel]):
         for chunk in self:
             chunk.set_recompute(recompute, offload=offload)
 
+    def reset_adapters(self, *, seed: int) -> None:
+        """Give the adapters, if there are any, the values that they begin with."""
+        for chunk in self:
+            initialize(chunk, self.model_config, seed=seed, adapters_only=True)
+
     def routing_stats(self) -> RoutingStats:
         """Read and reset the routers' counters; one reduction over the pipeline and one copy to the host."""
         return RoutingStats.of(routing_counts(self).tolist())
@@ -98,11 +105,13 @@ def build_model(
     recompute: bool = False,
     device: str = "cpu",
     seed: int = 0,
+    lora: LoraConfig | None = None,
 ) -> ModelChunks:
     """Build this rank's part of the model with initial weights that are the same for every parallel layout.
 
     Args:
         device: ``cpu``, ``cuda``, or ``meta`` (shapes only, no memory, no initial weights).
+        lora: train adapters and nothing else.
     """
     interleaved = parallel.virtual_pipeline > 1
     with torch.device("meta" if device == "meta" else "cpu" if device == "cpu" else torch.device("cuda")):
@@ -113,6 +122,8 @@ def build_model(
         ]
     chunks = ModelChunks(model, built)
     chunks.set_rope_base(rope_base)
+    if lora is not None:
+        freeze_and_attach(chunks, lora)
     if device != "meta":
         for chunk in chunks:
             initialize(chunk, model, seed=seed)

@@ -36,6 +36,7 @@ class Router(MegatronRouter):
         assert pg_collection is not None
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.top_k = config.moe_router_topk
+        self.adapter: nn.Module | None = None
         self.trained_tokens = 0
         """Trained tokens of the current micro-batch on this data-parallel rank; the layer sets them."""
         self.tokens_per_expert: Tensor | None = None
@@ -45,7 +46,10 @@ class Router(MegatronRouter):
 
     def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Map [tokens, hidden] to combine weights [tokens, k] fp32 and their experts [tokens, k] int64."""
-        probs = torch.softmax(fp32_product(hidden, self.weight), dim=-1)
+        logits = fp32_product(hidden, self.weight)
+        if self.adapter is not None:
+            logits = logits + self.adapter(hidden).float()
+        probs = torch.softmax(logits, dim=-1)
         top, index = probs.topk(self.top_k, dim=-1)
         weights = top / top.sum(-1, keepdim=True)
         if torch.is_grad_enabled() and self.training:
@@ -140,9 +144,10 @@ class _Fp32Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         x, w = ctx.saved_tensors
-        return (grads[0] @ w.float()).to(x.dtype), (grads[0].T @ x.float()).to(w.dtype)
+        d_w = (grads[0].T @ x.float()).to(w.dtype) if ctx.needs_input_grad[1] else None
+        return (grads[0] @ w.float()).to(x.dtype), d_w
 
 
 class GroupedExperts(nn.Module):

@@ -113,6 +113,9 @@ class HybridLayer(TransformerLayer):
         self, hidden_states: Tensor, *_: Any, packed_seq_params: PackedSeqParams, **__: Any
     ) -> tuple[Tensor, None]:
         """Map [this rank's tokens, 1, hidden] to [this rank's tokens, 1, hidden], and no context."""
+        if self.training and torch.is_grad_enabled() and not hidden_states.requires_grad:
+            # Behind a frozen embedding: what is recomputed, and what a pipeline sends on, has gradients only if its input has.
+            hidden_states = hidden_states.requires_grad_()
         self.mlp.router.trained_tokens = packed_seq_params.trained_tokens
         attend = partial(self.self_attention, packed_seq_params=packed_seq_params)
         layer = partial(

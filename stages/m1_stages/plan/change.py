@@ -72,7 +72,7 @@ def _smallest_need(m: ModelConfig, workload: StageWorkload, machine: Machine) ->
 def _smallest_host_need(m: ModelConfig, workload: StageWorkload, machine: Machine) -> float:
     """GiB of host memory that the leanest layout needs on a node, of those that fit the GPUs."""
     return min(
-        machine.host_memory(m, layout, choice.memory).needed
+        machine.host_memory(m, workload, layout, choice.memory).needed
         for layout, choice in fitting_layouts(m, workload, machine, hosts=False)
     )
 

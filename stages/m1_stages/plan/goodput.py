@@ -65,7 +65,7 @@ def predict_wall_time(
     if workload.steps is None or x.saves is None:
         return None
     layout, bf16 = x.layout, machine.memory_policy.bf16
-    copied, _ = host_snapshot_bytes(m, layout, bf16=bf16, per_node=machine.gpu.gpus_per_node)
+    copied, _ = host_snapshot_bytes(m, layout, bf16=bf16, per_node=machine.gpu.gpus_per_node, lora=workload.lora)
     held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
     parameters = max(part.dense + part.experts for part in held)
     gathered = 12 * parameters if layout.distributed_optimizer else 0

@@ -31,9 +31,10 @@ class Machine:
         """Return whether ``need`` fits a GPU with ``Calibration.headroom`` left free."""
         return need.needed <= (1 - CALIBRATION.headroom) * self.gpu.memory_gib
 
-    def host_memory(self, m: ModelConfig, layout: Layout, need: Memory) -> HostMemory:
+    def host_memory(self, m: ModelConfig, workload: StageWorkload, layout: Layout, need: Memory) -> HostMemory:
         """Estimate the memory of the fullest host, with GPUs that need ``need``."""
-        return estimate_host_memory(m, layout, need, bf16=self.memory_policy.bf16, per_node=self.gpu.gpus_per_node)
+        policy, per_node = self.memory_policy, self.gpu.gpus_per_node
+        return estimate_host_memory(m, layout, need, bf16=policy.bf16, per_node=per_node, lora=workload.lora)
 
     def saves(self, host: HostMemory) -> SaveMode | None:
         """Return how checkpoints are written; None when no host has the memory to copy one."""
@@ -75,7 +76,7 @@ def estimate_layout(m: ModelConfig, workload: StageWorkload, layout: Layout, mac
         _time(m, workload, layout, machine, choice.activations, pairs)
         for pairs in (workload.row_pairs, workload.mix_pairs)
     )
-    host = machine.host_memory(m, layout, choice.memory)
+    host = machine.host_memory(m, workload, layout, choice.memory)
     saves = machine.saves(host)
     tokens_per_s = workload.tokens_per_step / row.total / layout.gpus
     peak = machine.gpu.bf16_flops if machine.memory_policy.bf16 else machine.gpu.fp32_flops
@@ -177,7 +178,7 @@ def fitting_layouts(
         if replace(layout, distributed_optimizer=False) in unsharded:
             continue  # it fits without a sharded optimizer
         choice = choose_activations(m, workload, layout, machine.memory_policy, machine.gpu.memory_gib)
-        saves = not hosts or machine.saves(machine.host_memory(m, layout, choice.memory))
+        saves = not hosts or machine.saves(machine.host_memory(m, workload, layout, choice.memory))
         if saves and machine.holds(choice.memory):
             if not layout.distributed_optimizer:
                 unsharded.add(layout)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from m1_stages.config import ModelConfig, ParallelConfig
+from m1_stages.config.lora import LoraConfig
 from m1_stages.plan.layout import Layout
 
 
@@ -118,3 +119,29 @@ def rank_parameters(m: ModelConfig, layout: Layout, stage: int) -> RankParameter
         dense += table + m.hidden_size
     experts = layers * m.num_experts * expert_parameters(m) // (layout.expert * layout.expert_tensor)
     return RankParameters(dense, experts)
+
+
+def held_parameters(m: ModelConfig, layout: Layout, stage: int, lora: LoraConfig | None) -> RankParameters:
+    """Count the parameters of pipeline rank ``stage`` together with its adapters, if there are any."""
+    held = rank_parameters(m, layout, stage)
+    return held if lora is None else RankParameters(held.dense + _adapters(m, layout, stage, lora), held.experts)
+
+
+def trained_parameters(m: ModelConfig, layout: Layout, stage: int, lora: LoraConfig | None) -> RankParameters:
+    """Count the parameters of pipeline rank ``stage`` that are trained, and so have gradients and optimizer state."""
+    if lora is None:
+        return rank_parameters(m, layout, stage)
+    return RankParameters(_adapters(m, layout, stage, lora), 0)
+
+
+def _adapters(m: ModelConfig, layout: Layout, stage: int, lora: LoraConfig) -> int:
+    """Count the parameters of a rank's adapters: of the two matrices beside a cut weight one is cut, too."""
+    lightning, softmax = layers_of_pipeline_rank(m, layout, stage)
+    width, hidden = m.num_heads * m.head_dim, m.hidden_size
+    out = width // layout.tensor + hidden
+    per_layer = {
+        "lightning": lightning * (hidden + 4 * width // layout.tensor + out),
+        "softmax": softmax * (hidden + (width + 2 * m.num_kv_heads * m.head_dim) // layout.tensor + out),
+        "router": (lightning + softmax) * (hidden + m.num_experts),
+    }
+    return lora.rank * sum(per_layer[target] for target in lora.targets)

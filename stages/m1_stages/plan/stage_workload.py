@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from m1_data.spec import BUCKET_EDGES_TOKENS, SHORTEST_NEEDLE_TOKENS
 from m1_stages.config import STAGE_NAMES, Config, ModelConfig
-from m1_stages.curriculum import SFT, config_section, micro_batch_rows
+from m1_stages.config.lora import LoraConfig, configured_lora
+from m1_stages.config.sft_runs import SFT, config_of_run, stage_of_run
+from m1_stages.curriculum import config_section, micro_batch_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,8 @@ class StageWorkload:
     """Section of ``m1.toml`` that configures the stage, for advice."""
     evaluated: tuple[tuple[int, int], ...] = ()
     """Rows of the evaluation after the stage, as pairs of their number and their length in tokens."""
+    lora: LoraConfig | None = None
+    """The adapters that are trained in place of all weights."""
 
     @property
     def row_pairs(self) -> float:
@@ -45,9 +49,13 @@ class StageWorkload:
 
 
 def stage_workloads(config: Config) -> list[StageWorkload]:
-    """Return the workloads of the five stages, and of fine-tuning if data is configured for it."""
+    """Return the workloads of the five stages, and of each fine-tuning for which data is configured.
+
+    With named runs the section ``sft`` is what they share, and none itself.
+    """
+    tunings = {stage_of_run(run.name): config_of_run(config, run) for run in config.sft.runs} or {SFT: config}
     found = [_stage(config, name) for name in STAGE_NAMES]
-    return [*found, _sft(config)] if config.sft.data else found
+    return [*found, *(_sft(tuning, stage) for stage, tuning in tunings.items() if tuning.sft.data)]
 
 
 def needle_lengths(config: Config, stage: str) -> list[int]:
@@ -89,16 +97,17 @@ def _evaluated(config: Config, stage: str, seq_len: int) -> tuple[tuple[int, int
     return (*needles, (2 * e.documents, seq_len)) if e.documents else needles
 
 
-def _sft(config: Config) -> StageWorkload:
+def _sft(config: Config, stage: str) -> StageWorkload:
     seq_len, sft = config.sft_seq_len, config.sft
     return StageWorkload(
-        stage=SFT,
+        stage=stage,
         seq_len=seq_len,
         rows=max(1, sft.global_batch_tokens // seq_len),
         micro_batch_rows=sft.micro_batch_rows,
         steps=None,
         config_section=config_section(SFT),
         mix_pairs=seq_len / 2,
+        lora=configured_lora(sft, stage),
     )
 
 

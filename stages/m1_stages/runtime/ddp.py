@@ -108,8 +108,10 @@ def _wait_before_use(wrapped: Any) -> None:
 
 
 def _waiting(wrapped: Any, parameters: list[nn.Parameter]) -> Callable[..., None]:
+    trained = [parameter for parameter in parameters if parameter.requires_grad]  # only these are gathered
+
     def wait(*_: Any) -> None:
-        for parameter in parameters:
+        for parameter in trained:
             wrapped.param_to_bucket_group[parameter].finish_param_sync(
                 skip_next_bucket_dispatch=wrapped.ddp_config.align_param_gather
             )

@@ -22,8 +22,9 @@ from m1_stages.checkpoint.imported import unrounded, weights_to_load
 from m1_stages.checkpoint.snapshot import Gather
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved, WhenChanged
+from m1_stages.config.lora import LoraConfig, recorded_lora
+from m1_stages.config.sft_runs import IMPORT
 from m1_stages.config.when_changed import changed_keys, recorded_values
-from m1_stages.curriculum import IMPORT
 from m1_stages.errors import CheckpointError
 from m1_stages.events import CheckpointSaved, SaveFailed, Sink
 from m1_stages.runtime.collectives import from_rank_0
@@ -75,6 +76,7 @@ class Checkpointer:
         resolved: the configuration, which checkpoints name.
         emit: where events go.
         background: training goes on while a periodic checkpoint is written.
+        lora: the adapters of ``model``, which are what is trained.
         max_failed: the run ends when this many consecutive checkpoints could not be written,
         patience_s: and this many seconds have passed since the first of them.
     """
@@ -91,6 +93,7 @@ class Checkpointer:
         emit: Sink,
         background: bool,
         max_failed: int,
+        lora: LoraConfig | None = None,
         patience_s: float = SAVE_PATIENCE_S,
     ) -> None:
         self.store = store
@@ -100,6 +103,7 @@ class Checkpointer:
         """What the run's first weights were imported from; empty when they were random."""
         self.tokenizer_sha256 = ""
         """The tokenizer of this run's data: checkpoints name it, and those of another are refused."""
+        self._lora = lora
         self._model, self._trainable, self._optimizer = model, trainable, optimizer
         self._topology, self._resolved, self._emit = topology, resolved, emit
         self._background, self._max_failed, self._failed = background, max_failed, 0
@@ -193,16 +197,27 @@ class Checkpointer:
             if found is None:
                 return None
             committed, loaded = found
-            self._model.load_state_dict(loaded["model"])
-            if "optimizer" in loaded:
+            if self._has_optimizer(committed):
+                self._model.load_state_dict(loaded["model"])
                 self._optimizer.load_state_dict(loaded["optimizer"])
         heartbeat("build")
-        if "optimizer" not in loaded:
-            self._optimizer.start_afresh(unrounded(self._model, loaded["model"]))
+        if not self._has_optimizer(committed):
+            self._start_from(committed, loaded["model"])
         self.imported = committed.meta.extra.get("import", {})
         saved = committed.meta.extra.get("forced_gates", [])
         self.forced_gates = saved + [gate for gate in self.forced_gates if gate not in saved]  # also after a roll back
         return committed, TrainState.from_dict(loaded["train_state"])
+
+    def _start_from(self, committed: Committed, weights: dict[str, Any]) -> None:
+        """Take over weights alone: merged with the adapters of ``committed`` if it has any, with new ones of this run."""
+        from m1_stages.model.lora import adapters_of, merge
+
+        with adapters_of(self._model, recorded_lora(committed.meta.extra)):
+            self._model.load_state_dict(weights)
+            merge(self._model)
+            exact = unrounded(self._model, weights)
+        self._model.reset_adapters(seed=self._resolved.config.run.seed)
+        self._optimizer.start_afresh(exact)
 
     def finals(self, stage: str) -> list[Committed]:
         """Committed final checkpoints of ``stage``, newest first; one that is being written is waited for."""
@@ -303,11 +318,20 @@ class Checkpointer:
         optimizer = self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer, "train_state": state.as_dict()}
 
+    def _has_optimizer(self, committed: Committed) -> bool:
+        """Whether a checkpoint has optimizer state of what is trained here: not after an import, nor with other adapters."""
+        return committed.meta.stage != IMPORT and recorded_lora(committed.meta.extra) == self._lora
+
     def _state_to_load(self, committed: Committed) -> dict[str, Any]:
-        """What to load of ``committed``: an imported model has no optimizer state."""
-        if committed.meta.stage != IMPORT:
+        """What to load of ``committed``."""
+        if self._has_optimizer(committed):
             return self._sharded_state(TrainState(stage=""), is_loading=True)
-        model = weights_to_load(self._model.sharded_state_dict(metadata={**_SHARDING}), committed)
+        from m1_stages.model.lora import adapters_of
+
+        with adapters_of(self._model, recorded_lora(committed.meta.extra)):
+            model = self._model.sharded_state_dict(metadata={**_SHARDING})
+        if committed.meta.stage == IMPORT:
+            model = weights_to_load(model, committed)
         return {"model": model, "train_state": TrainState(stage="").as_dict()}
 
     def _meta(self, state: TrainState, stage_final: bool) -> CheckpointMeta:
@@ -327,9 +351,11 @@ class Checkpointer:
                 "model": self._model_section(),
                 "rope_base": self._model.rope_base,
                 "contexts": state.contexts,
+                "entered_at": state.entered_at,
                 "forced_gates": self.forced_gates,
                 "tokenizer_sha256": self.tokenizer_sha256,
                 **({"import": self.imported} if self.imported else {}),
+                **({"lora": self._lora.as_dict()} if self._lora else {}),
             },
         )
 

@@ -47,6 +47,7 @@ def choose_recompute(config: Config, plan: StagePlan, topology: Topology, device
         micro_batch_rows=plan.micro_batch_rows,
         steps=plan.num_steps,
         mix_pairs=plan.seq_len / 2,
+        lora=plan.lora,
     )
     layout = layout_from_sizes(config.parallel, topology.sizes())
     chosen = choose_activations(config.model, workload, layout, policy, agree_min(_free_gib(device)))

@@ -18,6 +18,7 @@ from m1_data.storage.lock import writing
 from m1_stages.checkpoint import CheckpointStore
 from m1_stages.checkpoint.host_copy import HostCopy
 from m1_stages.config import Config, Resolved
+from m1_stages.config.lora import LoraConfig
 from m1_stages.errors import CheckpointError, ConfigError, EnvironmentProblem, InUse, M1Error, NumericStop
 from m1_stages.events import CheckpointRejected, Event, EventsDelayed, RunStarted, RunStopped, Sink
 from m1_stages.metrics_file import JsonLines
@@ -44,7 +45,13 @@ RequireHeld = Callable[[], None]
 
 @contextmanager
 def open_session(
-    resolved: Resolved, sinks: Sequence[Sink], *, rope_base: float, fresh: bool, data: Sequence[str] = ()
+    resolved: Resolved,
+    sinks: Sequence[Sink],
+    *,
+    rope_base: float,
+    fresh: bool,
+    data: Sequence[str] = (),
+    lora: LoraConfig | None = None,
 ) -> Iterator[Run]:
     """Lock the run directory, start the process group, build model, optimizer and checkpointer, catch signals.
 
@@ -55,6 +62,7 @@ def open_session(
         rope_base: RoPE base of the first stage.
         fresh: rename all checkpoints, the metrics and the roll backs, and start over.
         data: what to report of the prepared data.
+        lora: train these adapters, and no other weights.
 
     Raises:
         InUse: another command writes to the run directory.
@@ -63,7 +71,7 @@ def open_session(
     device = device_module.use(resolved.config.run.device, local_rank=parallel.local_rank())
     with (
         _locked(resolved.run_dir, is_writer=parallel.global_rank() == 0) as require_held,
-        _locked_session(resolved, device, sinks, require_held, data, rope_base=rope_base, fresh=fresh) as run,
+        _locked_session(resolved, device, sinks, require_held, data, lora, rope_base=rope_base, fresh=fresh) as run,
     ):
         yield run
 
@@ -87,6 +95,7 @@ def _locked_session(
     sinks: Sequence[Sink],
     require_held: RequireHeld,
     data: Sequence[str],
+    lora: LoraConfig | None,
     *,
     rope_base: float,
     fresh: bool,
@@ -101,8 +110,8 @@ def _locked_session(
     stop = StopRequest()
     try:
         with stop:
-            saves = _save_mode(resolved.config, topology, device)
-            run = _build(resolved, device, topology, emit, stop, require_held, saves, rope_base=rope_base)
+            saves = _save_mode(resolved.config, topology, device, lora)
+            run = _build(resolved, device, topology, emit, stop, require_held, saves, lora, rope_base=rope_base)
             run.checkpointer.store.sweep()
             emit(_run_started(resolved, run, data, saves))
             try:
@@ -133,14 +142,16 @@ def _locked_session(
         parallel.stop()
 
 
-def _save_mode(config: Config, topology: parallel.Topology, device: device_module.Device) -> SaveMode:
+def _save_mode(
+    config: Config, topology: parallel.Topology, device: device_module.Device, lora: LoraConfig | None = None
+) -> SaveMode:
     """Decide with the memory that this machine has now whether saves are written beside training; every rank calls it.
 
     Raises:
         EnvironmentProblem: there is too little to copy a checkpoint.
     """
     layout = layout_from_sizes(config.parallel, topology.sizes())
-    need = run_host_memory(config, layout, per_node=topology.local_world, device=device.name)
+    need = run_host_memory(config, layout, per_node=topology.local_world, device=device.name, lora=lora)
     return choose_save_mode(need, agree_min(available_host_gib()), memory_policy_of(config), device=device.name)
 
 
@@ -152,6 +163,7 @@ def _build(
     stop: StopRequest,
     require_held: RequireHeld,
     saves: SaveMode,
+    lora: LoraConfig | None,
     *,
     rope_base: float,
 ) -> Run:
@@ -165,6 +177,7 @@ def _build(
         rope_base=rope_base,
         device=device.name,
         seed=config.run.seed,
+        lora=lora,
     )
     trainable = TrainableModel(model, config.parallel)
     optimizer = Optimizer(
@@ -198,6 +211,7 @@ def _build(
         emit=emit,
         background=saves.background,
         max_failed=config.run.max_failed_saves,
+        lora=lora,
     )
     return Run(
         run_dir=resolved.run_dir,

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from m1_data.sampling.stage_draw import order_version
-from m1_stages.checkpoint.changed_settings import refuse_changes, settings_changed, start_over
+from m1_stages.checkpoint.changed_settings import (
+    refuse_changes,
+    refuse_other_adapters,
+    settings_changed,
+    start_over,
+)
 from m1_stages.checkpoint.imported import refuse_beside_import
 from m1_stages.config import STAGE_NAMES, Resolved
-from m1_stages.curriculum import IMPORT, SFT, StagePlan
+from m1_stages.config.sft_runs import IMPORT, SFT, is_sft
+from m1_stages.curriculum import StagePlan, train_command
 from m1_stages.errors import CheckpointError, DataError, NumericStop
 from m1_stages.evaluation.results import read_result
 from m1_stages.event_values import LaterStages
@@ -26,9 +32,14 @@ from m1_stages.training.train_state import TrainState, enter_stage
 
 
 def start_over_from(run: Run, stage: str) -> None:
-    """Rename the checkpoints of ``stage`` and of all that is trained after it, and drop their roll backs; every rank calls it."""
+    """Rename the checkpoints of ``stage`` and of all that was made from it, and drop their roll backs; every rank calls it.
+
+    Of pretraining, that is every later stage and the plain fine-tuning as well, whatever they say that they were made from.
+    """
     later = (*STAGE_NAMES, SFT)
-    for name in later[later.index(stage) :]:
+    names = set(later[later.index(stage) :]) if stage in STAGE_NAMES else {stage}
+    names |= {c.meta.stage for c in run.checkpointer.store.committed() if stage in c.meta.extra.get("contexts", {})}
+    for name in sorted(names):
         run.checkpointer.store.rename_stage(name)
         forget_rollbacks(run.run_dir, name)
 
@@ -49,7 +60,8 @@ def restore_stage(
     """
     store = run.checkpointer.store
     committed = store.committed()
-    refuse_beside_import(plan, committed)
+    if not (is_sft(plan.stage) and resolved.config.sft.base_stage == IMPORT):  # it was asked for
+        refuse_beside_import(plan, committed)
     own = [c for c in committed if c.meta.stage == plan.stage]
     if ended is not None and ended.stage == plan.starts_from and not own:
         state = enter_stage(plan, rows.fingerprint, TrainState.from_dict(ended.as_dict()))
@@ -61,9 +73,10 @@ def restore_stage(
         raise CheckpointError(
             f"stage {plan.stage} starts from the final checkpoint of stage {plan.starts_from}, and there is none",
             where=str(store.root),
-            fix=f"run first: m1 pretrain --stage {plan.starts_from}   (or --stage all)",
+            fix=f"run first: {train_command(plan.starts_from)}{'' if is_sft(plan.starts_from) else '   (or --stage all)'}",
         )
     refuse_changes([*own[:1], *before[:1]], resolved, plan)
+    refuse_other_adapters(own[:1], plan)
     found = run.checkpointer.restore([*own, *before])
     if found is None:
         if any(c.meta.stage in STAGE_NAMES for c in committed):
@@ -81,8 +94,8 @@ def restore_stage(
     if not finished:
         refuse_other_order(plan, state, rows.fingerprint)
     same_order = order_version(state.data_fingerprint) == order_version(rows.fingerprint)
-    if state.data_fingerprint != rows.fingerprint and (not finished or (plan.stage == SFT and same_order)):
-        source, files = ("conversations", "key sft.data") if plan.stage == SFT else ("prepared data", "key data.out")
+    if state.data_fingerprint != rows.fingerprint and (not finished or (is_sft(plan.stage) and same_order)):
+        source, files = ("conversations", "key sft.data") if is_sft(plan.stage) else ("prepared data", "key data.out")
         since = "finished" if finished else f"interrupted at step {state.stage_step}"
         raise DataError(
             f"the {source} changed since {plan.title} was {since}: fingerprint {state.data_fingerprint[:12]} -> "
@@ -167,6 +180,10 @@ def announce_stage(
         starts_from = (
             f"the imported {imported['source']}: its weights, with a fresh optimizer; the RoPE base {kept} "
             f"{plan.rope_base / 1e6:g}M, the decay rates {'move from its own' if plan.ramp_steps else 'stay its own'}"
+        )
+    elif plan.lora is not None and not state.stage_step:
+        starts_from = (
+            f"the weights of the final {plan.starts_from} checkpoint, which stay as they are; adapters are trained"
         )
     elif state.stage_step:
         starts_from = f"its own step {state.stage_step}: weights, optimizer, data position, decay ramp"

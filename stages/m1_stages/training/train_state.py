@@ -33,6 +33,8 @@ class TrainState:
     """Loss of the stage's first step, for its closing report."""
     contexts: dict[str, int] = field(default_factory=dict)
     """Tokens per row of every stage on the way to these weights, in order; empty in runs that version 0.1 began."""
+    entered_at: dict[str, int] = field(default_factory=dict)
+    """``tokens_seen`` when each of these stages began; older versions did not record it."""
 
     def as_dict(self) -> dict[str, Any]:
         """The state as plain values."""
@@ -59,6 +61,7 @@ def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | Non
             data_fingerprint=data_fingerprint,
             slopes=plan.slopes_at(0.0),
             contexts={plan.stage: plan.seq_len},
+            entered_at={plan.stage: 0},
         )
     return TrainState(
         stage=plan.stage,
@@ -69,4 +72,5 @@ def enter_stage(plan: StagePlan, data_fingerprint: str, before: TrainState | Non
         guard=before.guard.at_stage_change(),
         data_fingerprint=data_fingerprint,
         contexts=before.contexts | {plan.stage: plan.seq_len} if before.contexts else {},
+        entered_at=before.entered_at | {plan.stage: before.tokens_seen},
     )

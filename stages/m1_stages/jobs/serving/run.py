@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from m1_stages.checkpoint import CheckpointStore, Committed
 from m1_stages.checkpoint.tokenizer_identity import refuse_other_tokenizer
 from m1_stages.config import Resolved
+from m1_stages.config.sft_runs import for_stage
 from m1_stages.errors import CheckpointError, EnvironmentProblem
 from m1_stages.generation import EngineOptions
 from m1_stages.generation.prompts import PromptEncoder
@@ -103,6 +104,7 @@ def serve(resolved: Resolved, options: ServeOptions, *, on_ready: Callable[[str,
         return Version(checkpoint=committed.path.name, step=meta.global_step, stage=meta.stage, sha256=committed.sha256)
 
     committed = choose_checkpoint(resolved, stage=options.stage, checkpoint=options.checkpoint)
+    resolved = for_stage(resolved, committed.meta.stage)
     manifest = open_tokenizer(resolved)
     data_dir = resolved.path(resolved.config.data.out)
     refuse_other_tokenizer(committed, manifest.tokenizer_sha256, data_dir)

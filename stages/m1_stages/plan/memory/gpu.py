@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from m1_stages.config import ModelConfig
+from m1_stages.config.lora import LoraConfig
 from m1_stages.plan.hardware import CALIBRATION, GIB, TRAINER, Calibration, Trainer
 from m1_stages.plan.layout import Layout
 from m1_stages.plan.memory.activations import LayerBytes
-from m1_stages.plan.shapes import chunk_spans, layers_of_pipeline_rank, rank_parameters
+from m1_stages.plan.shapes import chunk_spans, held_parameters, layers_of_pipeline_rank, trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,14 +86,21 @@ def estimate_memory(
     bf16: bool,
     activations: Activations,
     offload_optimizer: bool = False,
+    lora: LoraConfig | None = None,
     trainer: Trainer = TRAINER,
     c: Calibration = CALIBRATION,
 ) -> Memory:
-    """Estimate the memory of the fullest rank, with micro-batches of ``tokens`` tokens."""
+    """Estimate the memory of the fullest rank, with micro-batches of ``tokens`` tokens.
+
+    Where adapters are trained (``lora``), frozen weights have neither gradients nor optimizer state. Activations are counted as
+    if all weights were trained, which is more than is needed.
+    """
     even = m.num_layers % (layout.pipeline * layout.virtual_pipeline) == 0 and not layout.pipeline_layers
     stages = sorted({0, layout.pipeline - 1}) if even else range(layout.pipeline)
     ranks = [
-        _pipeline_rank_memory(m, layout, stage, tokens, micro_batches, bf16, activations, offload_optimizer, trainer, c)
+        _pipeline_rank_memory(
+            m, layout, stage, tokens, micro_batches, bf16, activations, offload_optimizer, lora, trainer, c
+        )
         for stage in stages
     ]
     return max(ranks, key=lambda rank: rank.needed)
@@ -107,14 +115,18 @@ def _pipeline_rank_memory(
     bf16: bool,
     activations: Activations,
     offload_optimizer: bool,
+    lora: LoraConfig | None,
     trainer: Trainer,
     c: Calibration,
 ) -> Memory:
-    parameters, size = rank_parameters(m, layout, stage), 2 if bf16 else 4
+    held, trained, size = (
+        held_parameters(m, layout, stage, lora),
+        trained_parameters(m, layout, stage, lora),
+        2 if bf16 else 4,
+    )
     recompute = activations.recompute
-    all_parameters = parameters.dense + parameters.experts
     shards = (layout.dense_replicas, layout.expert_replicas) if layout.distributed_optimizer else (1, 1)
-    sharded = parameters.dense / shards[0] + parameters.experts / shards[1]
+    sharded = trained.dense / shards[0] + trained.experts / shards[1]
     lightning, softmax = layers_of_pipeline_rank(m, layout, stage)
     kinds = {"lightning": lightning, "softmax": softmax}
     t = tokens / layout.context
@@ -156,11 +168,11 @@ def _pipeline_rank_memory(
         offloaded = (lightning + softmax) * hidden * in_flight
         kept += 2 * hidden - offloaded
     master = sharded * (12 if bf16 else 8)
-    update = trainer.optimizer_copies * 4 * max(parameters.dense / shards[0], parameters.experts / shards[1])
+    update = trainer.optimizer_copies * 4 * max(trained.dense / shards[0], trained.experts / shards[1])
     last = stage == layout.pipeline - 1
     allocated = Memory(
-        weights=all_parameters * size / GIB,
-        gradients=all_parameters * 4 / GIB,
+        weights=(held.dense + held.experts) * size / GIB,
+        gradients=(trained.dense + trained.experts) * 4 / GIB,
         optimizer=(0.0 if offload_optimizer else master) / GIB,
         activations=kept / GIB,
         layer=max(backward[kind] - released[kind] for kind in layers) / GIB,

@@ -6,16 +6,17 @@ the next save (``m1_stages.checkpoint.host_copy``), so there is one copy, and sa
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from m1_stages.config import Config, ModelConfig
+from m1_stages.config import STAGE_NAMES, Config, ModelConfig
+from m1_stages.config.lora import LoraConfig
 from m1_stages.errors import EnvironmentProblem
 from m1_stages.plan.hardware import CALIBRATION, GIB, Calibration
 from m1_stages.plan.layout import Layout
 from m1_stages.plan.memory.gpu import Memory
 from m1_stages.plan.memory.policy import MemoryPolicy, choose_activations, memory_policy_of
-from m1_stages.plan.shapes import expert_parameters, rank_parameters
+from m1_stages.plan.shapes import RankParameters, expert_parameters, held_parameters, trained_parameters
 from m1_stages.plan.stage_workload import model_with_vocab, stage_workloads
 
 CLEARLY = 0.8
@@ -30,7 +31,9 @@ def checkpoint_bytes(layout: Layout, *, bf16: bool) -> tuple[int, int]:
     return (2 if bf16 else 4), (12 if bf16 or layout.distributed_optimizer else 8)
 
 
-def host_snapshot_bytes(m: ModelConfig, layout: Layout, *, bf16: bool, per_node: int) -> tuple[float, float]:
+def host_snapshot_bytes(
+    m: ModelConfig, layout: Layout, *, bf16: bool, per_node: int, lora: LoraConfig | None = None
+) -> tuple[float, float]:
     """Return the bytes that a save copies to host memory: of the process, and of the node, that copy most.
 
     The ranks of a pipeline stage share its parameters: of what several hold each writes a part. Tensors stay whole, so one of the
@@ -38,15 +41,27 @@ def host_snapshot_bytes(m: ModelConfig, layout: Layout, *, bf16: bool, per_node:
 
     Args:
         per_node: ranks of a machine.
+        lora: the adapters, where they alone are trained: a checkpoint holds all weights, and optimizer state for these.
     """
-    size = sum(checkpoint_bytes(layout, bf16=bf16))
+    sizes = checkpoint_bytes(layout, bf16=bf16)
     ranks, per_node = layout.gpus // layout.pipeline, min(per_node, layout.gpus)
-    stages = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
-    of_stage = [size * (x.dense * layout.tensor + x.experts * layout.expert * layout.expert_tensor) for x in stages]
+    counts = held_parameters, trained_parameters
+    of_stage = [
+        sum(
+            size * _of_all_ranks(count(m, layout, stage, lora), layout)
+            for size, count in zip(sizes, counts, strict=True)
+        )
+        for stage in range(layout.pipeline)
+    ]
     on_node = max(1, per_node // ranks)
     node = max(sum(of_stage[first : first + on_node]) for first in range(0, layout.pipeline, on_node))
     process = max(max(of_stage) / ranks, 4 * _largest_tensor(m, layout))
     return process, max(node * min(1.0, per_node / ranks), process)
+
+
+def _of_all_ranks(rank: RankParameters, layout: Layout) -> int:
+    """Parameters of a pipeline stage, of which each rank holds ``rank``."""
+    return rank.dense * layout.tensor + rank.experts * layout.expert * layout.expert_tensor
 
 
 def _largest_tensor(m: ModelConfig, layout: Layout) -> float:
@@ -90,6 +105,7 @@ def estimate_host_memory(
     bf16: bool,
     per_node: int,
     device: Literal["cpu", "cuda"] = "cuda",
+    lora: LoraConfig | None = None,
     c: Calibration = CALIBRATION,
 ) -> HostMemory:
     """Estimate the host memory of the fullest of the nodes that train ``m``.
@@ -98,12 +114,13 @@ def estimate_host_memory(
         memory: of the fullest GPU.
         per_node: ranks of a machine.
         device: on "cpu" the state that is trained is in host memory, too, and nothing is offloaded.
+        lora: the adapters, where they alone are trained.
     """
-    process, node = host_snapshot_bytes(m, layout, bf16=bf16, per_node=per_node)
+    process, node = host_snapshot_bytes(m, layout, bf16=bf16, per_node=per_node, lora=lora)
     processes = min(per_node, layout.gpus)
     on_gpu = device == "cuda"
-    held = [rank_parameters(m, layout, stage) for stage in range(layout.pipeline)]
-    loaded = 12 * max(x.dense + x.experts for x in held) if layout.distributed_optimizer else 0
+    trained_parts = [trained_parameters(m, layout, stage, lora) for stage in range(layout.pipeline)]
+    loaded = 12 * max(x.dense + x.experts for x in trained_parts) if layout.distributed_optimizer else 0
     trained = c.process_gib if on_gpu else memory.weights + memory.gradients + memory.optimizer
     return HostMemory(
         snapshot=node / GIB,
@@ -116,8 +133,10 @@ def estimate_host_memory(
     )
 
 
-def run_host_memory(config: Config, layout: Layout, *, per_node: int, device: Literal["cpu", "cuda"]) -> HostMemory:
-    """Estimate the host memory of a run of ``config``: of the stage that needs most.
+def run_host_memory(
+    config: Config, layout: Layout, *, per_node: int, device: Literal["cpu", "cuda"], lora: LoraConfig | None = None
+) -> HostMemory:
+    """Estimate the host memory of a run of ``config``: of the stage that needs most, or of fine-tuning with ``lora``.
 
     Args:
         per_node: ranks of a machine.
@@ -125,9 +144,12 @@ def run_host_memory(config: Config, layout: Layout, *, per_node: int, device: Li
     """
     m, policy = model_with_vocab(config), memory_policy_of(config)
     # Without memory on the device, all that may be offloaded is.
-    needs = [choose_activations(m, workload, layout, policy, 0.0).memory for workload in stage_workloads(config)]
+    workloads = stage_workloads(config)
+    if lora is not None:
+        workloads = [replace(workload, lora=lora) for workload in workloads if workload.stage not in STAGE_NAMES]
+    needs = [choose_activations(m, workload, layout, policy, 0.0).memory for workload in workloads]
     largest = max(needs, key=lambda memory: memory.host)
-    return estimate_host_memory(m, layout, largest, bf16=policy.bf16, per_node=per_node, device=device)
+    return estimate_host_memory(m, layout, largest, bf16=policy.bf16, per_node=per_node, device=device, lora=lora)
 
 
 def available_host_gib() -> float:

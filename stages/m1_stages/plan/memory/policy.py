@@ -78,6 +78,7 @@ def choose_activations(
             bf16=policy.bf16,
             activations=activations,
             offload_optimizer=policy.offload_optimizer,
+            lora=workload.lora,
         )
 
     if policy.recompute == "always":

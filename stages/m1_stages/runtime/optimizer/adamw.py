@@ -127,7 +127,8 @@ class Optimizer:
                 main = part.optimizer.param_groups[group]["params"][order]
                 main.copy_(exact[param].reshape(-1)[mine.start : mine.end])
         for param, values in () if distributed else exact.items():
-            param.main_param.copy_(values)  # type: ignore[attr-defined]
+            if param.requires_grad:  # a frozen one has no master
+                param.main_param.copy_(values)  # type: ignore[attr-defined]
 
     @contextmanager
     def loading(self) -> Iterator[None]:
