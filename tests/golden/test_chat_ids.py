@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from support.sft_data import sft_dataset, spans_of
 
 from m1_data.chat.conversations import conversation_of
 from m1_data.chat.encoder import ChatEncoder, default_template
+from m1_data.tokenizer import text_tokenizer
 
 CONTROLS = [
     "<s>", "</s>", "<pad>", "<beginning_of_sentence>", "<end_of_sentence>", "<begin_of_document>", "<end_of_document>",
@@ -176,6 +178,23 @@ def test_ids_are_those_of_transformers(folder: Path) -> None:
             ends = {oracle.convert_tokens_to_ids(token) for token in shape.tokens}
             assert np.isin(encoded.ids[encoded.trained], list(ends)).sum() == len(ANSWERS), name
         encoder.close()
+
+
+def test_the_preview_shows_the_text_that_is_trained(folder: Path, tmp_path: Path) -> None:
+    """Its parts together are what the tokenizer decodes at once, whatever it writes before a text; cut, they are as decoded
+    from the beginning."""
+    (folder / "chat_template.jinja").write_text(SHAPES["headers"].source)
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": talk(system=True)}) + "\n")
+    data = sft_dataset([path], tokenizer_dir=folder, seq_len=512, seed=1)
+    tokenizer = text_tokenizer((folder / "tokenizer.json").read_bytes())
+    ids, trained = data.store.tokens(0)
+    (parts,) = spans_of(data, folder)
+    assert [is_trained for _, is_trained in parts] == [False, True, False, True]
+    said = ""
+    for edge, (text, _) in zip([*(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)], parts, strict=True):
+        said += text
+        assert said == tokenizer.decode(ids[:edge].tolist(), skip_special_tokens=False)
 
 
 def test_masks_are_what_the_model_has_to_write(folder: Path) -> None:

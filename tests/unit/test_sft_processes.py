@@ -98,15 +98,15 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(
 def test_the_first_bad_row_is_named_and_not_the_first_that_is_found(
     settings: SampleSettings, tmp_path: Path, processes: int, started: list[subprocess.Popen[bytes]]
 ) -> None:
-    """A file that ends within a row is found by the process that reads, which is ahead of the others."""
+    """A file that is missing is found by the process that reads, which is ahead of the others."""
     path = settings.paths[0]
     rows = [row(n) for n in range(ROWS)]
-    rows[30] = rows[50] = '{"messages": []}'
+    rows[54] = rows[58] = '{"messages": []}'
     path.write_text("\n".join(rows))
     strict = SampleSettings(paths=(path, tmp_path / "missing"), tokenizer_dir=settings.tokenizer_dir)
     with pytest.raises(DataError, match="not a list with messages") as caught:
         write_store(strict, tmp_path / "store", key="k", processes=processes)
-    assert caught.value.where == f"{path}:31"
+    assert caught.value.where == f"{path}:55"
     assert "sft.bad_rows" in caught.value.fix
     path.write_text("\n".join(map(row, range(ROWS))))
     with pytest.raises(DataError, match="there is no such file") as caught:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from m1_data.arrays import Ints
 from m1_data.sft.store import SampleStore
 from m1_data.tokenizer import text_tokenizer
 
@@ -31,11 +33,15 @@ class Preview:
 
     def spans(self, number: int, seq_len: int) -> list[PreviewSpan]:
         """Return the first ``seq_len`` tokens of a sample, decoded and cut where the mask changes."""
-        ids, trained = (part[:seq_len] for part in self._store.tokens(number))
+        encoded = self._store.tokens(number)
+        ids, trained = encoded.ids[:seq_len], encoded.trained[:seq_len]
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-        # Decoded from the beginning each time: some tokenizers write a space less at the beginning of a text.
-        texts = [self._tokenizer.decode(ids[:edge].tolist(), skip_special_tokens=False) for edge in edges]
-        return [
-            PreviewSpan(text[len(before) :], bool(trained[edge]))
-            for before, text, edge in zip(texts, texts[1:], edges, strict=False)
-        ]
+        return [PreviewSpan(self._text(ids, begin, end), bool(trained[begin])) for begin, end in pairwise(edges)]
+
+    def _text(self, ids: Ints, begin: int, end: int) -> str:
+        """Decoded behind the token before it: some tokenizers write a space less at the beginning of a text."""
+        before = max(0, begin - 1)
+        lead, whole = (
+            self._tokenizer.decode(ids[before:to].tolist(), skip_special_tokens=False) for to in (begin, end)
+        )
+        return str(whole[len(lead) :])
