@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def logits(job: dict[str, Any]) -> list[list[list[float]]]:
                 assert all("adapter" not in name for name, _ in model[0].named_parameters())
             else:
                 metadata = {"non_homogeneous_layers": True}
-                state = load_verified(committed.path, lambda: model.sharded_state_dict(metadata=metadata))  # noqa: B023
+                state = load_verified(committed.path, partial(model.sharded_state_dict, metadata=metadata))
                 model.load_state_dict(state)
                 model.set_rope_base(float(committed.meta.extra["rope_base"]))
                 model.set_slopes(committed.meta.decay["slopes"])
