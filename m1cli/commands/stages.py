@@ -145,8 +145,8 @@ def fine_tunings(resolved: Resolved) -> list[dict[str, Any]]:
 
 def _tunings_table(tunings: list[dict[str, Any]]) -> Table:
     table = Table(title="fine-tuning", title_justify="left")
-    for name in ("", "state", "starts from", "tokens per row", "epochs", "lr from", "lr to", "checkpoint"):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    for name in ("", "state", "starts from", "tokens per row", "epochs", "lr from", "lr to", "saved as"):
+        table.add_column(name, justify="right" if name else "left", overflow="fold", no_wrap=name == "saved as")
     for t in tunings:
         state = {"started": f"[yellow]step {t['steps_done']}[/]", "done": "[green]done[/]"}.get(t["state"], t["state"])
         table.add_row(
