@@ -92,7 +92,7 @@ class _Values(Requirements):
         self.require(
             not unknown,
             "sft.lora_targets",
-            f"there are no matrices called {unknown[:1]}",
+            f"there are no matrices called {', '.join(unknown)}",
             f"choose among {known}",
         )
         self.require(
